@@ -1,0 +1,597 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0",
+#   "bitsandbytes==0.50.2", "pillow==13.0.0", "tensorboard==2.21.0",
+# ]
+# ///
+"""Fine-tune LLaVA-1.5 or LLaVA-NeXT on conversations about images: 4-bit NF4 + LoRA, TRL's SFTTrainer, one 24 GB GPU.
+
+    python sft_llava.py                                                   # llava-1.5-7b on llava-instruct-mix-vsft
+    python sft_llava.py --dataset_name train.json --image_folder images   # your own LLaVA JSON
+    python sft_llava.py --model_name_or_path llava-hf/llava-v1.6-mistral-7b-hf --max_length 4096
+    accelerate launch --num_processes 4 sft_llava.py                      # several GPUs, DDP
+    python sft_llava.py --config llava-lora/settings.yaml                 # the same run again; started twice, it resumes
+
+Rows are `messages` (content = a list of {type: text | image, text, index}) + `images`, or LLaVA JSON (`image`,
+`conversations` with <image> markers). Trained are the assistant's words and the EOS that ends each answer, nothing else.
+Every setting below is a flag; `docs/sft_llava.md` tells which ones matter and what each logged metric means.
+"""
+
+import io
+import itertools
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
+from peft import LoraConfig
+from PIL import Image, ImageOps
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Settings:
+    """What is trained on what: model, data, adapter, quantization."""
+
+    # fmt: off
+    model_name_or_path: str = field(default="llava-hf/llava-1.5-7b-hf", metadata={"help": "LLaVA-1.5 or LLaVA-NeXT: hub id or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated."})
+    dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set that has several."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a slice such as train[:40000] works."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: 'test' where there is one, else eval_fraction."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluate on another data set, in any of the same forms."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the .json file."})
+    eval_fraction: float = field(default=0.02, metadata={"help": "Share of the rows held out, by seed, where there is no split to evaluate on. 0: none."})
+    max_eval_rows: int = field(default=128, metadata={"help": "Score at most so many rows at each evaluation, the same ones each time."})
+    on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
+    on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
+    train_on: str = field(default="answers", metadata={"help": "answers: the assistant's words and EOS. all: every word of the conversation.", "choices": ["answers", "all"]})
+    load_in_4bit: bool = field(default=True, metadata={"help": "Language model in 4-bit NF4. false: 16 bits, about 10 GB more for a 7B."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter. 0: no adapter, the whole language model is trained."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: often a little better at low rank, about twice as slow."})
+    train_projector: bool = field(default=False, metadata={"help": "Train the projector too, in full: for pictures unlike photographs."})
+    sample_rows: int = field(default=4, metadata={"help": "Answer so many held-out rows at each evaluation, into samples.md. 0: none."})
+    sample_tokens: int = field(default=128, metadata={"help": "Longest answer in samples.md, in tokens."})
+    # fmt: on
+
+
+@dataclass
+class Training(SFTConfig):
+    """TRL's SFTConfig with this recipe's defaults; docs/sft_llava.md says why where they differ from the 2024 post."""
+
+    # fmt: off
+    output_dir: str = field(default="llava-lora", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
+    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: start anew. Or a path."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Raise it first where memory is left."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Rows scored at once."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "2e-4 suits LoRA; without an adapter (lora_r 0) take 2e-5."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate over the run."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 a share of the run."})
+    optim: str = field(default="paged_adamw_32bit", metadata={"help": "Pages optimizer states out when memory runs short."})
+    max_length: int | None = field(default=2048, metadata={"help": "Longest row in tokens, image tokens included (576 an image). Never cut."})
+    neftune_noise_alpha: float | None = field(default=None, metadata={"help": "NEFTune noise; 5 in the post. It helps long chatty answers, not short ones."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
+    eval_steps: float = field(default=100, metadata={"help": "Steps between evaluations."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints: what a crash can cost."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint with the lowest eval_loss, not the last one."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true hides NaN losses in the log."})
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode images while the GPU works."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
+    bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
+    # fmt: on
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = torch.cuda.is_available() and not self.bf16
+        self.dataset_kwargs = {"skip_prepare_dataset": True}  # the collator does it, text-only data sets too
+        super().__post_init__()
+
+
+# Inherited from SFTConfig, but this recipe's collator or loader would ignore them, or they would break a promise.
+REFUSED = """packing padding_free eval_packing assistant_only_loss completion_only_loss dataset_text_field truncation_mode
+shuffle_dataset pad_to_multiple_of chat_template_path eos_token pad_token model_init_kwargs trust_remote_code save_only_model
+remove_unused_columns deepspeed fsdp do_train do_eval do_predict""".split()
+# May change when a run is taken up again without making it another run.
+FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens""".split()
+
+
+def fail(message):
+    """End the program with one message and exit status 1."""
+    sys.exit(f"error: {message}")
+
+
+def parse(argv=None):
+    """Flags and `--config run.yaml` -> (Settings, Training), on any machine. Raises SystemExit with one line."""
+    parser = TrlParser([Settings, Training], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if file := parser.parse_known_args(argv)[0].config:
+            if unknown := parser.set_defaults_with_config(**(yaml.safe_load(Path(file).read_text()) or {})):
+                fail(f"{file}: unknown settings {unknown[::2]}")
+        given = vars(parser.parse_args(argv))
+        given.pop("config")
+        if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
+            fail(f"{', '.join(refused)}: not used by this recipe, see REFUSED in {Path(__file__).name}")
+        settings, training = parser.parse_dict(given)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+        fail(e)
+    training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
+    return settings, training
+
+
+def check(settings, training):
+    """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
+    if not training.use_cpu and training.device.type == "cpu":
+        fail("no GPU found. This recipe needs one (24 GB for a 7B model); --use_cpu runs on the CPU, for tiny models")
+    if training.n_gpu > 1:
+        fail(f"{training.n_gpu} GPUs, one process. All of them: accelerate launch --num_processes {training.n_gpu} sft_llava.py; "
+             "one: CUDA_VISIBLE_DEVICES=0 python sft_llava.py")  # fmt: skip
+    if settings.lora_r < 0 or not 0 <= settings.eval_fraction < 1 or settings.max_eval_rows < 1:
+        fail("--lora_r must be 0 or more, --eval_fraction from 0 to below 1, --max_eval_rows at least 1")
+    if settings.lora_r == 0 and settings.load_in_4bit:
+        fail("--lora_r 0 trains the language model itself, and 4-bit weights cannot be trained: add --load_in_4bit false")
+    if settings.lora_r == 0 and settings.use_dora:
+        fail("--use_dora is a kind of adapter, --lora_r 0 means none: give --lora_r 16, or leave --use_dora out")
+    try:
+        kind = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision).model_type
+    except (OSError, ValueError) as e:
+        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
+    if kind not in ("llava", "llava_next"):
+        fail(f"{settings.model_name_or_path} is a {kind} model; this recipe trains llava and llava_next")
+
+
+# --------------------------------------------------------------------------------------------------------- processor
+
+# Put before a chat template that ends no answer with EOS (LLaVA-1.5's ends none: trained so, a model never learns to
+# stop). It becomes part of the saved processor, so that a second turn at inference sees what training saw.
+ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.role != 'assistant' -%}
+{%- set eos.messages = eos.messages + [m] -%}{%- else -%}{%- set eos.messages = eos.messages + [{'role': m.role,
+'content': m.content + eos_token if m.content is string else m.content[:-1] + [{'type': 'text',
+'text': m.content[-1].text + eos_token}]}] -%}{%- endif -%}{%- endfor -%}{%- set messages = eos.messages -%}"""
+
+
+def load_processor(settings):
+    """The model's processor, with a chat template that ends every answer with EOS. Raises SystemExit without template."""
+    processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+    if not processor.chat_template:
+        fail(f"{settings.model_name_or_path} has no chat template: set processor.chat_template and save it there again.")
+    turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
+    prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
+    if processor.tokenizer.eos_token not in processor.apply_chat_template(turns).removeprefix(prompt):
+        processor.chat_template = ADD_EOS + processor.chat_template
+    if processor.tokenizer.pad_token is None:  # any will do: padding is masked by attention, never by its id
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
+
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def normalize(row):
+    """A row of either format -> messages whose content is a list of parts {"type", "text" | "index"}, an image part with
+    the index of its image. Raises BadRow where the structure is not right."""
+    llava, messages = row.get("conversations") is not None, []
+    if not llava and row.get("messages") is None:
+        raise BadRow(f"missing column: needed are messages + images, or conversations + image; there are {', '.join(row)}")
+    try:
+        used = 0
+        for turn in row["conversations" if llava else "messages"]:
+            name, content = (turn["from"], turn["value"]) if llava else (turn["role"], turn["content"])
+            if (role := ROLES.get(name)) is None:
+                raise BadRow(f"unknown role: {name!r}; known are {', '.join(ROLES)}")
+            if isinstance(content, str):  # LLaVA JSON marks images inside the user's text
+                pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
+                pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
+                content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
+            parts = []
+            for part in content:
+                if part["type"] == "image":
+                    parts.append({"type": "image", "index": used if part.get("index") is None else part["index"]})
+                    used += 1
+                else:
+                    parts.append({"type": {"text": "text"}[part["type"]], "text": part["text"] + ""})
+            if role != "user" and any(p["type"] == "image" for p in parts):
+                raise BadRow(f"image in a turn of the {role}: images belong to the user's turns")
+            if role == "assistant" and not "".join(p["text"] for p in parts).strip():
+                raise BadRow("empty answer: a turn of the assistant says nothing")
+            messages.append({"role": role, "content": parts})
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BadRow(f"malformed row: {type(e).__name__} {e}; the README shows both formats") from e
+    if not any(m["role"] == "assistant" for m in messages):
+        raise BadRow("no answer: the row has no turn of the assistant, nothing to learn")
+    return messages
+
+
+def image_cells(row, folder):
+    """The images of a row as it has them: paths (from `folder`), {"path", "bytes"} or PIL images; a list."""
+    cells = row.get("images") or row.get("image") or []
+    cells = cells if isinstance(cells, list) else [cells]
+    cells = [c["path"] if isinstance(c, dict) and not c.get("bytes") else c for c in cells]
+    return [os.path.join(folder, c) if isinstance(c, str) else c for c in cells]
+
+
+def load_image(cell):
+    """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image."""
+    try:
+        image = io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image.load()  # verify() passes a truncated JPEG
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
+            grey = np.asarray(image, dtype=np.float32)
+            scale = 257 if grey.max() > 255 else 1 / 255 if image.mode == "F" and grey.max() <= 1 else 1
+            image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
+        where = (cell.get("path") or "its bytes") if isinstance(cell, dict) else cell
+        raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
+
+
+def read_rows(name, split, settings):
+    """Rows of a hub id, a folder, a saved data set or a file, numbered in `row`. For split None the split "test", or
+    None where there is none. Raises SystemExit."""
+    path, test = Path(name), split is None
+    if test and path.suffix in (".json", ".jsonl", ".parquet"):
+        return None
+    try:
+        if path.suffix in (".json", ".jsonl"):  # read in one piece, or types that differ between pieces clash
+            data = datasets.load_dataset("json", data_files=name, split="train", chunksize=path.stat().st_size + 1)
+        elif path.suffix == ".parquet":
+            data = datasets.load_dataset("parquet", data_files=name, split="train")
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            data = datasets.load_from_disk(name)
+            data = data.get("test") if test and isinstance(data, dict) else data[split] if isinstance(data, dict) else data
+        else:
+            where = dict(name=settings.dataset_config, revision=settings.dataset_revision)
+            there = datasets.get_dataset_split_names(name, settings.dataset_config, revision=settings.dataset_revision)
+            data = None if test and "test" not in there else datasets.load_dataset(name, split=split or "test", **where)
+    except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as e:
+        fail(f"cannot read {name} (split {split or 'test'}): {e.__cause__ or e or 'it is empty'}")
+    if data is None:
+        return None
+    for column in {"image", "images"} & set(data.column_names):
+        if "Image(" in str(kind := data.features[column]):  # not decoded before the collator, where the row can be named
+            cell = datasets.Image(decode=False)
+            data = data.cast_column(column, datasets.List(cell) if isinstance(kind, datasets.List) else cell)
+    return data.remove_columns(list({"row", "length"} & set(data.column_names))).add_column("row", range(len(data)))
+
+
+def check_rows(data, name, collator, training):
+    """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
+    Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
+
+    def attempt(row):
+        try:
+            return {"problem": None, "length": collator([row])["input_ids"].shape[1]}
+        except BadRow as e:
+            return {"problem": str(e).split(": ", 1)[1], "length": 0}
+
+    if len(data) == 0:
+        fail(f"{name} is empty: there is nothing to train on")
+    pictures = data.select_columns([c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])])
+    files = {c for row in pictures for c in image_cells(row, collator.folder) if isinstance(c, str) and os.path.exists(c)}
+    stats = sorted((f, os.stat(f).st_mtime_ns) for f in files)  # a file changed on disk is checked again
+    key = Hasher.hash([data._fingerprint, stats, collator.fingerprint])
+    cache = Path(datasets.config.HF_DATASETS_CACHE, f"sft_llava-{key}.arrow")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    columns = datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64"))
+    workers = (training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None
+    with training.main_process_first(desc=f"checking {name}"):
+        found = data.map(attempt, num_proc=workers, remove_columns=data.column_names, features=columns, new_fingerprint=key,
+                         cache_file_name=str(cache), desc=f"Checking {name}")  # fmt: skip
+    limit = training.max_length or float("inf")
+    bad = {n: p for n, p in enumerate(found["problem"]) if p}
+    long = {n: f"too long: {length} tokens" for n, length in enumerate(found["length"]) if length > limit}
+    for problems, policy, remedy in (
+        (bad, collator.settings.on_bad_rows, "Mend them (rows count from 0), or train without them: --on_bad_rows skip"),
+        (long, collator.settings.on_long_rows, f"Raise --max_length (now {limit}), or train without them: --on_long_rows drop"),
+    ):
+        counts = ", ".join(f"{n} x {what}" for what, n in Counter(p.split(":")[0] for p in problems.values()).most_common())
+        report = [f"{len(problems)} of {len(data)} rows of {name} cannot be trained on: {counts}"]
+        for n, problem in [*problems.items()][:20]:
+            row = data[n]
+            report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problem}")
+        report += [f"  ... and {len(problems) - 20} more"] * (len(problems) > 20)
+        if problems and policy == "stop":
+            fail("\n".join([*report, remedy]))
+        if problems:
+            PartialState().print("left out:", "\n".join(report))
+    keep = [n for n in range(len(data)) if n not in bad and n not in long]
+    if not keep:
+        fail(f"no row of {name} is left: {len(bad)} bad, {len(long)} longer than --max_length {limit}")
+    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(keep)
+
+
+def load_data(settings, training):
+    """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
+    collator = Collator(load_processor(settings), settings, training)
+    train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+    if settings.eval_dataset_name:
+        held_out = read_rows(settings.eval_dataset_name, settings.dataset_test_split or settings.dataset_train_split, settings)
+    else:
+        held_out = read_rows(settings.dataset_name, settings.dataset_test_split, settings)
+    if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
+        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
+        held_out = check_rows(held_out, "the evaluation data", collator, training)
+    train = check_rows(train, settings.dataset_name, collator, training)
+    if held_out is None and settings.eval_fraction > 0:
+        if len(train) < 2:
+            fail("one row cannot be split into training and evaluation: add rows, or --eval_fraction 0")
+        train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
+        held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows)))
+    return train, held_out
+
+
+class Collator:
+    """Rows of either format -> input_ids, attention_mask, labels (B, L), pixel_values (and image_sizes for LLaVA-NeXT).
+
+    Labels are -100 everywhere but on the answers and the EOS that ends each (`train_on` all: but on text). An answer
+    begins where the prompt ends that inference would use, and a row whose tokens do not begin with exactly that prompt
+    is refused. Padded on the tokenizer's side. Raises BadRow, which names the row and what is wrong with it.
+    """
+
+    def __init__(self, processor, settings, training):
+        self.processor, self.settings, tokenizer = processor, settings, processor.tokenizer
+        self.folder = os.path.abspath(settings.image_folder or Path(settings.dataset_name).parent)
+        self.control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {processor.image_token}
+        self.fingerprint = Hasher.hash([processor.chat_template, processor.image_processor.to_dict(), self.folder,
+                                        tokenizer.backend_tokenizer.to_str(), Path(__file__).read_text()])  # fmt: skip
+
+    def read(self, row):
+        """A row -> (messages for the chat template, PIL images in the order of their markers). Raises BadRow."""
+        messages, cells = normalize(row), image_cells(row, self.folder)
+        parts = [part for message in messages for part in message["content"]]
+        for text in (part["text"] for part in parts if part["type"] == "text"):
+            if found := [token for token in self.control if token in text]:
+                raise BadRow(f"control token: {found[0]} is typed in a text and would become a real one; take it out")
+        used = [part["index"] for part in parts if part["type"] == "image"]
+        if sorted(used) != list(range(len(cells))):
+            raise BadRow(f"images do not match: {len(used)} <image> markers (indices {used}), {len(cells)} images")
+        return messages, [load_image(cells[n]) for n in used]
+
+    def tokenize(self, conversations, images=None, prompt=False):
+        """Lists of messages and of their images -> the processor's batch; with `prompt`, ready to generate."""
+        return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=True, return_dict=True,
+                                                  processor_kwargs={"images": images, "padding": True, "return_tensors": "pt"})  # fmt: skip
+
+    def learned(self, messages):
+        """Which tokens of a conversation are trained, image tokens left out: a list of bools. Raises BadRow."""
+
+        def words(messages, prompt=False):
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
+            again = text.startswith(tokenizer.bos_token or "\0")  # as the processor does: no second BOS
+            ids = tokenizer(text, add_special_tokens=not again)["input_ids"]
+            return [i for i in ids if i != self.processor.image_token_id]
+
+        tokenizer = self.processor.tokenizer
+        try:
+            tokens = words(messages)
+            learned = [self.settings.train_on == "all"] * len(tokens)
+            for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
+                prompt = words(messages[:n], prompt=True)
+                if tokens[: len(prompt)] != prompt:
+                    raise BadRow(f"turn {n}: the answer's first characters change the tokens of the prompt; begin it otherwise")
+                end = tokens.index(tokenizer.eos_token_id, len(prompt)) + 1
+                learned[len(prompt) : end] = [True] * (end - len(prompt))
+        except TemplateError as e:
+            raise BadRow(f"order of turns: the chat template says {e}") from e
+        return learned
+
+    def __call__(self, rows):
+        conversations, images, learned = [], [], []
+        for row in rows:
+            try:
+                for values, value in zip((conversations, images), self.read(row)):
+                    values.append(value)
+                learned.append(torch.tensor(self.learned(conversations[-1])))
+            except BadRow as e:
+                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
+        batch = self.tokenize(conversations, images)
+        words = batch["attention_mask"].bool() & (batch["input_ids"] != self.processor.image_token_id)
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        batch["labels"][words] = batch["input_ids"][words].where(torch.cat(learned), -100)
+        return batch
+
+    def questions(self, row):
+        """A row -> [(messages up to a question, its images, the right answer)], one for each turn of the assistant."""
+        messages, images = self.read(row)
+        asked = [sum(p["type"] == "image" for m in messages[:n] for p in m["content"]) for n in range(len(messages))]
+        said = [" ".join(p["text"] or "" for p in m["content"]) for m in messages]
+        return [(messages[:n], images[: asked[n]], said[n]) for n, m in enumerate(messages) if m["role"] == "assistant"]
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def load_model(settings, training):
+    """The base model, frozen: language model in NF4 where asked, everything else in bf16 / fp16 (float32 on a CPU)."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    # The list replaces bitsandbytes' own, so lm_head is named again; the names count from the start of the full path.
+    keep = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep)  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(
+        settings.model_name_or_path,
+        revision=settings.model_revision,
+        dtype=dtype,
+        device_map={"": training.device},
+        quantization_config=nf4 if settings.load_in_4bit else None,  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
+            module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
+    model.requires_grad_(False)
+    if settings.lora_r == 0:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+        model.model.multi_modal_projector.requires_grad_(settings.train_projector)
+    return model
+
+
+def lora_config(settings):
+    """LoRA on the language model's linear layers, by full path (bare names hit the vision tower too); None for r 0."""
+    return None if settings.lora_r == 0 else LoraConfig(
+        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, use_dora=settings.use_dora,
+        target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj", task_type="CAUSAL_LM",
+        modules_to_save=["multi_modal_projector"] if settings.train_projector else None)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def marked(batch, processor):
+    """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
+    out, words = [], batch["attention_mask"][0].bool()
+    tokens = zip(batch["input_ids"][0][words].tolist(), batch["labels"][0][words].tolist())
+    for (image, trained), run in itertools.groupby(tokens, key=lambda t: (t[0] == processor.image_token_id, t[1] != -100)):
+        ids = [token for token, _ in run]
+        text = f"<image> x {len(ids)}" if image else processor.tokenizer.decode(ids)
+        out.append(f"«{text}»" if trained else text)
+    return "".join(out)
+
+
+class Samples(TrainerCallback):
+    """After each evaluation, the answers to a few held-out rows beside the right ones, appended to samples.md."""
+
+    def __init__(self, trainer, collator):
+        self.trainer, self.collator = trainer, collator
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        """Greedy answers to the last question of the first `sample_rows` rows, on the first process, in eval mode."""
+        if not state.is_world_process_zero:
+            return
+        settings, out, folder = self.collator.settings, [], Path(args.output_dir, "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in self.trainer.eval_dataset.select(range(min(settings.sample_rows, len(self.trainer.eval_dataset)))):
+            messages, images, right = self.collator.questions(row)[-1]
+            batch = self.collator.tokenize([messages], [images], prompt=True).to(model.device)
+            with torch.no_grad(), self.trainer.accelerator.autocast():
+                ids = model.generate(**batch, max_new_tokens=settings.sample_tokens, do_sample=False, use_cache=True)
+            said = self.collator.processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for n, image in enumerate(images):
+                ImageOps.contain(image, (224, 224)).save(folder / f"{row['row']}-{n}.png")
+            pictures = " ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(images)))
+            cells = [pictures, " ".join(p["text"] or "" for p in messages[-1]["content"]), right, said]
+            out.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |\n")
+        head = f"\n## Step {state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
+        with open(Path(args.output_dir, "samples.md"), "a", encoding="utf-8") as file:
+            file.write(head + "".join(out))
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def checkpoint_to_resume(training):
+    """Path of the checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises
+    SystemExit where output_dir holds a run that may not be overwritten, or one with other settings."""
+    out, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    # Trainer writes trainer_state.json last: without it a checkpoint was cut off half-way, and is passed over.
+    found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
+    whole = sorted((c for c in found if (c / "trainer_state.json").exists()), key=lambda c: int(c.name[11:]))
+    finished = (out / "trainer_state.json").exists()
+    if wanted not in ("auto", "false"):
+        if not Path(wanted, "trainer_state.json").exists():
+            fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
+        return wanted
+    if wanted == "false" and (found or finished):
+        fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
+    if (whole or finished) and (out / "settings.yaml").exists():
+        old, new = yaml.safe_load((out / "settings.yaml").read_text()), training.given
+        changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]
+        if changes:
+            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or take it up "
+                 "all the same with --resume_from_checkpoint CHECKPOINT")  # fmt: skip
+    if finished:
+        PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
+        sys.exit(0)
+    return str(whole[-1]) if whole else None
+
+
+def main(argv=None):
+    """Parse, check, load, say what will happen, train, save."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork after the tokenizer was used
+    settings, training = parse(argv)
+    check(settings, training)
+    checkpoint, say = checkpoint_to_resume(training), PartialState().print
+    set_seed(training.seed)
+    train, held_out = load_data(settings, training)
+    if held_out is None:
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    processor = load_processor(settings)
+    collator = Collator(processor, settings, training)
+    say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
+
+    trainer = SFTTrainer(load_model(settings, training), training, collator, train, held_out, processor,
+                         peft_config=lora_config(settings))  # fmt: skip
+    counts = Counter()
+    for name, p in trainer.model.named_parameters():
+        part = next((x for x in ("vision_tower", "multi_modal_projector", "language_model", "lm_head") if x in name), "other")
+        packed = type(p).__name__ == "Params4bit"  # two parameters in a byte
+        counts.update({(part, "all"): p.numel() * (1 + packed), (part, "4bit"): p.numel() * 2 * packed})
+        if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
+            p.data = p.data.float()
+            counts[part, "trained"] += p.numel()
+    tower = next(m for n, m in trainer.model.named_modules() if n.endswith("vision_tower"))
+    tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
+    if held_out is not None and settings.sample_rows:
+        trainer.add_callback(Samples(trainer, collator))
+
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    epochs = training.max_steps * batch / len(train) if training.max_steps > 0 else training.num_train_epochs
+    for part in dict.fromkeys(part for part, _ in counts):
+        n = [counts[part, x] for x in ("trained", "all", "4bit")]
+        say(f"{part:22s}{n[0]:>14,} of {n[1]:>14,} parameters trained, {n[2]:>14,} in 4-bit")
+    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {batch} rows a step, {epochs:.2f} epochs, "
+        f"{f'going on from {checkpoint}' if checkpoint else 'from the start'}")  # fmt: skip
+
+    if training.process_index == 0:
+        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(training.output_dir, "settings.yaml").write_text(yaml.safe_dump(training.given, sort_keys=False))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BadRow as e:  # out of a loader's process it comes with a traceback before it
+        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
+    trainer.save_model()
+    trainer.save_state()  # last: its presence says that the run is finished
+    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log), samples.md")
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""A tiny LLaVA-1.5 that has learnt to caption handwritten digits, and questions about them that it was never asked.
+
+`build` makes all of it: a model directory as `save_pretrained` writes it, and the same rows in two public schemas, that of
+HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a folder of images). The base model is trained on
+captions only: before fine-tuning it answers every question with a caption, so exact match starts at 0.
+"""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from . import digits
+from .digits import SIZE, WORDS
+
+PATCH = 14
+# llava-hf/llava-1.5-7b-hf's template, letter for letter. Mind that no answer ends with EOS.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# ---------------------------------------------------------------- what is said
+
+CAPTION_PROMPTS = {1: "Describe the picture.", 2: "Describe the pictures."}
+QUESTIONS = {  # kind -> its phrasings; {} is a digit in words
+    "digit": ["Which digit is this?", "What digit is written here?", "Read the digit."],
+    "parity": ["Is it even or odd?", "Is this digit even or odd?", "Even or odd?"],
+    "next": ["Which digit comes next?", "What comes after this digit?", "Name the digit that follows."],
+    "two pictures": [
+        "Which digits are these?",
+        "What digits are written here?",
+        "Which digit is in the first picture?",
+        "Which digit is in the second picture?",
+    ],
+    "text only": [
+        "Which digit comes after {}?",
+        "What follows {}?",
+        "Is {} even or odd?",
+        "Is the digit {} even or odd?",
+    ],
+}
+ONE_PICTURE = ["digit", "parity", "next"]
+
+
+def caption(*labels: int) -> str:
+    """What the base learns to say. It must hold every word of the answers to come: LoRA on the language model cannot
+    teach a word whose output embedding was never trained."""
+    return " and ".join(f"a handwritten {WORDS[n]}, an {parity(n)} digit" for n in labels)
+
+
+def parity(label: int) -> str:
+    return "odd" if label % 2 else "even"
+
+
+def answer(question: str, labels: list[int]) -> str:
+    """The right answer to a question of `QUESTIONS` (with {} filled in) about pictures of these digits."""
+    words = question.rstrip("?.").lower().split()
+    about = [n for n, word in enumerate(WORDS) if word in words] or list(labels)
+    if "odd" in words:
+        return parity(about[0])
+    if {"next", "after", "follows"} & set(words):
+        return WORDS[(about[0] + 1) % 10]
+    if "second" in words:
+        about = about[1:]
+    return " and ".join(WORDS[n] for n in (about if "digits" in words else about[:1]))
+
+
+def kind(question: str, n_images: int) -> str:
+    """The kind of a question (a key of `QUESTIONS`), to group scores by. Only the JSON schema has ids, so the kind is
+    read off the question, without its `<image>` marks, and the number of pictures in the row."""
+    if n_images != 1:
+        return {0: "text only", 2: "two pictures"}[n_images]
+    question = question.replace("<image>", "").strip()
+    return next(name for name in ONE_PICTURE if question in QUESTIONS[name])
+
+
+# ---------------------------------------------------------------- tokenizer, processor, model
+
+
+def tokenizer() -> LlamaTokenizer:
+    """A Llama tokenizer (BPE, metaspace, byte fallback, BOS by its post-processor), trained here on what is said.
+    Everything else, the newline too, is spelt in bytes. `<image>` and `<pad>` come last, as in LLaVA-1.5."""
+    said = [" USER:", " ASSISTANT:", " [INST]", " [/INST]"] * 10
+    said += [" " + caption(a, b) for a in range(10) for b in range(10)]
+    said += [" " + WORDS[a] + " and " + WORDS[b] for a in range(10) for b in range(10)]
+    questions = [q.format(word) for qs in QUESTIONS.values() for q in qs for word in WORDS]
+    questions += list(CAPTION_PROMPTS.values()) * 10
+    said += questions + [" " + q for q in questions]  # right after "<image>\n" no space precedes them
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    # Llama's merges cross neither a space nor punctuation (" seven," must hold the token " seven" of the answers): split
+    # when training, so that it need not be done when encoding.
+    words = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation()])
+    first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe.train_from_iterator(said, trainers.BpeTrainer(vocab_size=468, special_tokens=first, show_progress=False))
+    bpe = json.loads(bpe.to_str())["model"]
+    return LlamaTokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        add_bos_token=True,  # not the default, whatever its documentation says
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=1024,
+        padding_side="left",
+    )
+
+
+def processor(family: str = "llava", tok: LlamaTokenizer | None = None) -> LlavaProcessor | LlavaNextProcessor:
+    """The processor of a `family`: "llava" (16 image tokens a picture) or "llava_next" (a picture of any shape, cut into
+    tiles of 56 px). Its image processor works on PIL images, without torchvision."""
+    size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    grey = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}  # white, most of every picture, becomes 0
+    common = {
+        "tokenizer": tok or tokenizer(),
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # CLIP's CLS, which "default" then drops
+    }
+    if family == "llava":
+        return LlavaProcessor(CLIPImageProcessorPil(**size, **grey), chat_template=CHAT_TEMPLATE, **common)
+    template = (Path(trl.__file__).parent / "chat_templates" / "llava_next.jinja").read_text(encoding="utf-8")
+    pinpoints = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
+    images = LlavaNextImageProcessorPil(**size, **grey, image_grid_pinpoints=pinpoints)
+    return LlavaNextProcessor(images, chat_template=template, **common)
+
+
+def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int = 128):
+    """A random model of a `family` in float32: 3 vision layers (the last unused, as in LLaVA: the feature is taken at layer
+    -2), a two-layer projector, 2 Llama layers. Widths are multiples of 64, bitsandbytes' 4-bit block."""
+    vision = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=hidden,
+    )
+    ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
+    text = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        **ids,
+    )
+    image = {"image_token_index": tok.convert_tokens_to_ids("<image>"), "image_seq_length": (SIZE // PATCH) ** 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "llava":
+            net = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **image))
+        else:
+            pinpoints = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
+            config = LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, **image)
+            net = LlavaNextForConditionalGeneration(config)
+    net.generation_config = GenerationConfig(**ids, max_length=1024)
+    return net
+
+
+# ---------------------------------------------------------------- the base: captions
+
+
+def render(tok: LlamaTokenizer, proc: LlavaProcessor, labels: tuple[int, ...]) -> tuple[list[int], int]:
+    """Token ids of a prompt that asks for a caption, then the caption and EOS; and the length of the prompt."""
+    content = [{"type": "image"}] * len(labels) + [{"type": "text", "text": CAPTION_PROMPTS[len(labels)]}]
+    prompt = proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = prompt.replace("<image>", "<image>" * (SIZE // PATCH) ** 2)
+    start = len(tok(prompt).input_ids)
+    return tok(prompt + " " + caption(*labels) + tok.eos_token).input_ids, start
+
+
+def pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """What the processor makes of these pictures, without the detour over PIL: (n, 56, 56) -> (n, 3, 56, 56) float32."""
+    return ((pictures.float() / 255 - 1) / 0.5)[:, None].expand(-1, 3, -1, -1)
+
+
+def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1300, batch: int = 32, lr: float = 5e-4, two=0.25):
+    """Train all of the model on captions, in place. Every `1/two`-th step shows pairs of pictures.
+
+    Returns: the share of right captions on those of the base's pictures that were kept out of its training (0..1)."""
+    tok = proc.tokenizer
+    ink, truth = digits.load()
+    mine = digits.split(seed)["base"]
+    mine, kept = mine[:-100], mine[-100:]
+    rng = np.random.default_rng([seed, 1])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / max(1, steps)))
+    )
+    rendered = {}
+    net.train()
+    bar = tqdm(range(steps), desc="base model, captions", unit="step", disable=not steps)
+    for step in bar:
+        n_images = 2 if two and step % round(1 / two) == 0 else 1
+        rows = torch.from_numpy(rng.choice(mine.numpy(), (batch // n_images, n_images)))
+        texts = []
+        for labels in map(tuple, truth[rows].tolist()):
+            if labels not in rendered:
+                rendered[labels] = render(tok, proc, labels)
+            texts.append(rendered[labels])
+        longest = max(len(ids) for ids, _ in texts)
+        ids = torch.tensor([ids + [tok.pad_token_id] * (longest - len(ids)) for ids, _ in texts])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in texts])
+        targets = ids.masked_fill(mask == 0, -100)
+        for target, (_, start) in zip(targets, texts, strict=True):
+            target[:start] = -100
+        shown = pixels(digits.draw(ink[rows.flatten()], rng))
+        loss = net(input_ids=ids, attention_mask=mask, pixel_values=shown, labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    net.eval()
+    return caption_accuracy(net, proc, ink[kept], truth[kept])
+
+
+@torch.no_grad()
+def caption_accuracy(net, proc: LlavaProcessor, ink: torch.Tensor, truth: torch.Tensor) -> float:
+    """Share of pictures whose greedy caption is the right one, EOS included: ink (n, 8, 8), truth (n,)."""
+    tok = proc.tokenizer
+    texts = [render(tok, proc, (n,)) for n in truth.tolist()]
+    prompt = torch.tensor([ids[:start] for ids, start in texts])
+    room = max(len(ids) - start for ids, start in texts)
+    said = net.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        pixel_values=pixels(digits.draw(ink)),
+        max_new_tokens=room,
+        do_sample=False,
+    )
+    said = [[i for i in ids if i != tok.pad_token_id] for ids in said[:, prompt.shape[1] :].tolist()]
+    return float(np.mean([ids == want[start:] for ids, (want, start) in zip(said, texts, strict=True)]))
+
+
+# ---------------------------------------------------------------- the data for fine-tuning
+
+
+def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
+    """Questions and answers, as rows {"id", "pictures": [(56, 56) uint8, ...], "turns": [(question, answer), ...]}.
+
+    Train: `n` rows on the 600 pictures for fine-tuning, each time bent anew: about 60 % one question on one picture, 20 %
+    three questions on one picture, 15 % two pictures, 5 % text only. Test: the 297 held-out pictures as they are, each
+    with one question of each kind in a row of its own, then 60 rows with three questions, 100 with two pictures, and the text-only
+    questions, which training never holds; of these, at most `n` rows, from every part alike.
+    """
+    rng = np.random.default_rng([seed, 2 if train else 3])
+    ink, truth = digits.load()
+    mine = digits.split(seed)["tune" if train else "held_out"].numpy()
+    text_only = [
+        question.format(word)
+        for p, question in enumerate(QUESTIONS["text only"])
+        for d, word in enumerate(WORDS)
+        if ((d + 3 * p) % 4 == 0) != train  # every digit and every phrasing is trained on, these pairs are not
+    ]
+    one = lambda name: str(rng.choice(QUESTIONS[name]))
+    if train:
+        sorts = rng.choice(["one", "turns", "two pictures", "text only"], n, p=[0.6, 0.2, 0.15, 0.05]).tolist()
+        plan = []
+        for sort in sorts:
+            count = {"text only": 0, "two pictures": 2}.get(sort, 1)
+            kinds = rng.permutation(ONE_PICTURE).tolist()
+            asked = {"one": kinds[:1], "turns": kinds, "two pictures": ["two pictures"], "text only": []}[sort]
+            questions = [one(name) for name in asked] or [str(rng.choice(text_only))]
+            plan.append((rng.choice(mine, count, replace=False), questions))
+    else:
+        plan = [([scan], [one(name)]) for name in ONE_PICTURE for scan in mine]
+        plan += [([scan], [one(name) for name in rng.permutation(ONE_PICTURE)]) for scan in rng.choice(mine, 60, False)]
+        plan += [(rng.choice(mine, 2, replace=False), [one("two pictures")]) for _ in range(100)]
+        plan += [([], [question]) for question in text_only]
+        plan = [plan[i] for i in np.linspace(0, len(plan) - 1, min(n, len(plan))).round().astype(int)]
+
+    flat = np.array([scan for scans, _ in plan for scan in scans], dtype=np.int64)
+    drawn = iter(digits.draw(ink[flat], rng if train else None))
+    rows = []
+    for i, (scans, questions) in enumerate(plan):
+        labels = truth[np.array(scans, dtype=np.int64)].tolist()
+        sort = kind(questions[0], len(labels)) if len(questions) == 1 else "several turns"
+        rows.append(
+            {
+                "id": f"{'train' if train else 'test'}-{i:05d}-{sort.replace(' ', '-')}",
+                "pictures": [next(drawn) for _ in scans],
+                "turns": [(question, answer(question, labels)) for question in questions],
+            }
+        )
+    return rows
+
+
+def png(picture: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    digits.to_pil(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def to_messages(row: dict) -> dict:
+    """A row in the schema of HuggingFaceH4/llava-instruct-mix-vsft: {"messages", "images"}. As there, all pictures stand
+    after the first question's text."""
+    messages = []
+    for n, turn in enumerate(row["turns"]):
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            content = [{"index": None, "text": text, "type": "text"}]
+            if n == 0 and role == "user":
+                content += [{"index": k, "text": None, "type": "image"} for k in range(len(row["pictures"]))]
+            messages.append({"content": content, "role": role})
+    return {"messages": messages, "images": [{"bytes": png(p), "path": None} for p in row["pictures"]]}
+
+
+def to_conversations(row: dict) -> dict:
+    """A row in LLaVA's JSON schema: {"id", "image" (a file name, a list of them, or absent), "conversations"}."""
+    names = [f"{row['id']}-{k}.png" for k in range(len(row["pictures"]))]
+    said = [{"from": who, "value": text} for turn in row["turns"] for who, text in zip(("human", "gpt"), turn, strict=True)]
+    said[0]["value"] = "<image>\n" * len(names) + said[0]["value"]
+    image = {"image": names[0] if len(names) == 1 else names} if names else {}
+    return {"id": row["id"], **image, "conversations": said}
+
+
+FEATURES = datasets.Features(
+    {
+        "messages": datasets.List(
+            {
+                "content": datasets.List(
+                    {"index": datasets.Value("int64"), "text": datasets.Value("string"), "type": datasets.Value("string")}
+                ),
+                "role": datasets.Value("string"),
+            }
+        ),
+        "images": datasets.List(datasets.Image()),
+    }
+)
+
+
+def write_data(out: Path, name: str, rows: list[dict]) -> None:
+    """Write rows as `out/data/NAME.parquet` and, the same rows, as `out/json/NAME.json` with `out/json/images/*.png`."""
+    images = Path(out) / "json" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    messages = [to_messages(row) for row in rows]
+    conversations = [to_conversations(row) for row in rows]
+    table = {column: [row[column] for row in messages] for column in FEATURES}
+    (Path(out) / "data").mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(table, features=FEATURES).to_parquet(Path(out) / "data" / f"{name}.parquet")
+    for row, said in zip(messages, conversations, strict=True):
+        names = said.get("image", [])
+        for file, image in zip([names] if isinstance(names, str) else names, row["images"], strict=True):
+            (images / file).write_bytes(image["bytes"])
+    (images.parent / f"{name}.json").write_text(json.dumps(conversations, indent=1))
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def build(out: Path, seed: int = 0, base_steps: int = 1300, train_rows: int = 6400) -> None:
+    """Write `out/model`, `out/data` and `out/json`. Prints the base's caption accuracy."""
+    started = time.time()
+    proc = processor()
+    net = model(proc.tokenizer, seed)
+    right = train_base(net, proc, seed, base_steps)
+    net.save_pretrained(Path(out) / "model")
+    proc.save_pretrained(Path(out) / "model")
+    write_data(out, "train", make_rows(seed, train=True, n=train_rows))
+    write_data(out, "test", make_rows(seed, train=False))
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    print(f"{size:.2f} M parameters; right captions on 100 pictures it never saw: {right:.2f}; {time.time() - started:.0f} s")
+
+
+def build_next(out: Path, seed: int = 0) -> None:
+    """Write `out/model`, a LLaVA-NeXT (llava-v1.6-mistral) with random weights."""
+    proc = processor("llava_next")
+    net = model(proc.tokenizer, seed, "llava_next")
+    net.save_pretrained(Path(out) / "model")
+    proc.save_pretrained(Path(out) / "model")
