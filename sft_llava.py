@@ -428,11 +428,12 @@ class Collator:
         return batch
 
     def questions(self, row):
-        """A row -> [(messages up to a question, its images, the right answer)], one for each turn of the assistant."""
+        """A row -> [(messages up to a question, their images, the question, the right answer)], one per assistant turn."""
         messages, images = self.read(row)
-        asked = [sum(p["type"] == "image" for m in messages[:n] for p in m["content"]) for n in range(len(messages))]
-        said = [" ".join(p["text"] or "" for p in m["content"]) for m in messages]
-        return [(messages[:n], images[: asked[n]], said[n]) for n, m in enumerate(messages) if m["role"] == "assistant"]
+        said = [" ".join(p["text"] for p in m["content"] if p["type"] == "text") for m in messages]
+        seen = list(itertools.accumulate(sum(p["type"] == "image" for p in m["content"]) for m in messages))
+        turns = (n for n, m in enumerate(messages) if m["role"] == "assistant")
+        return [(messages[:n], images[: seen[n]], said[n - 1] if n else "", said[n]) for n in turns]
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -498,7 +499,7 @@ class Samples(TrainerCallback):
         settings, out, folder = self.collator.settings, [], Path(args.output_dir, "samples")
         folder.mkdir(parents=True, exist_ok=True)
         for row in self.trainer.eval_dataset.select(range(min(settings.sample_rows, len(self.trainer.eval_dataset)))):
-            messages, images, right = self.collator.questions(row)[-1]
+            messages, images, asked, right = self.collator.questions(row)[-1]
             batch = self.collator.tokenize([messages], [images], prompt=True).to(model.device)
             with torch.no_grad(), self.trainer.accelerator.autocast():
                 ids = model.generate(**batch, max_new_tokens=settings.sample_tokens, do_sample=False, use_cache=True)
@@ -506,8 +507,8 @@ class Samples(TrainerCallback):
             for n, image in enumerate(images):
                 ImageOps.contain(image, (224, 224)).save(folder / f"{row['row']}-{n}.png")
             pictures = " ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(images)))
-            cells = [pictures, " ".join(p["text"] or "" for p in messages[-1]["content"]), right, said]
-            out.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |\n")
+            cells = (" ".join(cell.replace("|", "\\|").split()) for cell in (pictures, asked, right, said))
+            out.append(f"| {' | '.join(cells)} |\n")
         head = f"\n## Step {state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
         with open(Path(args.output_dir, "samples.md"), "a", encoding="utf-8") as file:
             file.write(head + "".join(out))
