@@ -40,8 +40,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 # ---------------------------------------------------------------------------------------------------------- settings
-
-
 @dataclass
 class Settings:
     """What is trained on what: model, data, adapter, quantization."""
@@ -52,7 +50,7 @@ class Settings:
     dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set that has several."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; a slice such as train[:40000] works."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: 'test' where there is one, else eval_fraction."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluate on another data set, in any of the same forms."})
     image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the .json file."})
@@ -81,7 +79,6 @@ class Training(SFTConfig):
     resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: start anew. Or a path."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Raise it first where memory is left."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Rows scored at once."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
     learning_rate: float = field(default=2e-4, metadata={"help": "2e-4 suits LoRA; without an adapter (lora_r 0) take 2e-5."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate over the run."})
@@ -105,7 +102,10 @@ class Training(SFTConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = torch.cuda.is_available() and not self.bf16
-        self.dataset_kwargs = {"skip_prepare_dataset": True}  # the collator does it, text-only data sets too
+        if self.activation_checkpointing is None:  # the new name of what SFTConfig still sets by the old one
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.dataset_kwargs = {"skip_prepare_dataset": True}  # the collator does it, for text-only data sets too
         super().__post_init__()
 
 
@@ -157,16 +157,9 @@ def check(settings, training):
         fail("--lora_r 0 trains the language model itself, and 4-bit weights cannot be trained: add --load_in_4bit false")
     if settings.lora_r == 0 and settings.use_dora:
         fail("--use_dora is a kind of adapter, --lora_r 0 means none: give --lora_r 16, or leave --use_dora out")
-    try:
-        kind = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision).model_type
-    except (OSError, ValueError) as e:
-        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
-    if kind not in ("llava", "llava_next"):
-        fail(f"{settings.model_name_or_path} is a {kind} model; this recipe trains llava and llava_next")
 
 
 # --------------------------------------------------------------------------------------------------------- processor
-
 # Put before a chat template that ends no answer with EOS (LLaVA-1.5's ends none: trained so, a model never learns to
 # stop). It becomes part of the saved processor, so that a second turn at inference sees what training saw.
 ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.role != 'assistant' -%}
@@ -176,10 +169,14 @@ ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%
 
 
 def load_processor(settings):
-    """The model's processor, with a chat template that ends every answer with EOS. Raises SystemExit without template."""
-    processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    if not processor.chat_template:
-        fail(f"{settings.model_name_or_path} has no chat template: set processor.chat_template and save it there again.")
+    """The model's processor, with a chat template that ends every answer with EOS. Raises SystemExit for another model."""
+    try:
+        processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+    except (OSError, ValueError) as e:
+        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
+    if type(processor).__name__ not in ("LlavaProcessor", "LlavaNextProcessor") or not processor.chat_template:
+        fail(f"{settings.model_name_or_path} has a {type(processor).__name__} {'with' if processor.chat_template else 'without'} "
+             "chat template; this recipe trains LLaVA-1.5 and LLaVA-NeXT, whose processor has one")  # fmt: skip
     turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
     prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
     if processor.tokenizer.eos_token not in processor.apply_chat_template(turns).removeprefix(prompt):
@@ -190,8 +187,6 @@ def load_processor(settings):
 
 
 # -------------------------------------------------------------------------------------------------------------- data
-
-
 class BadRow(ValueError):
     """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
 
@@ -202,11 +197,10 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 def normalize(row):
     """A row of either format -> messages whose content is a list of parts {"type", "text" | "index"}, an image part with
     the index of its image. Raises BadRow where the structure is not right."""
-    llava, messages = row.get("conversations") is not None, []
+    llava, messages, images = row.get("conversations") is not None, [], 0
     if not llava and row.get("messages") is None:
         raise BadRow(f"missing column: needed are messages + images, or conversations + image; there are {', '.join(row)}")
     try:
-        used = 0
         for turn in row["conversations" if llava else "messages"]:
             name, content = (turn["from"], turn["value"]) if llava else (turn["role"], turn["content"])
             if (role := ROLES.get(name)) is None:
@@ -215,23 +209,28 @@ def normalize(row):
                 pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
                 content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
-            parts = []
+            messages.append({"role": role, "content": []})
             for part in content:
-                if part["type"] == "image":
-                    parts.append({"type": "image", "index": used if part.get("index") is None else part["index"]})
-                    used += 1
+                if part["type"] == "image" and role == "user":
+                    index = images if part.get("index") is None else part["index"]
+                    messages[-1]["content"].append({"type": "image", "index": index})
+                    images += 1
+                elif part["type"] == "text":
+                    messages[-1]["content"].append({"type": "text", "text": part["text"] + ""})
                 else:
-                    parts.append({"type": {"text": "text"}[part["type"]], "text": part["text"] + ""})
-            if role != "user" and any(p["type"] == "image" for p in parts):
-                raise BadRow(f"image in a turn of the {role}: images belong to the user's turns")
-            if role == "assistant" and not "".join(p["text"] for p in parts).strip():
+                    raise BadRow(f"{part['type']} in a turn of the {role}: known are text, and images in the user's turns")
+            if role == "assistant" and not text_of(messages[-1]).strip():
                 raise BadRow("empty answer: a turn of the assistant says nothing")
-            messages.append({"role": role, "content": parts})
     except (KeyError, TypeError, AttributeError) as e:
         raise BadRow(f"malformed row: {type(e).__name__} {e}; the README shows both formats") from e
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow("no answer: the row has no turn of the assistant, nothing to learn")
     return messages
+
+
+def text_of(message):
+    """The words of a message, without its images."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def image_cells(row, folder):
@@ -263,27 +262,24 @@ def load_image(cell):
 
 
 def read_rows(name, split, settings):
-    """Rows of a hub id, a folder, a saved data set or a file, numbered in `row`. For split None the split "test", or
-    None where there is none. Raises SystemExit."""
-    path, test = Path(name), split is None
-    if test and path.suffix in (".json", ".jsonl", ".parquet"):
-        return None
+    """One split of a hub id, a folder, a saved data set or a file (whose only split is train), its rows numbered in `row`;
+    None for split None where there is no split "test". Raises SystemExit."""
+    path = Path(name)
     try:
         if path.suffix in (".json", ".jsonl"):  # read in one piece, or types that differ between pieces clash
-            data = datasets.load_dataset("json", data_files=name, split="train", chunksize=path.stat().st_size + 1)
+            data = datasets.load_dataset("json", data_files=name, chunksize=path.stat().st_size + 1)
         elif path.suffix == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=name, split="train")
+            data = datasets.load_dataset("parquet", data_files=name)
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             data = datasets.load_from_disk(name)
-            data = data.get("test") if test and isinstance(data, dict) else data[split] if isinstance(data, dict) else data
         else:
-            where = dict(name=settings.dataset_config, revision=settings.dataset_revision)
-            there = datasets.get_dataset_split_names(name, settings.dataset_config, revision=settings.dataset_revision)
-            data = None if test and "test" not in there else datasets.load_dataset(name, split=split or "test", **where)
-    except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name} (split {split or 'test'}): {e.__cause__ or e or 'it is empty'}")
-    if data is None:
-        return None
+            data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
+        fail(f"cannot read {name}: {e.__cause__ or e or 'it is empty'}")
+    data = data if isinstance(data, dict) else {"train": data}
+    if (split or "test") not in data:
+        return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
+    data = data[split or "test"]
     for column in {"image", "images"} & set(data.column_names):
         if "Image(" in str(kind := data.features[column]):  # not decoded before the collator, where the row can be named
             cell = datasets.Image(decode=False)
@@ -373,32 +369,32 @@ class Collator:
                                         tokenizer.backend_tokenizer.to_str(), Path(__file__).read_text()])  # fmt: skip
 
     def read(self, row):
-        """A row -> (messages for the chat template, PIL images in the order of their markers). Raises BadRow."""
+        """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
         messages, cells = normalize(row), image_cells(row, self.folder)
         parts = [part for message in messages for part in message["content"]]
-        for text in (part["text"] for part in parts if part["type"] == "text"):
-            if found := [token for token in self.control if token in text]:
-                raise BadRow(f"control token: {found[0]} is typed in a text and would become a real one; take it out")
-        used = [part["index"] for part in parts if part["type"] == "image"]
-        if sorted(used) != list(range(len(cells))):
+        if sorted(used := [p["index"] for p in parts if p["type"] == "image"]) != list(range(len(cells))):
             raise BadRow(f"images do not match: {len(used)} <image> markers (indices {used}), {len(cells)} images")
-        return messages, [load_image(cells[n]) for n in used]
+        for part in parts:
+            if part["type"] == "image":
+                part["image"] = load_image(cells[part["index"]])
+            elif found := [token for token in self.control if token in part["text"]]:
+                raise BadRow(f"control token: {found[0]} is typed in a text and would become a real one; take it out")
+        return messages
 
-    def tokenize(self, conversations, images=None, prompt=False):
-        """Lists of messages and of their images -> the processor's batch; with `prompt`, ready to generate."""
+    def tokenize(self, conversations, prompt=False):
+        """Lists of messages -> the processor's batch; with `prompt`, ready to generate the next answer."""
         return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=True, return_dict=True,
-                                                  processor_kwargs={"images": images, "padding": True, "return_tensors": "pt"})  # fmt: skip
+                                                  return_tensors="pt", processor_kwargs={"padding": True})  # fmt: skip
 
     def learned(self, messages):
         """Which tokens of a conversation are trained, image tokens left out: a list of bools. Raises BadRow."""
+        tokenizer = self.processor.tokenizer
 
         def words(messages, prompt=False):
             text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-            again = text.startswith(tokenizer.bos_token or "\0")  # as the processor does: no second BOS
-            ids = tokenizer(text, add_special_tokens=not again)["input_ids"]
-            return [i for i in ids if i != self.processor.image_token_id]
+            bos = text.startswith(tokenizer.bos_token or "\0")  # then there is no second one, as in the processor
+            return [i for i in tokenizer(text, add_special_tokens=not bos)["input_ids"] if i != self.processor.image_token_id]
 
-        tokenizer = self.processor.tokenizer
         try:
             tokens = words(messages)
             learned = [self.settings.train_on == "all"] * len(tokens)
@@ -413,32 +409,26 @@ class Collator:
         return learned
 
     def __call__(self, rows):
-        conversations, images, learned = [], [], []
+        conversations, learned = [], []
         for row in rows:
             try:
-                for values, value in zip((conversations, images), self.read(row)):
-                    values.append(value)
+                conversations.append(self.read(row))
                 learned.append(torch.tensor(self.learned(conversations[-1])))
             except BadRow as e:
                 raise BadRow(f"row {row.get('row', '?')}: {e}") from e
-        batch = self.tokenize(conversations, images)
+        batch = self.tokenize(conversations)
         words = batch["attention_mask"].bool() & (batch["input_ids"] != self.processor.image_token_id)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         batch["labels"][words] = batch["input_ids"][words].where(torch.cat(learned), -100)
         return batch
 
     def questions(self, row):
-        """A row -> [(messages up to a question, their images, the question, the right answer)], one per assistant turn."""
-        messages, images = self.read(row)
-        said = [" ".join(p["text"] for p in m["content"] if p["type"] == "text") for m in messages]
-        seen = list(itertools.accumulate(sum(p["type"] == "image" for p in m["content"]) for m in messages))
-        turns = (n for n, m in enumerate(messages) if m["role"] == "assistant")
-        return [(messages[:n], images[: seen[n]], said[n - 1] if n else "", said[n]) for n in turns]
+        """A row -> [(messages up to a question, the right answer)], one for each turn of the assistant."""
+        messages = self.read(row)
+        return [(messages[:n], text_of(m)) for n, m in enumerate(messages) if m["role"] == "assistant"]
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-
-
 def load_model(settings, training):
     """The base model, frozen: language model in NF4 where asked, everything else in bf16 / fp16 (float32 on a CPU)."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
@@ -473,8 +463,6 @@ def lora_config(settings):
 
 
 # ------------------------------------------------------------------------------------------------------------ report
-
-
 def marked(batch, processor):
     """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
     out, words = [], batch["attention_mask"][0].bool()
@@ -496,27 +484,25 @@ class Samples(TrainerCallback):
         """Greedy answers to the last question of the first `sample_rows` rows, on the first process, in eval mode."""
         if not state.is_world_process_zero:
             return
-        settings, out, folder = self.collator.settings, [], Path(args.output_dir, "samples")
+        settings, folder = self.collator.settings, Path(args.output_dir, "samples")
+        text = f"\n## Step {state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
         folder.mkdir(parents=True, exist_ok=True)
         for row in self.trainer.eval_dataset.select(range(min(settings.sample_rows, len(self.trainer.eval_dataset)))):
-            messages, images, asked, right = self.collator.questions(row)[-1]
-            batch = self.collator.tokenize([messages], [images], prompt=True).to(model.device)
-            with torch.no_grad(), self.trainer.accelerator.autocast():
-                ids = model.generate(**batch, max_new_tokens=settings.sample_tokens, do_sample=False, use_cache=True)
-            said = self.collator.processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for n, image in enumerate(images):
-                ImageOps.contain(image, (224, 224)).save(folder / f"{row['row']}-{n}.png")
-            pictures = " ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(images)))
-            cells = (" ".join(cell.replace("|", "\\|").split()) for cell in (pictures, asked, right, said))
-            out.append(f"| {' | '.join(cells)} |\n")
-        head = f"\n## Step {state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
+            messages, right = self.collator.questions(row)[-1]
+            batch = self.collator.tokenize([messages], prompt=True).to(model.device)
+            with torch.no_grad(), self.trainer.accelerator.autocast():  # no max_length: the model's own would only warn
+                ids = model.generate(**batch, max_new_tokens=settings.sample_tokens, max_length=None, do_sample=False, use_cache=True)
+            answer = self.collator.processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            cells = ["", text_of(messages[-1]), right, answer]
+            for n, part in enumerate(part for m in messages for part in m["content"] if part["type"] == "image"):
+                ImageOps.contain(part["image"], (224, 224)).save(folder / f"{row['row']}-{n}.png")
+                cells[0] += f"![](samples/{row['row']}-{n}.png) "
+            text += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
         with open(Path(args.output_dir, "samples.md"), "a", encoding="utf-8") as file:
-            file.write(head + "".join(out))
+            file.write(text)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
-
-
 def checkpoint_to_resume(training):
     """Path of the checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises
     SystemExit where output_dir holds a run that may not be overwritten, or one with other settings."""
@@ -559,14 +545,15 @@ def main(argv=None):
 
     trainer = SFTTrainer(load_model(settings, training), training, collator, train, held_out, processor,
                          peft_config=lora_config(settings))  # fmt: skip
-    counts = Counter()
-    for name, p in trainer.model.named_parameters():
-        part = next((x for x in ("vision_tower", "multi_modal_projector", "language_model", "lm_head") if x in name), "other")
-        packed = type(p).__name__ == "Params4bit"  # two parameters in a byte
-        counts.update({(part, "all"): p.numel() * (1 + packed), (part, "4bit"): p.numel() * 2 * packed})
+    for p in trainer.model.parameters():
         if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
             p.data = p.data.float()
-            counts[part, "trained"] += p.numel()
+    for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head"):
+        own = [p for name, p in trainer.model.named_parameters() if part in name]
+        packed = sum(2 * p.numel() for p in own if type(p).__name__ == "Params4bit")  # two in a byte
+        rest = sum(p.numel() for p in own if type(p).__name__ != "Params4bit")
+        trained = sum(p.numel() for p in own if p.requires_grad)
+        say(f"{part:22s}{trained:>14,} of {rest + packed:>14,} parameters trained, {packed:>14,} in 4-bit")
     tower = next(m for n, m in trainer.model.named_modules() if n.endswith("vision_tower"))
     tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
     if held_out is not None and settings.sample_rows:
@@ -574,9 +561,6 @@ def main(argv=None):
 
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     epochs = training.max_steps * batch / len(train) if training.max_steps > 0 else training.num_train_epochs
-    for part in dict.fromkeys(part for part, _ in counts):
-        n = [counts[part, x] for x in ("trained", "all", "4bit")]
-        say(f"{part:22s}{n[0]:>14,} of {n[1]:>14,} parameters trained, {n[2]:>14,} in 4-bit")
     say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {batch} rows a step, {epochs:.2f} epochs, "
         f"{f'going on from {checkpoint}' if checkpoint else 'from the start'}")  # fmt: skip
 
