@@ -11,11 +11,10 @@
     python sft_llava.py --dataset_name train.json --image_folder images   # your own LLaVA JSON
     python sft_llava.py --model_name_or_path llava-hf/llava-v1.6-mistral-7b-hf --max_length 4096
     accelerate launch --num_processes 4 sft_llava.py                      # several GPUs, DDP
-    python sft_llava.py --config llava-lora/settings.yaml                 # the same run again; started twice, it resumes
+    python sft_llava.py --config llava-lora/settings.yaml                 # the same again; after a crash it resumes
 
-Rows are `messages` (content = a list of {type: text | image, text, index}) + `images`, or LLaVA JSON (`image`,
-`conversations` with <image> markers). Trained are the assistant's words and the EOS that ends each answer, nothing else.
-Every setting below is a flag; `docs/sft_llava.md` tells which ones matter and what each logged metric means.
+Trained are the assistant's words and the EOS that ends each answer, nothing else. Every setting below is a flag;
+docs/sft_llava.md tells which ones matter, what data looks like and what each logged metric means.
 """
 
 import io
@@ -32,19 +31,17 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
-from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from peft import LoraConfig
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerCallback, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-# ---------------------------------------------------------------------------------------------------------- settings
+
 @dataclass
 class Settings:
     """What is trained on what: model, data, adapter, quantization."""
 
-    # fmt: off
     model_name_or_path: str = field(default="llava-hf/llava-1.5-7b-hf", metadata={"help": "LLaVA-1.5 or LLaVA-NeXT: hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated."})
     dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
@@ -67,14 +64,12 @@ class Settings:
     train_projector: bool = field(default=False, metadata={"help": "Train the projector too, in full: for pictures unlike photographs."})
     sample_rows: int = field(default=4, metadata={"help": "Answer so many held-out rows at each evaluation, into samples.md. 0: none."})
     sample_tokens: int = field(default=128, metadata={"help": "Longest answer in samples.md, in tokens."})
-    # fmt: on
 
 
 @dataclass
 class Training(SFTConfig):
     """TRL's SFTConfig with this recipe's defaults; docs/sft_llava.md says why where they differ from the 2024 post."""
 
-    # fmt: off
     output_dir: str = field(default="llava-lora", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
     resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: start anew. Or a path."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
@@ -95,25 +90,22 @@ class Training(SFTConfig):
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode images while the GPU works."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
+    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations: far less memory, about a third slower."})
     bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
-    # fmt: on
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = torch.cuda.is_available() and not self.bf16
-        if self.activation_checkpointing is None:  # the new name of what SFTConfig still sets by the old one
-            self.activation_checkpointing = self.gradient_checkpointing
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.dataset_kwargs = {"skip_prepare_dataset": True}  # the collator does it, for text-only data sets too
         super().__post_init__()
 
 
-# Inherited from SFTConfig, but this recipe's collator or loader would ignore them, or they would break a promise.
+# Inherited, but the collator or loader would ignore them, they would break a promise, or have a new name (gradient_... is
+# activation_checkpointing); and those that may change when a run is taken up again without making it another run.
 REFUSED = """packing padding_free eval_packing assistant_only_loss completion_only_loss dataset_text_field truncation_mode
 shuffle_dataset pad_to_multiple_of chat_template_path eos_token pad_token model_init_kwargs trust_remote_code save_only_model
-remove_unused_columns deepspeed fsdp do_train do_eval do_predict""".split()
-# May change when a run is taken up again without making it another run.
+remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval do_predict""".split()
 FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
 dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens""".split()
 
@@ -146,26 +138,25 @@ def parse(argv=None):
 
 def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    if not training.use_cpu and training.device.type == "cpu":
-        fail("no GPU found. This recipe needs one (24 GB for a 7B model); --use_cpu runs on the CPU, for tiny models")
-    if training.n_gpu > 1:
-        fail(f"{training.n_gpu} GPUs, one process. All of them: accelerate launch --num_processes {training.n_gpu} sft_llava.py; "
-             "one: CUDA_VISIBLE_DEVICES=0 python sft_llava.py")  # fmt: skip
-    if settings.lora_r < 0 or not 0 <= settings.eval_fraction < 1 or settings.max_eval_rows < 1:
-        fail("--lora_r must be 0 or more, --eval_fraction from 0 to below 1, --max_eval_rows at least 1")
-    if settings.lora_r == 0 and settings.load_in_4bit:
-        fail("--lora_r 0 trains the language model itself, and 4-bit weights cannot be trained: add --load_in_4bit false")
-    if settings.lora_r == 0 and settings.use_dora:
-        fail("--use_dora is a kind of adapter, --lora_r 0 means none: give --lora_r 16, or leave --use_dora out")
+    gpus, full = training.n_gpu, settings.lora_r == 0
+    for wrong, message in (
+        (not training.use_cpu and training.device.type == "cpu", "no GPU found (a 7B needs 24 GB); for tiny models: --use_cpu"),
+        (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} sft_llava.py. One: CUDA_VISIBLE_DEVICES=0"),
+        (settings.lora_r < 0 or settings.max_eval_rows < 1, "--lora_r must be 0 or more, --max_eval_rows at least 1"),
+        (not 0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1"),
+        (full and settings.load_in_4bit, "--lora_r 0 trains the language model, but 4-bit weights cannot be: --load_in_4bit false"),
+        (full and settings.use_dora, "--use_dora is a kind of adapter and --lora_r 0 means none: give --lora_r 16 or drop --use_dora"),
+    ):
+        if wrong:
+            fail(message)
 
 
-# --------------------------------------------------------------------------------------------------------- processor
 # Put before a chat template that ends no answer with EOS (LLaVA-1.5's ends none: trained so, a model never learns to
 # stop). It becomes part of the saved processor, so that a second turn at inference sees what training saw.
-ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.role != 'assistant' -%}
-{%- set eos.messages = eos.messages + [m] -%}{%- else -%}{%- set eos.messages = eos.messages + [{'role': m.role,
-'content': m.content + eos_token if m.content is string else m.content[:-1] + [{'type': 'text',
-'text': m.content[-1].text + eos_token}]}] -%}{%- endif -%}{%- endfor -%}{%- set messages = eos.messages -%}"""
+ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set m = {
+'role': m.role, 'content': m.content + eos_token if m.content is string else m.content[:-1] + [{'type': 'text', 'text':
+m.content[-1].text + eos_token}]} -%}{%- endif -%}{%- set eos.messages = eos.messages + [m] -%}{%- endfor -%}
+{%- set messages = eos.messages -%}"""
 
 
 def load_processor(settings):
@@ -174,9 +165,8 @@ def load_processor(settings):
         processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
     except (OSError, ValueError) as e:
         fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
-    if type(processor).__name__ not in ("LlavaProcessor", "LlavaNextProcessor") or not processor.chat_template:
-        fail(f"{settings.model_name_or_path} has a {type(processor).__name__} {'with' if processor.chat_template else 'without'} "
-             "chat template; this recipe trains LLaVA-1.5 and LLaVA-NeXT, whose processor has one")  # fmt: skip
+    if (kind := type(processor).__name__) not in ("LlavaProcessor", "LlavaNextProcessor") or not processor.chat_template:
+        fail(f"{settings.model_name_or_path}: {kind}, chat template: {processor.chat_template}. Needed is LLaVA-1.5 or -NeXT, with one")
     turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
     prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
     if processor.tokenizer.eos_token not in processor.apply_chat_template(turns).removeprefix(prompt):
@@ -186,25 +176,20 @@ def load_processor(settings):
     return processor
 
 
-# -------------------------------------------------------------------------------------------------------------- data
 class BadRow(ValueError):
     """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
 
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
 def normalize(row):
-    """A row of either format -> messages whose content is a list of parts {"type", "text" | "index"}, an image part with
-    the index of its image. Raises BadRow where the structure is not right."""
+    """A row of either format -> messages, their content lists of {"type", "text" | "index" of the image}. Raises BadRow."""
     llava, messages, images = row.get("conversations") is not None, [], 0
     if not llava and row.get("messages") is None:
         raise BadRow(f"missing column: needed are messages + images, or conversations + image; there are {', '.join(row)}")
     try:
         for turn in row["conversations" if llava else "messages"]:
             name, content = (turn["from"], turn["value"]) if llava else (turn["role"], turn["content"])
-            if (role := ROLES.get(name)) is None:
-                raise BadRow(f"unknown role: {name!r}; known are {', '.join(ROLES)}")
+            if (role := {"human": "user", "gpt": "assistant"}.get(name, name)) not in ("user", "assistant", "system"):
+                raise BadRow(f"unknown role: {name!r}; known are human or user, gpt or assistant, system")
             if isinstance(content, str):  # LLaVA JSON marks images inside the user's text
                 pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
@@ -244,8 +229,7 @@ def image_cells(row, folder):
 def load_image(cell):
     """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image."""
     try:
-        image = io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell
-        image = image if isinstance(image, Image.Image) else Image.open(image)
+        image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
@@ -253,8 +237,7 @@ def load_image(cell):
             scale = 257 if grey.max() > 255 else 1 / 255 if image.mode == "F" and grey.max() <= 1 else 1
             image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
         where = (cell.get("path") or "its bytes") if isinstance(cell, dict) else cell
@@ -262,14 +245,12 @@ def load_image(cell):
 
 
 def read_rows(name, split, settings):
-    """One split of a hub id, a folder, a saved data set or a file (whose only split is train), its rows numbered in `row`;
-    None for split None where there is no split "test". Raises SystemExit."""
-    path = Path(name)
+    """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
+    `test`, or None where there is none. Raises SystemExit."""
+    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     try:
-        if path.suffix in (".json", ".jsonl"):  # read in one piece, or types that differ between pieces clash
-            data = datasets.load_dataset("json", data_files=name, chunksize=path.stat().st_size + 1)
-        elif path.suffix == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=name)
+        if kind := kinds.get(path.suffix):  # JSON in one piece, or types that differ between pieces clash
+            data = datasets.load_dataset(kind, data_files=name, **{"chunksize": path.stat().st_size + 1} if kind == "json" else {})
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             data = datasets.load_from_disk(name)
         else:
@@ -279,11 +260,9 @@ def read_rows(name, split, settings):
     data = data if isinstance(data, dict) else {"train": data}
     if (split or "test") not in data:
         return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
-    data = data[split or "test"]
-    for column in {"image", "images"} & set(data.column_names):
-        if "Image(" in str(kind := data.features[column]):  # not decoded before the collator, where the row can be named
-            cell = datasets.Image(decode=False)
-            data = data.cast_column(column, datasets.List(cell) if isinstance(kind, datasets.List) else cell)
+    data, cell = data[split or "test"], datasets.Image(decode=False)  # the collator decodes: it can name the row
+    for column in [c for c in ("image", "images") if "Image(" in str(data.features.get(c))]:
+        data = data.cast_column(column, cell if isinstance(data.features[column], datasets.Image) else datasets.List(cell))
     return data.remove_columns(list({"row", "length"} & set(data.column_names))).add_column("row", range(len(data)))
 
 
@@ -291,7 +270,7 @@ def check_rows(data, name, collator, training):
     """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
     Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
 
-    def attempt(row):
+    def attempt(row, version):
         try:
             return {"problem": None, "length": collator([row])["input_ids"].shape[1]}
         except BadRow as e:
@@ -299,55 +278,41 @@ def check_rows(data, name, collator, training):
 
     if len(data) == 0:
         fail(f"{name} is empty: there is nothing to train on")
-    pictures = data.select_columns([c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])])
-    files = {c for row in pictures for c in image_cells(row, collator.folder) if isinstance(c, str) and os.path.exists(c)}
-    stats = sorted((f, os.stat(f).st_mtime_ns) for f in files)  # a file changed on disk is checked again
-    key = Hasher.hash([data._fingerprint, stats, collator.fingerprint])
-    cache = Path(datasets.config.HF_DATASETS_CACHE, f"sft_llava-{key}.arrow")
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
+    files = {c for row in data.select_columns(own) for c in image_cells(row, collator.folder) if isinstance(c, str)}
+    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # a changed file is checked again
     columns = datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64"))
-    workers = (training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None
     with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(attempt, num_proc=workers, remove_columns=data.column_names, features=columns, new_fingerprint=key,
-                         cache_file_name=str(cache), desc=f"Checking {name}")  # fmt: skip
-    limit = training.max_length or float("inf")
-    bad = {n: p for n, p in enumerate(found["problem"]) if p}
-    long = {n: f"too long: {length} tokens" for n, length in enumerate(found["length"]) if length > limit}
-    for problems, policy, remedy in (
-        (bad, collator.settings.on_bad_rows, "Mend them (rows count from 0), or train without them: --on_bad_rows skip"),
-        (long, collator.settings.on_long_rows, f"Raise --max_length (now {limit}), or train without them: --on_long_rows drop"),
-    ):
-        counts = ", ".join(f"{n} x {what}" for what, n in Counter(p.split(":")[0] for p in problems.values()).most_common())
-        report = [f"{len(problems)} of {len(data)} rows of {name} cannot be trained on: {counts}"]
-        for n, problem in [*problems.items()][:20]:
-            row = data[n]
-            report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problem}")
-        report += [f"  ... and {len(problems) - 20} more"] * (len(problems) > 20)
-        if problems and policy == "stop":
-            fail("\n".join([*report, remedy]))
-        if problems:
-            PartialState().print("left out:", "\n".join(report))
-    keep = [n for n in range(len(data)) if n not in bad and n not in long]
-    if not keep:
-        fail(f"no row of {name} is left: {len(bad)} bad, {len(long)} longer than --max_length {limit}")
-    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(keep)
+        found = data.map(attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, features=columns,
+                         num_proc=(training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None, desc=f"Checking {name}")
+    limit, settings = training.max_length or float("inf"), collator.settings
+    problems = [p or f"too long: {n} tokens, --max_length is {limit}" * (n > limit) for p, n in zip(found["problem"], found["length"])]
+    bad = [n for n, problem in enumerate(problems) if problem]
+    counts = Counter(problems[n].split(":")[0] for n in bad)
+    report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
+    for row, n in zip(data.select(bad[:20]), bad):
+        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problems[n]}")
+    report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
+    if settings.on_bad_rows == "stop" and len(bad) > counts["too long"]:
+        fail("\n".join([*report, "Mend them (rows count from 0), or train without them: --on_bad_rows skip"]))
+    if settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
+        fail("\n".join([*report, "Raise --max_length, or train without them: --on_long_rows drop"]))
+    PartialState().print("\n".join(["left out:", *report] if bad else []), end="\n" * bool(bad))
+    good = [n for n, problem in enumerate(problems) if not problem]
+    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
 
 
 def load_data(settings, training):
     """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
     collator = Collator(load_processor(settings), settings, training)
     train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
-    if settings.eval_dataset_name:
-        held_out = read_rows(settings.eval_dataset_name, settings.dataset_test_split or settings.dataset_train_split, settings)
-    else:
-        held_out = read_rows(settings.dataset_name, settings.dataset_test_split, settings)
+    split = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None)
+    held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
     if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
         held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
         held_out = check_rows(held_out, "the evaluation data", collator, training)
     train = check_rows(train, settings.dataset_name, collator, training)
-    if held_out is None and settings.eval_fraction > 0:
-        if len(train) < 2:
-            fail("one row cannot be split into training and evaluation: add rows, or --eval_fraction 0")
+    if held_out is None and settings.eval_fraction > 0 and len(train) > 1:
         train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
         held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows)))
     return train, held_out
@@ -356,17 +321,13 @@ def load_data(settings, training):
 class Collator:
     """Rows of either format -> input_ids, attention_mask, labels (B, L), pixel_values (and image_sizes for LLaVA-NeXT).
 
-    Labels are -100 everywhere but on the answers and the EOS that ends each (`train_on` all: but on text). An answer
-    begins where the prompt ends that inference would use, and a row whose tokens do not begin with exactly that prompt
-    is refused. Padded on the tokenizer's side. Raises BadRow, which names the row and what is wrong with it.
-    """
+    Labels are -100 but on the answers and the EOS that ends each (`train_on` all: but on text). An answer begins where the
+    prompt of inference ends; a row that does not begin with the very tokens of that prompt is refused. Raises BadRow."""
 
     def __init__(self, processor, settings, training):
         self.processor, self.settings, tokenizer = processor, settings, processor.tokenizer
         self.folder = os.path.abspath(settings.image_folder or Path(settings.dataset_name).parent)
         self.control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {processor.image_token}
-        self.fingerprint = Hasher.hash([processor.chat_template, processor.image_processor.to_dict(), self.folder,
-                                        tokenizer.backend_tokenizer.to_str(), Path(__file__).read_text()])  # fmt: skip
 
     def read(self, row):
         """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
@@ -384,28 +345,24 @@ class Collator:
     def tokenize(self, conversations, prompt=False):
         """Lists of messages -> the processor's batch; with `prompt`, ready to generate the next answer."""
         return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=True, return_dict=True,
-                                                  return_tensors="pt", processor_kwargs={"padding": True})  # fmt: skip
+                                                  return_tensors="pt", processor_kwargs={"padding": True})
+
+    def words(self, messages, prompt=False):
+        """Token ids of a conversation, as the processor makes them, but without its image tokens."""
+        text, tokenizer = self.processor.apply_chat_template(messages, add_generation_prompt=prompt), self.processor.tokenizer
+        bos = not text.startswith(tokenizer.bos_token or "\0")  # never a second one
+        return [i for i in tokenizer(text, add_special_tokens=bos)["input_ids"] if i != self.processor.image_token_id]
 
     def learned(self, messages):
-        """Which tokens of a conversation are trained, image tokens left out: a list of bools. Raises BadRow."""
-        tokenizer = self.processor.tokenizer
-
-        def words(messages, prompt=False):
-            text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-            bos = text.startswith(tokenizer.bos_token or "\0")  # then there is no second one, as in the processor
-            return [i for i in tokenizer(text, add_special_tokens=not bos)["input_ids"] if i != self.processor.image_token_id]
-
-        try:
-            tokens = words(messages)
-            learned = [self.settings.train_on == "all"] * len(tokens)
-            for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
-                prompt = words(messages[:n], prompt=True)
-                if tokens[: len(prompt)] != prompt:
-                    raise BadRow(f"turn {n}: the answer's first characters change the tokens of the prompt; begin it otherwise")
-                end = tokens.index(tokenizer.eos_token_id, len(prompt)) + 1
-                learned[len(prompt) : end] = [True] * (end - len(prompt))
-        except TemplateError as e:
-            raise BadRow(f"order of turns: the chat template says {e}") from e
+        """Which of the words of a conversation are trained: a list of bools. Raises BadRow, or the template's TemplateError."""
+        tokens = self.words(messages)
+        learned = [self.settings.train_on == "all"] * len(tokens)
+        for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
+            prompt = self.words(messages[:n], prompt=True)
+            if tokens[: len(prompt)] != prompt:
+                raise BadRow(f"turn {n}: the answer's first characters change the tokens of the prompt; begin it otherwise")
+            end = tokens.index(self.processor.tokenizer.eos_token_id, len(prompt)) + 1
+            learned[len(prompt) : end] = [True] * (end - len(prompt))
         return learned
 
     def __call__(self, rows):
@@ -414,35 +371,25 @@ class Collator:
             try:
                 conversations.append(self.read(row))
                 learned.append(torch.tensor(self.learned(conversations[-1])))
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
+            except (BadRow, TemplateError) as e:
+                raise BadRow(f"row {row.get('row', '?')}: {'' if isinstance(e, BadRow) else 'order of turns: '}{e}") from e
         batch = self.tokenize(conversations)
         words = batch["attention_mask"].bool() & (batch["input_ids"] != self.processor.image_token_id)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         batch["labels"][words] = batch["input_ids"][words].where(torch.cat(learned), -100)
         return batch
 
-    def questions(self, row):
-        """A row -> [(messages up to a question, the right answer)], one for each turn of the assistant."""
-        messages = self.read(row)
-        return [(messages[:n], text_of(m)) for n, m in enumerate(messages) if m["role"] == "assistant"]
 
-
-# ------------------------------------------------------------------------------------------------------------- model
 def load_model(settings, training):
     """The base model, frozen: language model in NF4 where asked, everything else in bf16 / fp16 (float32 on a CPU)."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     # The list replaces bitsandbytes' own, so lm_head is named again; the names count from the start of the full path.
     keep = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep)  # fmt: skip
+                             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep)
     model = AutoModelForImageTextToText.from_pretrained(
-        settings.model_name_or_path,
-        revision=settings.model_revision,
-        dtype=dtype,
-        device_map={"": training.device},
-        quantization_config=nf4 if settings.load_in_4bit else None,  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
-    )
+        settings.model_name_or_path, revision=settings.model_revision, dtype=dtype, device_map={"": training.device},
+        quantization_config=nf4 if settings.load_in_4bit else None)  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
             module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
@@ -459,10 +406,9 @@ def lora_config(settings):
     return None if settings.lora_r == 0 else LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, use_dora=settings.use_dora,
         target_modules=r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj", task_type="CAUSAL_LM",
-        modules_to_save=["multi_modal_projector"] if settings.train_projector else None)  # fmt: skip
+        modules_to_save=["multi_modal_projector"] if settings.train_projector else None)
 
 
-# ------------------------------------------------------------------------------------------------------------ report
 def marked(batch, processor):
     """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
     out, words = [], batch["attention_mask"][0].bool()
@@ -474,41 +420,39 @@ def marked(batch, processor):
     return "".join(out)
 
 
-class Samples(TrainerCallback):
-    """After each evaluation, the answers to a few held-out rows beside the right ones, appended to samples.md."""
+class Trainer(SFTTrainer):
+    """SFTTrainer that after each evaluation answers a few held-out rows, beside the right answers, in samples.md."""
 
-    def __init__(self, trainer, collator):
-        self.trainer, self.collator = trainer, collator
-
-    def on_evaluate(self, args, state, control, model, **kwargs):
-        """Greedy answers to the last question of the first `sample_rows` rows, on the first process, in eval mode."""
-        if not state.is_world_process_zero:
-            return
-        settings, folder = self.collator.settings, Path(args.output_dir, "samples")
-        text = f"\n## Step {state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
-        folder.mkdir(parents=True, exist_ok=True)
-        for row in self.trainer.eval_dataset.select(range(min(settings.sample_rows, len(self.trainer.eval_dataset)))):
-            messages, right = self.collator.questions(row)[-1]
-            batch = self.collator.tokenize([messages], prompt=True).to(model.device)
-            with torch.no_grad(), self.trainer.accelerator.autocast():  # no max_length: the model's own would only warn
-                ids = model.generate(**batch, max_new_tokens=settings.sample_tokens, max_length=None, do_sample=False, use_cache=True)
-            answer = self.collator.processor.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            cells = ["", text_of(messages[-1]), right, answer]
+    def evaluate(self, *args, **kwargs):
+        """As Trainer.evaluate; the first process then answers the last question of the first `sample_rows` rows."""
+        metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
+        rows = self.eval_dataset.select(range(min(collator.settings.sample_rows, len(self.eval_dataset))))
+        if len(rows) == 0 or not self.is_world_process_zero():
+            return metrics
+        text = f"\n## Step {self.state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            messages = collator.read(row)
+            last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+            batch = collator.tokenize([messages[:last]], prompt=True).to(self.model.device)
+            with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
+                ids = self.model.generate(**batch, max_new_tokens=collator.settings.sample_tokens, max_length=None,
+                                          do_sample=False, use_cache=True)[0, batch["input_ids"].shape[1] :]
+            cells = ["", text_of(messages[last - 1]), text_of(messages[last]), collator.processor.decode(ids, skip_special_tokens=True)]
             for n, part in enumerate(part for m in messages for part in m["content"] if part["type"] == "image"):
-                ImageOps.contain(part["image"], (224, 224)).save(folder / f"{row['row']}-{n}.png")
+                ImageOps.contain(part["image"], (224, 224)).save(out / f"samples/{row['row']}-{n}.png")
                 cells[0] += f"![](samples/{row['row']}-{n}.png) "
             text += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
-        with open(Path(args.output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        with open(out / "samples.md", "a", encoding="utf-8") as file:
             file.write(text)
+        return metrics
 
 
-# -------------------------------------------------------------------------------------------------------------- main
 def checkpoint_to_resume(training):
-    """Path of the checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises
-    SystemExit where output_dir holds a run that may not be overwritten, or one with other settings."""
+    """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
     out, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    # Trainer writes trainer_state.json last: without it a checkpoint was cut off half-way, and is passed over.
     found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
+    # Trainer writes trainer_state.json last: without it a checkpoint was cut off half-way, and is passed over.
     whole = sorted((c for c in found if (c / "trainer_state.json").exists()), key=lambda c: int(c.name[11:]))
     finished = (out / "trainer_state.json").exists()
     if wanted not in ("auto", "false"):
@@ -521,8 +465,8 @@ def checkpoint_to_resume(training):
         old, new = yaml.safe_load((out / "settings.yaml").read_text()), training.given
         changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]
         if changes:
-            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or take it up "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")  # fmt: skip
+            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
+                 "all the same with --resume_from_checkpoint CHECKPOINT")
     if finished:
         PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
         sys.exit(0)
@@ -543,27 +487,23 @@ def main(argv=None):
     collator = Collator(processor, settings, training)
     say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
 
-    trainer = SFTTrainer(load_model(settings, training), training, collator, train, held_out, processor,
-                         peft_config=lora_config(settings))  # fmt: skip
+    trainer = Trainer(load_model(settings, training), training, collator, train, held_out, processor,
+                      peft_config=lora_config(settings))
     for p in trainer.model.parameters():
         if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
             p.data = p.data.float()
     for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head"):
-        own = [p for name, p in trainer.model.named_parameters() if part in name]
-        packed = sum(2 * p.numel() for p in own if type(p).__name__ == "Params4bit")  # two in a byte
-        rest = sum(p.numel() for p in own if type(p).__name__ != "Params4bit")
-        trained = sum(p.numel() for p in own if p.requires_grad)
-        say(f"{part:22s}{trained:>14,} of {rest + packed:>14,} parameters trained, {packed:>14,} in 4-bit")
-    tower = next(m for n, m in trainer.model.named_modules() if n.endswith("vision_tower"))
+        own = [(p, type(p).__name__ == "Params4bit") for name, p in trainer.model.named_parameters() if part in name]
+        packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
+        count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
+        say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
+    tower = next(m for name, m in trainer.model.named_modules() if name.endswith("vision_tower"))
     tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
-    if held_out is not None and settings.sample_rows:
-        trainer.add_callback(Samples(trainer, collator))
-
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    epochs = training.max_steps * batch / len(train) if training.max_steps > 0 else training.num_train_epochs
-    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {batch} rows a step, {epochs:.2f} epochs, "
-        f"{f'going on from {checkpoint}' if checkpoint else 'from the start'}")  # fmt: skip
-
+    loop = -(-len(train) // (training.train_batch_size * training.world_size))  # batches in an epoch, on each GPU
+    steps = training.max_steps if training.max_steps > 0 else training.num_train_epochs * -(-loop // training.gradient_accumulation_steps)
+    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps:.0f} steps of {batch} rows, "
+        f"{steps * batch / len(train):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         Path(training.output_dir, "settings.yaml").write_text(yaml.safe_dump(training.given, sort_keys=False))
@@ -571,6 +511,8 @@ def main(argv=None):
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
+    if held_out is not None and not any("eval_loss" in entry for entry in trainer.state.log_history):
+        trainer.evaluate()  # a run shorter than eval_steps
     trainer.save_model()
     trainer.save_state()  # last: its presence says that the run is finished
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log), samples.md")

@@ -49,7 +49,6 @@ CHAT_TEMPLATE = (
 
 # ---------------------------------------------------------------- what is said
 
-CAPTION_PROMPTS = {1: "Describe the picture.", 2: "Describe the pictures."}
 QUESTIONS = {  # kind -> its phrasings; {} is a digit in words
     "digit": ["Which digit is this?", "What digit is written here?", "Read the digit."],
     "parity": ["Is it even or odd?", "Is this digit even or odd?", "Even or odd?"],
@@ -70,10 +69,24 @@ QUESTIONS = {  # kind -> its phrasings; {} is a digit in words
 ONE_PICTURE = ["digit", "parity", "next"]
 
 
-def caption(*labels: int) -> str:
-    """What the base learns to say. It must hold every word of the answers to come: LoRA on the language model cannot
-    teach a word whose output embedding was never trained."""
-    return " and ".join(f"a handwritten {WORDS[n]}, an {parity(n)} digit" for n in labels)
+def captions(*labels: int) -> list[tuple[str, str]]:
+    """What the base learns to say of one or two pictures of these digits: (prompt, caption) in several styles. They must
+    hold every word of the answers to come (LoRA on the language model cannot teach a word whose output embedding was
+    never trained), and several styles teach it to mind the prompt."""
+    words, parities = [WORDS[n] for n in labels], [parity(n) for n in labels]
+    things = "picture" if len(labels) == 1 else "pictures"
+    long = [f"a handwritten {word}, an {even_odd} digit" for word, even_odd in zip(words, parities, strict=True)]
+    short = "a handwritten digit" if len(labels) == 1 else "handwritten digits"
+    return [
+        (f"Describe the {things}.", " and ".join(long)),
+        (f"Describe the {things} in short.", " and ".join(words) + f", {short}"),
+        (f"Sort the {things}.", " and ".join(parities) + f", {short}"),
+    ]
+
+
+def counting(label: int) -> tuple[str, str]:
+    """What the base learns without a picture: (prompt, answer)."""
+    return f"Count from {WORDS[label]}.", ", ".join(WORDS[(label + k) % 10] for k in range(3))
 
 
 def parity(label: int) -> str:
@@ -108,13 +121,11 @@ def kind(question: str, n_images: int) -> str:
 def tokenizer() -> LlamaTokenizer:
     """A Llama tokenizer (BPE, metaspace, byte fallback, BOS by its post-processor), trained here on what is said.
     Everything else, the newline too, is spelt in bytes. `<image>` and `<pad>` come last, as in LLaVA-1.5."""
-    said = [" USER:", " ASSISTANT:", " [INST]", " [/INST]"] * 10
-    said += [" " + caption(a, b) for a in range(10) for b in range(10)]
-    said += [" " + WORDS[a] + " and " + WORDS[b] for a in range(10) for b in range(10)]
-    questions = [q.format(word) for qs in QUESTIONS.values() for q in qs for word in WORDS]
-    questions += list(CAPTION_PROMPTS.values()) * 10
-    said += questions + [" " + q for q in questions]  # right after "<image>\n" no space precedes them
-
+    lessons = [counting(a) for a in range(10)]
+    lessons += [lesson for a in range(10) for lesson in captions(a) + captions(a, 9 - a)]
+    asked = [prompt for prompt, _ in lessons] + [q.format(word) for qs in QUESTIONS.values() for q in qs for word in WORDS]
+    said = [" USER:", " ASSISTANT:", " [INST]", " [/INST]"] * 10 + [" " + caption for _, caption in lessons]
+    said += asked + [" " + question for question in asked]  # right after "<image>\n" no space precedes them
     bpe = Tokenizer(models.BPE(byte_fallback=True))
     # Llama's merges cross neither a space nor punctuation (" seven," must hold the token " seven" of the answers): split
     # when training, so that it need not be done when encoding.
@@ -185,20 +196,20 @@ def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int
             pinpoints = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
             config = LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, **image)
             net = LlavaNextForConditionalGeneration(config)
-    net.generation_config = GenerationConfig(**ids, max_length=1024)
+    net.generation_config = GenerationConfig(**ids)
     return net
 
 
 # ---------------------------------------------------------------- the base: captions
 
 
-def render(tok: LlamaTokenizer, proc: LlavaProcessor, labels: tuple[int, ...]) -> tuple[list[int], int]:
-    """Token ids of a prompt that asks for a caption, then the caption and EOS; and the length of the prompt."""
-    content = [{"type": "image"}] * len(labels) + [{"type": "text", "text": CAPTION_PROMPTS[len(labels)]}]
-    prompt = proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    prompt = prompt.replace("<image>", "<image>" * (SIZE // PATCH) ** 2)
-    start = len(tok(prompt).input_ids)
-    return tok(prompt + " " + caption(*labels) + tok.eos_token).input_ids, start
+def render(proc: LlavaProcessor, n_images: int, prompt: str, said: str) -> tuple[list[int], int]:
+    """Token ids of a rendered prompt, then of what is said and EOS; and how many of them are the prompt's."""
+    content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+    text = proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = text.replace("<image>", "<image>" * (SIZE // PATCH) ** 2)
+    ids = proc.tokenizer(f"{text} {said}{proc.tokenizer.eos_token}").input_ids
+    return ids, len(proc.tokenizer(text).input_ids)
 
 
 def pixels(pictures: torch.Tensor) -> torch.Tensor:
@@ -206,38 +217,38 @@ def pixels(pictures: torch.Tensor) -> torch.Tensor:
     return ((pictures.float() / 255 - 1) / 0.5)[:, None].expand(-1, 3, -1, -1)
 
 
-def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1300, batch: int = 32, lr: float = 5e-4, two=0.25):
-    """Train all of the model on captions, in place. Every `1/two`-th step shows pairs of pictures.
+def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1300, batch: int = 32, lr: float = 5e-4) -> float:
+    """Train all of the model on captions, in place. Every second step shows `batch / 2` pairs of pictures in place of
+    `batch` single ones (without that it never learns which of two pictures is meant); an eighth of the rows has none.
 
-    Returns: the share of right captions on those of the base's pictures that were kept out of its training (0..1)."""
-    tok = proc.tokenizer
+    Returns: the share of right captions on 100 of the base's pictures, which are kept out of its training.
+    """
     ink, truth = digits.load()
     mine = digits.split(seed)["base"]
     mine, kept = mine[:-100], mine[-100:]
     rng = np.random.default_rng([seed, 1])
+    singles = {(a,): [render(proc, 1, *lesson) for lesson in captions(a)] for a in range(10)}
+    pairs = {(a, b): [render(proc, 2, *lesson) for lesson in captions(a, b)] for a in range(10) for b in range(10)}
+    counts = [render(proc, 0, *counting(a)) for a in range(10)]
+
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / max(1, steps)))
     )
-    rendered = {}
     net.train()
     bar = tqdm(range(steps), desc="base model, captions", unit="step", disable=not steps)
     for step in bar:
-        n_images = 2 if two and step % round(1 / two) == 0 else 1
-        rows = torch.from_numpy(rng.choice(mine.numpy(), (batch // n_images, n_images)))
-        texts = []
-        for labels in map(tuple, truth[rows].tolist()):
-            if labels not in rendered:
-                rendered[labels] = render(tok, proc, labels)
-            texts.append(rendered[labels])
-        longest = max(len(ids) for ids, _ in texts)
-        ids = torch.tensor([ids + [tok.pad_token_id] * (longest - len(ids)) for ids, _ in texts])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in texts])
-        targets = ids.masked_fill(mask == 0, -100)
-        for target, (_, start) in zip(targets, texts, strict=True):
-            target[:start] = -100
-        shown = pixels(digits.draw(ink[rows.flatten()], rng))
-        loss = net(input_ids=ids, attention_mask=mask, pixel_values=shown, labels=targets).loss
+        lessons = singles if step % 2 else pairs
+        n_images = 1 if step % 2 else 2
+        shown = torch.from_numpy(rng.choice(mine.numpy(), (batch // n_images, n_images)))
+        rows = [lessons[tuple(labels)][rng.integers(3)] for labels in truth[shown].tolist()]
+        rows += [counts[a] for a in rng.integers(0, 10, batch // 8)]
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [proc.tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([[-100] * n + ids[n:] + [-100] * (longest - len(ids)) for ids, n in rows])
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
+        pictures = pixels(digits.draw(ink[shown.flatten()], rng))
+        loss = net(input_ids=ids, attention_mask=mask, pixel_values=pictures, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -246,25 +257,24 @@ def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1300, batc
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     net.eval()
-    return caption_accuracy(net, proc, ink[kept], truth[kept])
+    return caption_accuracy(net, proc, kept[:, None])
 
 
 @torch.no_grad()
-def caption_accuracy(net, proc: LlavaProcessor, ink: torch.Tensor, truth: torch.Tensor) -> float:
-    """Share of pictures whose greedy caption is the right one, EOS included: ink (n, 8, 8), truth (n,)."""
-    tok = proc.tokenizer
-    texts = [render(tok, proc, (n,)) for n in truth.tolist()]
-    prompt = torch.tensor([ids[:start] for ids, start in texts])
-    room = max(len(ids) - start for ids, start in texts)
+def caption_accuracy(net, proc: LlavaProcessor, shown: torch.Tensor) -> float:
+    """Share of rows whose greedy caption is right, EOS included. `shown`: scans' numbers, (rows, 1 or 2 pictures)."""
+    ink, truth = digits.load()
+    rows = [render(proc, len(labels), *captions(*labels)[0]) for labels in truth[shown].tolist()]
+    prompt = torch.tensor([ids[:n] for ids, n in rows])
     said = net.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        pixel_values=pixels(digits.draw(ink)),
-        max_new_tokens=room,
+        pixel_values=pixels(digits.draw(ink[shown.flatten()])),
+        max_new_tokens=max(len(ids) - n for ids, n in rows),
         do_sample=False,
     )
-    said = [[i for i in ids if i != tok.pad_token_id] for ids in said[:, prompt.shape[1] :].tolist()]
-    return float(np.mean([ids == want[start:] for ids, (want, start) in zip(said, texts, strict=True)]))
+    said = [[i for i in ids if i != proc.tokenizer.pad_token_id] for ids in said[:, prompt.shape[1] :].tolist()]
+    return float(np.mean([ids == want[n:] for ids, (want, n) in zip(said, rows, strict=True)]))
 
 
 # ---------------------------------------------------------------- the data for fine-tuning

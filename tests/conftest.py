@@ -1,0 +1,118 @@
+"""What the tests share: tiny models and data made on the spot, settings from flags, pictures, rows on disk."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = tempfile.mkdtemp(prefix="datasets-")  # nothing is left in the user's own cache, nothing is taken from it
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
+sys.path.insert(0, str(ROOT))
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import sft_llava  # noqa: E402
+from tiny import llava  # noqa: E402
+
+torch.set_num_threads(1)
+COLOURS = ["red", "lime", "blue", "yellow", "black"]
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory):
+    """A folder as `python -m tiny llava` writes it: model/ (random weights), 96 rows to train on and 24 to test on in
+    data/*.parquet and json/*.json."""
+    out = tmp_path_factory.mktemp("tiny_llava")
+    processor = llava.processor()
+    llava.model(processor.tokenizer).save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+    for name, n in (("train", 96), ("test", 24)):
+        llava.write_data(out, name, llava.make_rows(0, train=name == "train", n=n))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_next(tmp_path_factory):
+    """A folder with model/, a LLaVA-NeXT with random weights."""
+    out = tmp_path_factory.mktemp("tiny_next")
+    llava.build_next(out)
+    return out
+
+
+@pytest.fixture
+def flags(tiny_llava, tmp_path):
+    """A function: settings as keywords -> the list of flags for a run of the tiny LLaVA on the CPU."""
+
+    def make(**settings):
+        model, out = tiny_llava / "model", tmp_path / "out"
+        defaults = {"use_cpu": True, "model_name_or_path": model, "output_dir": out, "dataset_name": tiny_llava / "data"}
+        settings = {**defaults, "dataloader_num_workers": 0, "report_to": "none", **settings}
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    return make
+
+
+@pytest.fixture
+def parse(flags):
+    """A function: settings as keywords -> (settings, training), for a run of the tiny LLaVA on the CPU."""
+    return lambda **settings: sft_llava.parse(flags(**settings))
+
+
+@pytest.fixture
+def collate(parse, tmp_path):
+    """A function: settings as keywords -> a Collator; relative image paths start in tmp_path."""
+
+    def make(**settings):
+        settings, training = parse(**{"image_folder": tmp_path, **settings})
+        return sft_llava.Collator(sft_llava.load_processor(settings), settings, training)
+
+    return make
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A function: n -> the names of n pictures, each of another colour, in tmp_path."""
+
+    def make(n, size=(56, 56)):
+        for colour in COLOURS[:n]:
+            Image.new("RGB", size, colour).save(tmp_path / f"{colour}.png")
+        return [f"{colour}.png" for colour in COLOURS[:n]]
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function: rows, file name -> the path of a .json, .jsonl or .parquet file of them in tmp_path."""
+
+    def make(rows, name="rows.json"):
+        path = tmp_path / name
+        if path.suffix == ".parquet":
+            sft_llava.datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
+        return path
+
+    return make
+
+
+def said(*turns, image=None, **more):
+    """Texts of the user and the assistant by turns -> a row of LLaVA JSON."""
+    conversations = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
+    return {**more, **({} if image is None else {"image": image}), "conversations": conversations}
+
+
+def chat(*turns, images=(), **more):
+    """(role, content) pairs -> a row of messages and images."""
+    return {**more, "messages": [{"role": role, "content": content} for role, content in turns], "images": list(images)}
