@@ -1,8 +1,8 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0",
-#   "bitsandbytes==0.50.2", "pillow==13.0.0", "tensorboard==2.21.0",
+#   "bitsandbytes==0.50.2", "pillow==13.0.0", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
 # ]
 # ///
 """Fine-tune LLaVA-1.5 or LLaVA-NeXT on conversations about images: 4-bit NF4 + LoRA, TRL's SFTTrainer, one 24 GB GPU.
@@ -13,9 +13,8 @@
     accelerate launch --num_processes 4 sft_llava.py                      # several GPUs, DDP
     python sft_llava.py --config llava-lora/settings.yaml                 # the same again; after a crash it resumes
 
-Trained are the assistant's words and the EOS that ends each answer, nothing else. Every setting below is a flag;
-docs/sft_llava.md tells which ones matter, what data looks like and what each logged metric means.
-"""
+Trained are the assistant's words and the EOS that ends each answer, nothing else. Every setting is a flag; formats of
+data, the settings that matter and every logged metric: docs/sft_llava.md."""
 
 import io
 import itertools
@@ -27,7 +26,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
@@ -182,7 +180,7 @@ class BadRow(ValueError):
 
 def normalize(row):
     """A row of either format -> messages, their content lists of {"type", "text" | "index" of the image}. Raises BadRow."""
-    llava, messages, images = row.get("conversations") is not None, [], 0
+    llava, messages, count = row.get("conversations") is not None, [], itertools.count()
     if not llava and row.get("messages") is None:
         raise BadRow(f"missing column: needed are messages + images, or conversations + image; there are {', '.join(row)}")
     try:
@@ -194,16 +192,12 @@ def normalize(row):
                 pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
                 content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
-            messages.append({"role": role, "content": []})
-            for part in content:
-                if part["type"] == "image" and role == "user":
-                    index = images if part.get("index") is None else part["index"]
-                    messages[-1]["content"].append({"type": "image", "index": index})
-                    images += 1
-                elif part["type"] == "text":
-                    messages[-1]["content"].append({"type": "text", "text": part["text"] + ""})
-                else:
-                    raise BadRow(f"{part['type']} in a turn of the {role}: known are text, and images in the user's turns")
+            content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"] + 0}
+                       if part["type"] == "image" else {"type": "text", "text": {"text": part["text"]}[part["type"]] + ""}
+                       for part in content]
+            messages.append({"role": role, "content": content})
+            if role != "user" and any(part["type"] == "image" for part in content):
+                raise BadRow(f"image in a turn of the {role}: images belong to the user's turns")
             if role == "assistant" and not text_of(messages[-1]).strip():
                 raise BadRow("empty answer: a turn of the assistant says nothing")
     except (KeyError, TypeError, AttributeError) as e:
@@ -233,9 +227,9 @@ def load_image(cell):
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            grey = np.asarray(image, dtype=np.float32)
-            scale = 257 if grey.max() > 255 else 1 / 255 if image.mode == "F" and grey.max() <= 1 else 1
-            image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+            most = image.getextrema()[1]
+            scale = 1 / 257 if most > 255 else 255 if image.mode == "F" and most <= 1 else 1
+            image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
         if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -269,7 +263,6 @@ def read_rows(name, split, settings):
 def check_rows(data, name, collator, training):
     """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
     Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
-
     def attempt(row, version):
         try:
             return {"problem": None, "length": collator([row])["input_ids"].shape[1]}
@@ -293,10 +286,11 @@ def check_rows(data, name, collator, training):
     for row, n in zip(data.select(bad[:20]), bad):
         report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problems[n]}")
     report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
+    left = len(data) - len(bad)
     if settings.on_bad_rows == "stop" and len(bad) > counts["too long"]:
         fail("\n".join([*report, "Mend them (rows count from 0), or train without them: --on_bad_rows skip"]))
-    if settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        fail("\n".join([*report, "Raise --max_length, or train without them: --on_long_rows drop"]))
+    if left == 0 or settings.on_long_rows == "stop" and counts["too long"]:
+        fail("\n".join([*report, f"{left} rows are left. Raise --max_length, or train without the long ones: --on_long_rows drop"]))
     PartialState().print("\n".join(["left out:", *report] if bad else []), end="\n" * bool(bad))
     good = [n for n, problem in enumerate(problems) if not problem]
     return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
@@ -383,10 +377,10 @@ class Collator:
 def load_model(settings, training):
     """The base model, frozen: language model in NF4 where asked, everything else in bf16 / fp16 (float32 on a CPU)."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    # The list replaces bitsandbytes' own, so lm_head is named again; the names count from the start of the full path.
-    keep = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        # replaces bitsandbytes' own list, so lm_head is named again; names count from the start of the full path
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"])
     model = AutoModelForImageTextToText.from_pretrained(
         settings.model_name_or_path, revision=settings.model_revision, dtype=dtype, device_map={"": training.device},
         quantization_config=nf4 if settings.load_in_4bit else None)  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
@@ -395,9 +389,8 @@ def load_model(settings, training):
             module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
     model.requires_grad_(False)
     if settings.lora_r == 0:
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-        model.model.multi_modal_projector.requires_grad_(settings.train_projector)
+        for part in [model.model.language_model, model.lm_head] + [model.model.multi_modal_projector] * settings.train_projector:
+            part.requires_grad_(True)
     return model
 
 
@@ -438,10 +431,11 @@ class Trainer(SFTTrainer):
             with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
                 ids = self.model.generate(**batch, max_new_tokens=collator.settings.sample_tokens, max_length=None,
                                           do_sample=False, use_cache=True)[0, batch["input_ids"].shape[1] :]
-            cells = ["", text_of(messages[last - 1]), text_of(messages[last]), collator.processor.decode(ids, skip_special_tokens=True)]
-            for n, part in enumerate(part for m in messages for part in m["content"] if part["type"] == "image"):
-                ImageOps.contain(part["image"], (224, 224)).save(out / f"samples/{row['row']}-{n}.png")
-                cells[0] += f"![](samples/{row['row']}-{n}.png) "
+            pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+            for n, picture in enumerate(pictures):
+                ImageOps.contain(picture, (224, 224)).save(out / f"samples/{row['row']}-{n}.png")
+            cells = [" ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(pictures))), text_of(messages[last - 1]),
+                     text_of(messages[last]), collator.processor.decode(ids, skip_special_tokens=True)]
             text += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
         with open(out / "samples.md", "a", encoding="utf-8") as file:
             file.write(text)
@@ -463,8 +457,7 @@ def checkpoint_to_resume(training):
         fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
     if (whole or finished) and (out / "settings.yaml").exists():
         old, new = yaml.safe_load((out / "settings.yaml").read_text()), training.given
-        changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]
-        if changes:
+        if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
             fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
                  "all the same with --resume_from_checkpoint CHECKPOINT")
     if finished:
@@ -513,11 +506,9 @@ def main(argv=None):
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
     if held_out is not None and not any("eval_loss" in entry for entry in trainer.state.log_history):
         trainer.evaluate()  # a run shorter than eval_steps
-    trainer.save_model()
+    trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log), samples.md")
-    if training.push_to_hub:
-        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+# make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned
+# make test                                ruff and every test
+RECIPE ?= sft_llava
+SEED ?= 0
+PYTHON ?= python3
+PY := .venv/bin/python
+TINY := build/tiny-$(SEED)
+RUN := build/$(RECIPE)-$(SEED)
+
+# The models here are tiny: more threads would only wait for each other.
+export OMP_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_CACHE := $(CURDIR)/build/datasets
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo demo-sft_llava test clean
+
+demo: demo-$(RECIPE)
+
+.venv/done: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+demo-sft_llava: .venv/done
+	$(PY) -m tiny llava --out $(TINY) --seed $(SEED)
+	$(PY) sft_llava.py --use_cpu --model_name_or_path $(TINY)/model --dataset_name $(TINY)/data --output_dir $(RUN) \
+	  --seed $(SEED) --max_steps 400 --learning_rate 1e-3 --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
+	  --activation_checkpointing false --eval_steps 100 --save_steps 100 --sample_tokens 8 --dataloader_num_workers 1
+	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
+	  --max_new_tokens 16 --base_only --output $(RUN)/before.jsonl --overwrite
+	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
+	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
+	$(PY) -m tiny report $(RUN)
+
+test: .venv/done
+	.venv/bin/ruff check .
+	$(PY) -m pytest
+
+clean:
+	rm -rf build
