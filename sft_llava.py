@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0",
-#   "bitsandbytes==0.50.2", "pillow==13.0.0", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
+#   "torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
+#   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
 # ]
 # ///
 """Fine-tune LLaVA-1.5 or LLaVA-NeXT on conversations about images: 4-bit NF4 + LoRA, TRL's SFTTrainer, one 24 GB GPU.
@@ -18,6 +18,7 @@ data, the settings that matter and every logged metric: docs/sft_llava.md."""
 
 import io
 import itertools
+import math
 import os
 import re
 import sys
@@ -123,8 +124,7 @@ def parse(argv=None):
         if file := parser.parse_known_args(argv)[0].config:
             if unknown := parser.set_defaults_with_config(**(yaml.safe_load(Path(file).read_text()) or {})):
                 fail(f"{file}: unknown settings {unknown[::2]}")
-        given = vars(parser.parse_args(argv))
-        given.pop("config")
+        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
         if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
             fail(f"{', '.join(refused)}: not used by this recipe, see REFUSED in {Path(__file__).name}")
         settings, training = parser.parse_dict(given)
@@ -274,10 +274,11 @@ def check_rows(data, name, collator, training):
     own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
     files = {c for row in data.select_columns(own) for c in image_cells(row, collator.folder) if isinstance(c, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # a changed file is checked again
-    columns = datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64"))
     with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, features=columns,
-                         num_proc=(training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None, desc=f"Checking {name}")
+        found = data.map(
+            attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
+            features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
+            num_proc=(training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None)
     limit, settings = training.max_length or float("inf"), collator.settings
     problems = [p or f"too long: {n} tokens, --max_length is {limit}" * (n > limit) for p, n in zip(found["problem"], found["length"])]
     bad = [n for n, problem in enumerate(problems) if problem]
@@ -414,10 +415,9 @@ def marked(batch, processor):
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer that after each evaluation answers a few held-out rows, beside the right answers, in samples.md."""
+    """SFTTrainer that after each evaluation answers the last question of a few held-out rows, greedily, into samples.md."""
 
     def evaluate(self, *args, **kwargs):
-        """As Trainer.evaluate; the first process then answers the last question of the first `sample_rows` rows."""
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
         rows = self.eval_dataset.select(range(min(collator.settings.sample_rows, len(self.eval_dataset))))
         if len(rows) == 0 or not self.is_world_process_zero():
@@ -492,10 +492,9 @@ def main(argv=None):
         say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
     tower = next(m for name, m in trainer.model.named_modules() if name.endswith("vision_tower"))
     tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
-    loop = -(-len(train) // (training.train_batch_size * training.world_size))  # batches in an epoch, on each GPU
-    steps = training.max_steps if training.max_steps > 0 else training.num_train_epochs * -(-loop // training.gradient_accumulation_steps)
     batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps:.0f} steps of {batch} rows, "
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
+    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "
         f"{steps * batch / len(train):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)

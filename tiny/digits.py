@@ -1,7 +1,7 @@
 """The pictures: scikit-learn's 1797 scanned handwritten digits (8x8 pixels, 16 grey levels), drawn as 56x56 pictures.
 
-Nobody sees a picture twice: the digits are dealt into three disjoint sets, and the two that are trained on are bent a little
-differently each time (without that, 900 scans are learnt by heart and unseen ones are misread).
+The scans are dealt into three disjoint sets, so that a score on held-out ones is no memory test, and the two sets that
+are trained on are bent a little differently each time (without that, unseen scans are misread).
 """
 
 import numpy as np
@@ -31,8 +31,8 @@ def draw(ink: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Ten
 
     Args:
         ink: (n, 8, 8) in 0..1.
-        rng: bend each by up to: rotation 15 degrees, scale 12 %, shear 0.15, shift 10 % of the picture, contrast 0.75-1.
-            None draws them as they are.
+        rng: bend each scan, by up to: rotation 15 degrees, scale 12 %, shear 0.15, shift 10 % of the picture,
+            contrast 0.75 to 1. None draws them as they are.
 
     Returns: (n, 56, 56) uint8, 255 being white.
     """

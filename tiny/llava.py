@@ -1,8 +1,8 @@
 """A tiny LLaVA-1.5 that has learnt to caption handwritten digits, and questions about them that it was never asked.
 
-`build` makes all of it: a model directory as `save_pretrained` writes it, and the same rows in two public schemas, that of
-HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a folder of images). The base model is trained on
-captions only: before fine-tuning it answers every question with a caption, so exact match starts at 0.
+`build` makes all of it: a model directory as `save_pretrained` writes it, and the same rows in two public schemas, that
+of HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a folder of images). The base model has
+only learnt to caption and to count: before fine-tuning it answers no question as asked, so exact match starts at 0.
 """
 
 import io
@@ -70,9 +70,10 @@ ONE_PICTURE = ["digit", "parity", "next"]
 
 
 def captions(*labels: int) -> list[tuple[str, str]]:
-    """What the base learns to say of one or two pictures of these digits: (prompt, caption) in several styles. They must
-    hold every word of the answers to come (LoRA on the language model cannot teach a word whose output embedding was
-    never trained), and several styles teach it to mind the prompt."""
+    """What the base learns to say of one or two pictures of these digits: (prompt, caption) in three styles.
+
+    They must hold every word of the answers to come: LoRA on the language model cannot teach a word whose output
+    embedding was never trained. Several styles teach the base to mind the prompt."""
     words, parities = [WORDS[n] for n in labels], [parity(n) for n in labels]
     things = "picture" if len(labels) == 1 else "pictures"
     long = [f"a handwritten {word}, an {even_odd} digit" for word, even_odd in zip(words, parities, strict=True)]
@@ -129,8 +130,8 @@ def tokenizer() -> LlamaTokenizer:
     said = [" USER:", " ASSISTANT:", " [INST]", " [/INST]"] * 10 + [" " + caption for _, caption in lessons]
     said += asked + [" " + question for question in asked]  # right after "<image>\n" no space precedes them
     bpe = Tokenizer(models.BPE(byte_fallback=True))
-    # Llama's merges cross neither a space nor punctuation (" seven," must hold the token " seven" of the answers): split
-    # when training, so that it need not be done when encoding.
+    # Merges must cross neither a space nor punctuation (" seven," must hold the token " seven" of the answers): split
+    # when training and, as in Llama, it need not be done when encoding.
     words = pre_tokenizers.Metaspace(prepend_scheme="never", split=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation()])
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
@@ -148,8 +149,8 @@ def tokenizer() -> LlamaTokenizer:
 
 
 def processor(family: str = "llava", tok: LlamaTokenizer | None = None) -> LlavaProcessor | LlavaNextProcessor:
-    """The processor of a `family`: "llava" (16 image tokens a picture) or "llava_next" (a picture of any shape, cut into
-    tiles of 56 px). Its image processor works on PIL images, without torchvision."""
+    """The processor of a `family`: "llava" (16 image tokens a picture) or "llava_next" (a picture of any shape, cut
+    into tiles of 56 px). Its image processor works on PIL images, without torchvision."""
     size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     grey = {"image_mean": [1.0] * 3, "image_std": [0.5] * 3}  # white, most of every picture, becomes 0
     common = {
@@ -167,8 +168,10 @@ def processor(family: str = "llava", tok: LlamaTokenizer | None = None) -> Llava
 
 
 def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int = 128):
-    """A random model of a `family` in float32: 3 vision layers (the last unused, as in LLaVA: the feature is taken at layer
-    -2), a two-layer projector, 2 Llama layers. Widths are multiples of 64, bitsandbytes' 4-bit block."""
+    """A random model of a `family` in float32: 3 vision layers (the last unused, as in LLaVA: the feature is taken at
+    layer -2), a two-layer projector, 2 Llama layers. Widths are multiples of 64, bitsandbytes' 4-bit block.
+
+    The usual initial std of 0.02 is kept on purpose: 0.1 captions as well, but LoRA then learns far more slowly."""
     vision = CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -215,13 +218,13 @@ def render(proc: LlavaProcessor, n_images: int, prompt: str, said: str) -> tuple
 
 
 def pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """What the processor makes of these pictures, without the detour over PIL: (n, 56, 56) -> (n, 3, 56, 56) float32."""
+    """What the processor makes of pictures, without the detour over PIL: (n, 56, 56) -> (n, 3, 56, 56) float32."""
     return ((pictures.float() / 255 - 1) / 0.5)[:, None].expand(-1, 3, -1, -1)
 
 
 def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batch: int = 32, lr: float = 5e-4) -> float:
-    """Train all of the model on captions, in place. Every second step shows `batch / 2` pairs of pictures in place of
-    `batch` single ones (without that it never learns which of two pictures is meant); an eighth of the rows has none.
+    """Train all of the model on captions, in place. Every other step shows `batch / 2` pairs of pictures in place of
+    `batch` single ones, and every step has `batch / 8` more rows that count, without a picture.
 
     Returns: the share of right captions on 100 of the base's pictures, which are kept out of its training.
     """
@@ -285,10 +288,10 @@ def caption_accuracy(net, proc: LlavaProcessor, shown: torch.Tensor) -> float:
 def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
     """Questions and answers, as rows {"id", "pictures": [(56, 56) uint8, ...], "turns": [(question, answer), ...]}.
 
-    Train: `n` rows on the 600 pictures for fine-tuning, each time bent anew: 55 % one question on one picture, 20 % three
-    questions on one picture, 18 % two pictures, 7 % text only. Test: the 297 held-out pictures as they are, each
-    with one question of each kind in a row of its own, then 60 rows with three questions, 100 with two pictures, and the text-only
-    questions, which training never holds; of these, at most `n` rows, from every part alike.
+    Train: `n` rows on the 600 scans for fine-tuning, each time bent anew: 55 % one question on one picture, 20 % three
+    questions on one picture, 18 % two pictures, 7 % text only. Test: the 297 held-out scans as they are, each with one
+    question of each kind in a row of its own (891 rows), then 60 rows with three questions, 100 with two pictures, and
+    10 text-only questions that training never holds; of these, at most `n` rows, evenly from all parts.
     """
     rng = np.random.default_rng([seed, 2 if train else 3])
     ink, truth = digits.load()
@@ -342,8 +345,8 @@ def png(picture: torch.Tensor) -> bytes:
 
 
 def to_messages(row: dict) -> dict:
-    """A row in the schema of HuggingFaceH4/llava-instruct-mix-vsft: {"messages", "images"}. As there, all pictures stand
-    after the first question's text."""
+    """A row in the schema of HuggingFaceH4/llava-instruct-mix-vsft: {"messages", "images"}. As there, the pictures
+    stand after the first question's text (the chat template puts them first all the same)."""
     messages = []
     for n, turn in enumerate(row["turns"]):
         for role, text in zip(("user", "assistant"), turn, strict=True):
@@ -385,7 +388,7 @@ FEATURES = datasets.Features(
 
 
 def write_data(out: Path, name: str, rows: list[dict]) -> None:
-    """Write rows as `out/data/NAME.parquet` and, the same rows, as `out/json/NAME.json` with `out/json/images/*.png`."""
+    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`."""
     images = Path(out) / "json" / "images"
     images.mkdir(parents=True, exist_ok=True)
     messages = [to_messages(row) for row in rows]
@@ -414,9 +417,8 @@ def build(out: Path, seed: int = 0, base_steps: int = 1700, train_rows: int = 64
     write_data(out, "train", make_rows(seed, train=True, n=train_rows))
     write_data(out, "test", make_rows(seed, train=False))
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(
-        f"{size:.2f} M parameters; right captions on 100 pictures it never saw: {right:.2f}; {time.time() - started:.0f} s"
-    )
+    took = f"{time.time() - started:.0f} s"
+    print(f"{size:.2f} M parameters; right captions on 100 pictures it never saw: {right:.2f}; {took}")
 
 
 def build_next(out: Path, seed: int = 0) -> None:
