@@ -22,11 +22,12 @@ demo: demo-$(RECIPE)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
+# The best checkpoint is not looked for: it would be chosen by the very pictures that the table is about.
 demo-sft_llava: .venv/done
 	$(PY) -m tiny llava --out $(TINY) --seed $(SEED)
 	$(PY) sft_llava.py --use_cpu --model_name_or_path $(TINY)/model --dataset_name $(TINY)/data --output_dir $(RUN) \
 	  --seed $(SEED) --max_steps 400 --learning_rate 1e-3 --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
-	  --activation_checkpointing false --eval_steps 100 --save_steps 100 --sample_tokens 8 --dataloader_num_workers 1
+	  --activation_checkpointing false --load_best_model_at_end false --sample_tokens 8 --dataloader_num_workers 1
 	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
 	  --max_new_tokens 16 --base_only --output $(RUN)/before.jsonl --overwrite
 	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \

@@ -16,8 +16,10 @@
 Trained are the assistant's words and the EOS that ends each answer, nothing else. Every setting is a flag; formats of
 data, the settings that matter and every logged metric: docs/sft_llava.md."""
 
+import functools
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -94,8 +96,10 @@ class Training(SFTConfig):
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = torch.cuda.is_available() and not self.bf16
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = gpu and not self.bf16
+        self.load_best_model_at_end &= self.eval_strategy != "no"  # nothing tells which would be the best
         self.dataset_kwargs = {"skip_prepare_dataset": True}  # the collator does it, for text-only data sets too
         super().__post_init__()
 
@@ -120,15 +124,22 @@ def parse(argv=None):
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
     argv = sys.argv[1:] if argv is None else list(argv)
+    if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
+        try:
+            for name, value in yaml.safe_load(Path(file).read_text()).items():
+                if value in (None, []):
+                    parser.set_defaults(**{name: value})
+                else:
+                    value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+                    argv = [f"--{name}", *map(str, value), *argv]
+        except (OSError, AttributeError, yaml.YAMLError) as e:
+            fail(f"--config {file} must hold lines of 'name: value': {e}")
     try:
-        if file := parser.parse_known_args(argv)[0].config:
-            if unknown := parser.set_defaults_with_config(**(yaml.safe_load(Path(file).read_text()) or {})):
-                fail(f"{file}: unknown settings {unknown[::2]}")
         given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
         if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
             fail(f"{', '.join(refused)}: not used by this recipe, see REFUSED in {Path(__file__).name}")
         settings, training = parser.parse_dict(given)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, TypeError) as e:
         fail(e)
     training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
     return settings, training
@@ -151,10 +162,10 @@ def check(settings, training):
 
 # Put before a chat template that ends no answer with EOS (LLaVA-1.5's ends none: trained so, a model never learns to
 # stop). It becomes part of the saved processor, so that a second turn at inference sees what training saw.
-ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set m = {
-'role': m.role, 'content': m.content + eos_token if m.content is string else m.content[:-1] + [{'type': 'text', 'text':
-m.content[-1].text + eos_token}]} -%}{%- endif -%}{%- set eos.messages = eos.messages + [m] -%}{%- endfor -%}
-{%- set messages = eos.messages -%}"""
+ADD_EOS = """{%- set eos = namespace(messages=[]) -%}{%- for m in messages -%}{%- set parts = [{'type': 'text', 'text':
+m.content}] if m.content is string else m.content -%}{%- if m.role == 'assistant' -%}{%- set parts = parts[:-1] + [{'type':
+'text', 'text': parts[-1].text + eos_token}] -%}{%- endif -%}{%- set eos.messages = eos.messages + [{'role': m.role,
+'content': parts}] -%}{%- endfor -%}{%- set messages = eos.messages -%}"""
 
 
 def load_processor(settings):
@@ -163,8 +174,9 @@ def load_processor(settings):
         processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
     except (OSError, ValueError) as e:
         fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
-    if (kind := type(processor).__name__) not in ("LlavaProcessor", "LlavaNextProcessor") or not processor.chat_template:
-        fail(f"{settings.model_name_or_path}: {kind}, chat template: {processor.chat_template}. Needed is LLaVA-1.5 or -NeXT, with one")
+    kind, template = type(processor).__name__, getattr(processor, "chat_template", None)
+    if kind not in ("LlavaProcessor", "LlavaNextProcessor") or not template:
+        fail(f"{settings.model_name_or_path}: {kind}, chat template: {template}. Needed is LLaVA-1.5 or LLaVA-NeXT, with one")
     turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
     prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
     if processor.tokenizer.eos_token not in processor.apply_chat_template(turns).removeprefix(prompt):
@@ -213,11 +225,10 @@ def text_of(message):
 
 
 def image_cells(row, folder):
-    """The images of a row as it has them: paths (from `folder`), {"path", "bytes"} or PIL images; a list."""
+    """The images of a row as it has them: paths (from its own `folder` or this one), {"bytes"} or PIL images; a list."""
     cells = row.get("images") or row.get("image") or []
-    cells = cells if isinstance(cells, list) else [cells]
-    cells = [c["path"] if isinstance(c, dict) and not c.get("bytes") else c for c in cells]
-    return [os.path.join(folder, c) if isinstance(c, str) else c for c in cells]
+    cells = [c.get("path") if isinstance(c, dict) and not c.get("bytes") else c for c in (cells if isinstance(cells, list) else [cells])]
+    return [os.path.join(row.get("folder") or folder, c) if isinstance(c, str) else c for c in cells]
 
 
 def load_image(cell):
@@ -241,26 +252,37 @@ def load_image(cell):
 def read_rows(name, split, settings):
     """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
     `test`, or None where there is none. Raises SystemExit."""
-    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    path = Path(name)
     try:
-        if kind := kinds.get(path.suffix):  # JSON in one piece, or types that differ between pieces clash
-            data = datasets.load_dataset(kind, data_files=name, **{"chunksize": path.stat().st_size + 1} if kind == "json" else {})
+        if path.suffix in (".json", ".jsonl"):
+            text = path.read_text(encoding="utf-8-sig")
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+            if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
+            cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
+            data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
+                lambda rows, keys: ({key: json.dumps(row.get(key)) for key in keys} for row in rows),
+                features=datasets.Features(cells), gen_kwargs={"rows": rows, "keys": tuple(cells)})
+        elif path.suffix == ".parquet":
+            data = datasets.load_dataset("parquet", data_files=name)
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name}: {e.__cause__ or e or 'it is empty'}")
+    except (OSError, ValueError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
+        fail(f"cannot read {name}: {'it is empty' if isinstance(e, (StopIteration, IndexError)) else e.__cause__ or e}")
     data = data if isinstance(data, dict) else {"train": data}
     if (split or "test") not in data:
         return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
     data, cell = data[split or "test"], datasets.Image(decode=False)  # the collator decodes: it can name the row
     for column in [c for c in ("image", "images") if "Image(" in str(data.features.get(c))]:
         data = data.cast_column(column, cell if isinstance(data.features[column], datasets.Image) else datasets.List(cell))
-    return data.remove_columns(list({"row", "length"} & set(data.column_names))).add_column("row", range(len(data)))
+    data = data.remove_columns(list({"row", "length", "folder"} & set(data.column_names)))
+    folder = os.path.abspath(settings.image_folder or path.parent)
+    return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
 
 
-def check_rows(data, name, collator, training):
+def check_rows(data, name, collator, settings, training):
     """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
     Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
     def attempt(row, version):
@@ -272,26 +294,26 @@ def check_rows(data, name, collator, training):
     if len(data) == 0:
         fail(f"{name} is empty: there is nothing to train on")
     own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
-    files = {c for row in data.select_columns(own) for c in image_cells(row, collator.folder) if isinstance(c, str)}
+    files = {c for row in data.select_columns([*own, "folder"]) for c in image_cells(row, "") if isinstance(c, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # a changed file is checked again
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
             attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
             features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
             num_proc=(training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None)
-    limit, settings = training.max_length or float("inf"), collator.settings
+    limit = training.max_length or float("inf")
     problems = [p or f"too long: {n} tokens, --max_length is {limit}" * (n > limit) for p, n in zip(found["problem"], found["length"])]
-    bad = [n for n, problem in enumerate(problems) if problem]
+    bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
     counts = Counter(problems[n].split(":")[0] for n in bad)
     report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
     for row, n in zip(data.select(bad[:20]), bad):
         report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problems[n]}")
     report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
-    left = len(data) - len(bad)
-    if settings.on_bad_rows == "stop" and len(bad) > counts["too long"]:
-        fail("\n".join([*report, "Mend them (rows count from 0), or train without them: --on_bad_rows skip"]))
-    if left == 0 or settings.on_long_rows == "stop" and counts["too long"]:
-        fail("\n".join([*report, f"{left} rows are left. Raise --max_length, or train without the long ones: --on_long_rows drop"]))
+    stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
+    if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
+        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
+        report += ["Raise --max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
+        fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
     PartialState().print("\n".join(["left out:", *report] if bad else []), end="\n" * bool(bad))
     good = [n for n, problem in enumerate(problems) if not problem]
     return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
@@ -301,13 +323,16 @@ def load_data(settings, training):
     """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
     collator = Collator(load_processor(settings), settings, training)
     train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
-    split = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None)
-    held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
+    split, held_out = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None), None
+    if split or settings.dataset_train_split != "test":
+        held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
     if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
         held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
-        held_out = check_rows(held_out, "the evaluation data", collator, training)
-    train = check_rows(train, settings.dataset_name, collator, training)
-    if held_out is None and settings.eval_fraction > 0 and len(train) > 1:
+        held_out = check_rows(held_out, "the evaluation data", collator, settings, training)
+    train = check_rows(train, settings.dataset_name, collator, settings, training)
+    if held_out is None and settings.eval_fraction > 0:
+        if len(train) < 2:
+            fail("one row cannot be divided into training and evaluation: add rows, or --eval_fraction 0")
         train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
         held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows)))
     return train, held_out
@@ -320,9 +345,9 @@ class Collator:
     prompt of inference ends; a row that does not begin with the very tokens of that prompt is refused. Raises BadRow."""
 
     def __init__(self, processor, settings, training):
-        self.processor, self.settings, tokenizer = processor, settings, processor.tokenizer
-        self.folder = os.path.abspath(settings.image_folder or Path(settings.dataset_name).parent)
-        self.control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {processor.image_token}
+        self.processor, self.train_on, self.folder = processor, settings.train_on, settings.image_folder or ""
+        tokens = processor.tokenizer.added_tokens_decoder.values()
+        self.control = {token.content for token in tokens if token.special} | {processor.image_token}
 
     def read(self, row):
         """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
@@ -351,8 +376,10 @@ class Collator:
     def learned(self, messages):
         """Which of the words of a conversation are trained: a list of bools. Raises BadRow, or the template's TemplateError."""
         tokens = self.words(messages)
-        learned = [self.settings.train_on == "all"] * len(tokens)
+        learned = [self.train_on == "all"] * len(tokens)
         for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
+            if n == 0:
+                raise BadRow("order of turns: the assistant's comes first, nothing asks for it")
             prompt = self.words(messages[:n], prompt=True)
             if tokens[: len(prompt)] != prompt:
                 raise BadRow(f"turn {n}: the answer's first characters change the tokens of the prompt; begin it otherwise")
@@ -392,6 +419,8 @@ def load_model(settings, training):
     if settings.lora_r == 0:
         for part in [model.model.language_model, model.lm_head] + [model.model.multi_modal_projector] * settings.train_projector:
             part.requires_grad_(True)
+        # The original names of 2023 are not the ones that Trainer loads by: it would resume from the base, with a warning.
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     return model
 
 
@@ -419,7 +448,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args, **kwargs):
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
-        rows = self.eval_dataset.select(range(min(collator.settings.sample_rows, len(self.eval_dataset))))
+        rows = self.eval_dataset.select(range(min(self.settings.sample_rows, len(self.eval_dataset))))
         if len(rows) == 0 or not self.is_world_process_zero():
             return metrics
         text = f"\n## Step {self.state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
@@ -429,7 +458,7 @@ class Trainer(SFTTrainer):
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
             batch = collator.tokenize([messages[:last]], prompt=True).to(self.model.device)
             with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
-                ids = self.model.generate(**batch, max_new_tokens=collator.settings.sample_tokens, max_length=None,
+                ids = self.model.generate(**batch, max_new_tokens=self.settings.sample_tokens, max_length=None,
                                           do_sample=False, use_cache=True)[0, batch["input_ids"].shape[1] :]
             pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
             for n, picture in enumerate(pictures):
@@ -445,6 +474,7 @@ class Trainer(SFTTrainer):
 def checkpoint_to_resume(training):
     """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
     out, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
     found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
     # Trainer writes trainer_state.json last: without it a checkpoint was cut off half-way, and is passed over.
     whole = sorted((c for c in found if (c / "trainer_state.json").exists()), key=lambda c: int(c.name[11:]))
@@ -482,6 +512,7 @@ def main(argv=None):
 
     trainer = Trainer(load_model(settings, training), training, collator, train, held_out, processor,
                       peft_config=lora_config(settings))
+    trainer.settings = settings
     for p in trainer.model.parameters():
         if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
             p.data = p.data.float()
@@ -503,7 +534,7 @@ def main(argv=None):
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
-    if held_out is not None and not any("eval_loss" in entry for entry in trainer.state.log_history):
+    if held_out is not None and training.eval_strategy != "no" and not any("eval_loss" in entry for entry in trainer.state.log_history):
         trainer.evaluate()  # a run shorter than eval_steps
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished

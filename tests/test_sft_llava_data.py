@@ -149,8 +149,11 @@ def test_the_saved_template_ends_answers_with_eos_where_the_public_one_does_not(
     ours = collate().processor
     assert public.apply_chat_template(turns) == "USER: user ASSISTANT: assistant USER: user "
     assert ours.apply_chat_template(turns) == "USER: user ASSISTANT: assistant</s> USER: user "
-    strings = [{"role": turn["role"], "content": turn["role"]} for turn in turns]
-    assert ours.apply_chat_template(strings) == ours.apply_chat_template(turns)
+
+
+def test_contents_may_be_strings_with_the_saved_template(collate):
+    turns = [{"role": "user", "content": "Even or odd?"}, {"role": "assistant", "content": "odd"}]
+    assert collate().processor.apply_chat_template(turns) == "USER: Even or odd? ASSISTANT: odd</s> "
 
 
 @pytest.mark.parametrize("model", ["llava_next", "chatml"])
@@ -361,11 +364,12 @@ def test_evaluation_is_bounded_to_the_same_rows_each_time(kind, saved, parse):
 
 def test_types_may_differ_between_rows(parse, write, images, collate):
     red, lime = images(2)
+    megabytes = "x" * 6_000_000  # the first two rows are more than a JSON reader likes to take at once
     rows = [
-        said("<image>\nWhich?", "1", image=red, id=1, note="x" * 4_000_000),
-        said("<image><image>", "2", image=[lime, red], id="two", note="x" * 4_000_000),
-        said("Which?", "3", note=["x" * 4_000_000]),
-        said("<image>\nWhich?", "4", image=red, id=None),
+        said("<image>\nWhich?", "one", image=red, id=1, note=megabytes),
+        said("<image>\nWhich?", "two", image=lime, id=2, note=megabytes),
+        said("<image><image>", "three", image=[lime, red], id="three", note=[megabytes]),
+        said("Which?", "four", note=[megabytes]),
     ]
     parts = [{"type": "image"}, {"type": "text", "text": "Which?"}]
     rows_of_messages = [
@@ -388,18 +392,23 @@ def test_texts_that_look_like_json_stay_texts(parse, write):
     assert answers_of(train) == texts * 2
 
 
-def test_the_check_is_cached_until_a_picture_changes(parse, write, images, tmp_path, monkeypatch):
+@pytest.fixture
+def checked(parse, write, images, monkeypatch):
+    """A function: settings as keywords -> how many of three rows with pictures load_data gave to the collator."""
     calls, call = [], sft_llava.Collator.__call__
     monkeypatch.setattr(sft_llava.Collator, "__call__", lambda self, rows: [calls.extend(rows), call(self, rows)][1])
     path = write([said("<image>\nWhich?", "two", image=name) for name in images(3)])
 
-    def checked(**settings):
+    def make(**settings):
         calls.clear()
         sft_llava.load_data(*parse(dataset_name=path, eval_fraction=0, **settings))
         return len(calls)
 
+    return make
+
+
+def test_the_check_is_cached_until_a_picture_changes(checked, tmp_path):
     assert [checked(), checked(), checked(max_length=500, learning_rate=1)] == [3, 0, 0]
-    assert checked(on_bad_rows="skip", lora_r=8) == 0  # no setting that has no say in what is bad
     Image.new("RGB", (9, 9)).save(tmp_path / "lime.png")
     assert [checked(), checked()] == [3, 0]
     (tmp_path / "other").mkdir()
@@ -408,6 +417,10 @@ def test_the_check_is_cached_until_a_picture_changes(parse, write, images, tmp_p
         checked()
     with pytest.raises(SystemExit, match="row 2"):
         checked(image_folder=tmp_path / "other")
+
+
+def test_the_check_is_cached_whatever_the_settings_that_have_no_say_in_it(checked):
+    assert [checked(), checked(on_bad_rows="skip"), checked(lora_r=8)] == [3, 0, 0]
 
 
 def test_many_rows_are_checked_in_parallel(parse, write):

@@ -56,7 +56,6 @@ VARIANTS = {
     "full, projector": FULL | PROJECTOR,
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-adapters = pytest.mark.parametrize("variant", [name for name in VARIANTS if "full" not in name])
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -671,6 +670,12 @@ def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
     assert before == {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
     assert "lora_r 16 -> 4" in refusal([*done.argv, "--lora_r", "4"])
     assert "holds a run" in refusal([*done.argv, "--resume_from_checkpoint", "false"])
+
+
+def test_false_in_a_settings_file_is_false(trained, tmp_path):
+    (tmp_path / "run.yaml").write_text("resume_from_checkpoint: false\n")
+    flags = [*trained().argv, "--config", str(tmp_path / "run.yaml")]
+    assert "holds a run" in refusal(flags)
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

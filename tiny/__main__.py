@@ -30,8 +30,8 @@ A second call with the same arguments returns at once. The same seed gives the s
 
 
 def recipe(args: argparse.Namespace) -> dict:
-    """What a build depends on: arguments, package versions and the sources of this package."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """What a build depends on: arguments, package versions and the sources that make it."""
+    sources = [Path(__file__).with_name(name) for name in ("digits.py", "llava.py")]
     return {
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "versions": {
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    families = parser.add_subparsers(dest="family", required=True, metavar="{llava,llava_next}")
+    families = parser.add_subparsers(dest="family", required=True, metavar="{llava,llava_next,report}")
     for family in ("llava", "llava_next"):
         sub = families.add_parser(family, help=f"see above; {family} --help lists its flags", allow_abbrev=False)
         sub.add_argument(
@@ -62,7 +62,14 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument(
                 "--base_steps", type=int, default=1700, help="of caption training; 0: random (default 1700)"
             )
+    sub = families.add_parser("report", help="what a demo's run has learned: a table, and curves.png", allow_abbrev=False)
+    sub.add_argument("run", type=Path, metavar="RUN", help="output_dir of the run, with before.jsonl and after.jsonl in it")
     args = parser.parse_args(argv)
+    if args.family == "report":
+        from .report import report
+
+        report(args.run)
+        return
 
     wanted, done = recipe(args), args.out / "built.json"
     if done.is_file() and json.loads(done.read_text()) == wanted:
