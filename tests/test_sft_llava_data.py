@@ -358,8 +358,9 @@ COLOUR_FOLDERS = {"red": "dataset_name", "blue": "eval_dataset_name"}
 
 @pytest.mark.parametrize("kind", ["json", "saved dict"])
 def test_evaluation_is_bounded_to_the_same_rows_each_time(kind, saved, parse):
-    runs = [sft_llava.load_data(*parse(dataset_name=saved[kind], eval_fraction=0.5, max_eval_rows=3))[1]["row"] for _ in "12"]
-    assert len(runs[0]) == 3 and runs[0] == runs[1]
+    settings = {"dataset_name": saved[kind], "eval_fraction": 0.5, "max_eval_rows": 3}
+    runs = [sft_llava.load_data(*parse(**settings, seed=seed))[1]["row"] for seed in (1, 1, 2)]
+    assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
 def test_types_may_differ_between_rows(parse, write, images, collate):
@@ -384,12 +385,16 @@ def test_types_may_differ_between_rows(parse, write, images, collate):
         assert all(same(collator([one]), collator([other])) for one, other in zip(train, given, strict=True))
 
 
-def test_texts_that_look_like_json_stay_texts(parse, write):
-    texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é \n / \\"]
+def test_texts_that_look_like_json_stay_texts(parse, write, images, tmp_path):
+    texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \n / \\"]
     rows = [chat(("user", "q"), ("assistant", text)) for text in texts]
     rows += [chat(("user", [{"type": "text", "text": text}]), ("assistant", text)) for text in texts]
     train, _ = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0))
     assert answers_of(train) == texts * 2
+    os.rename(tmp_path / images(1)[0], tmp_path / "7")
+    rows = [said("<image>", text, image=image) for text, image in zip(texts, ("7", ["7"]))]
+    train, _ = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0))
+    assert train["image"] == ["7", ["7"]]
 
 
 @pytest.fixture
@@ -533,7 +538,8 @@ BAD_YAML = {
     "on_bad_rows: ignore": "on_bad_rows",
     "train_on: everything": "train_on",
     "lora_r: 1.5": "lora_r",
-    "lora_r: [1]": "lora_r",
+    "lora_r: [1, 2]": "2",
+    "nonsense: null": "nonsense",
     "packing: true": "--packing",
     "[1]": "run.yaml",
     "a: [": "run.yaml",
