@@ -176,7 +176,8 @@ def load_processor(settings):
         fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
     kind, template = type(processor).__name__, getattr(processor, "chat_template", None)
     if kind not in ("LlavaProcessor", "LlavaNextProcessor") or not template:
-        fail(f"{settings.model_name_or_path}: {kind}, chat template: {template}. Needed is LLaVA-1.5 or LLaVA-NeXT, with one")
+        fail(f"{settings.model_name_or_path} has a {kind} {'with' if template else 'without'} a chat template; needed is LLaVA-1.5's "
+             "or LLaVA-NeXT's processor, with one")
     turns = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
     prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
     if processor.tokenizer.eos_token not in processor.apply_chat_template(turns).removeprefix(prompt):
@@ -205,7 +206,7 @@ def normalize(row):
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
                 content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
             content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"] + 0}
-                       if part["type"] == "image" else {"type": "text", "text": {"text": part["text"]}[part["type"]] + ""}
+                       if part["type"] == "image" else {"type": {"text": "text"}[part["type"]], "text": part["text"] + ""}
                        for part in content]
             messages.append({"role": role, "content": content})
             if role != "user" and any(part["type"] == "image" for part in content):
@@ -294,7 +295,7 @@ def check_rows(data, name, collator, settings, training):
     if len(data) == 0:
         fail(f"{name} is empty: there is nothing to train on")
     own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
-    files = {c for row in data.select_columns([*own, "folder"]) for c in image_cells(row, "") if isinstance(c, str)}
+    files = {c for row in (data.select_columns([*own, "folder"]) if own else ()) for c in image_cells(row, "") if isinstance(c, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # a changed file is checked again
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
@@ -434,13 +435,15 @@ def lora_config(settings):
 
 def marked(batch, processor):
     """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
-    out, words = [], batch["attention_mask"][0].bool()
-    tokens = zip(batch["input_ids"][0][words].tolist(), batch["labels"][0][words].tolist())
-    for (image, trained), run in itertools.groupby(tokens, key=lambda t: (t[0] == processor.image_token_id, t[1] != -100)):
-        ids = [token for token, _ in run]
-        text = f"<image> x {len(ids)}" if image else processor.tokenizer.decode(ids)
-        out.append(f"«{text}»" if trained else text)
-    return "".join(out)
+    out, shown, end, real = "", "", 0, batch["attention_mask"][0].bool()
+    ids, labels = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist()
+    kinds = ((token == processor.image_token_id, label != -100) for token, label in zip(ids, labels))
+    for (image, trained), run in itertools.groupby(kinds):
+        end += (count := len(list(run)))
+        text = processor.tokenizer.decode(ids[:end])  # from the start: by itself a run would lose its leading space
+        out += f"<image> x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
+        shown = text
+    return out
 
 
 class Trainer(SFTTrainer):

@@ -23,8 +23,9 @@ import sft_llava
 from tiny import llava
 
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BOS_IN_TEMPLATE = "{{ bos_token }}" + llava.CHAT_TEMPLATE
 ROWS = [  # of every shape, in one batch
@@ -475,11 +476,11 @@ def test_the_printed_example(collate, images):
     collator = collate()
     batch = collator([ROWS[2], ROWS[3]])
     assert sft_llava.marked(batch, collator.processor) == (
-        "<s> USER: <image> x 16\n<image> x 16\nWhich digits are these? ASSISTANT:«six and two</s>»"
-        "USER: Even or odd? ASSISTANT:«even</s>»"
+        "<s> USER: <image> x 16\n<image> x 16\nWhich digits are these? ASSISTANT:« six and two</s>» "
+        "USER: Even or odd? ASSISTANT:« even</s>» "
     )
     assert sft_llava.marked(collator([ROWS[1], ROWS[2]]), collator.processor) == (  # padded
-        "<s> Be brief. USER: Is seven even or odd? ASSISTANT:«odd</s>»"
+        "<s> Be brief. USER: Is seven even or odd? ASSISTANT:« odd</s>» "
     )
 
 

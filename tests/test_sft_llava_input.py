@@ -22,7 +22,8 @@ from tiny import llava
 ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{{ '[INST] ' if m.role == 'user' else ' ' }}{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
+    "{{ '[INST] ' if m.role == 'user' else ' ' }}"
+    "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
     "{{ ' [/INST]' if m.role == 'user' else '</s>' }}{% endfor %}"
 )
 GOOD = said("Which digit comes after two?", "three")
@@ -162,7 +163,8 @@ def test_an_order_of_turns_that_the_template_refuses(roles, stops, write, tmp_pa
 def test_a_prompt_that_the_answer_changes_is_refused(stops, write, tmp_path):
     """No space between prompt and answer: "odd:" and "odd" + ":" are other tokens to the tokenizer than to the reader."""
     processor = llava.processor()
-    processor.chat_template = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    turn = "{% for c in m.content %}{{ c.text }}{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %}"
+    processor.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     processor.save_pretrained(tmp_path / "model")
     rows = [said("Which digit", "?"), said("Which di", "git")]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model")
