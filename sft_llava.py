@@ -61,7 +61,7 @@ class Settings:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter. 0: no adapter, the whole language model is trained."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter is scaled by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: often a little better at low rank, about twice as slow."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA: weight-decomposed LoRA; slower, at low ranks sometimes better."})
     train_projector: bool = field(default=False, metadata={"help": "Train the projector too, in full: for pictures unlike photographs."})
     sample_rows: int = field(default=4, metadata={"help": "Answer so many held-out rows at each evaluation, into samples.md. 0: none."})
     sample_tokens: int = field(default=128, metadata={"help": "Longest answer in samples.md, in tokens."})
