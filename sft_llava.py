@@ -24,6 +24,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,10 +33,13 @@ import datasets
 import torch
 import yaml
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from jinja2 import TemplateError
 from peft import LoraConfig
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 
@@ -151,13 +155,23 @@ def check(settings, training):
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (a 7B needs 24 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} sft_llava.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (settings.lora_r < 0 or settings.max_eval_rows < 1, "--lora_r must be 0 or more, --max_eval_rows at least 1"),
-        (not 0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1"),
+        (min(settings.lora_r, settings.sample_rows) < 0, "--lora_r and --sample_rows must be 0 or more"),
+        (min(settings.max_eval_rows, settings.sample_tokens, training.per_device_train_batch_size, training.gradient_accumulation_steps,
+             training.per_device_eval_batch_size) < 1, "batch sizes, accumulation steps, --max_eval_rows, --sample_tokens: at least 1"),
+        (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
+        (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
         (full and settings.load_in_4bit, "--lora_r 0 trains the language model, but 4-bit weights cannot be: --load_in_4bit false"),
         (full and settings.use_dora, "--use_dora is a kind of adapter and --lora_r 0 means none: give --lora_r 16 or drop --use_dora"),
     ):
         if wrong:
             fail(message)
+    try:  # what would fail only after the weights are loaded
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).whoami()
+    except Exception as e:
+        fail(f"--report_to or --push_to_hub: {e}")
 
 
 # Put before a chat template that ends no answer with EOS (LLaVA-1.5's ends none: trained so, a model never learns to
@@ -194,8 +208,8 @@ class BadRow(ValueError):
 def normalize(row):
     """A row of either format -> messages, their content lists of {"type", "text" | "index" of the image}. Raises BadRow."""
     llava, messages, count = row.get("conversations") is not None, [], itertools.count()
-    if not llava and row.get("messages") is None:
-        raise BadRow(f"missing column: needed are messages + images, or conversations + image; there are {', '.join(row)}")
+    if llava == (row.get("messages") is not None):
+        raise BadRow(f"missing column: needed are messages + images, or else conversations + image; there are {', '.join(row)}")
     try:
         for turn in row["conversations" if llava else "messages"]:
             name, content = (turn["from"], turn["value"]) if llava else (turn["role"], turn["content"])
@@ -205,15 +219,15 @@ def normalize(row):
                 pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
                 content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
-            content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"] + 0}
-                       if part["type"] == "image" else {"type": {"text": "text"}[part["type"]], "text": part["text"] + ""}
+            content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"].__index__()}
+                       if part["type"] == "image" else {"type": {"text": "text"}[part["type"]], "text": str(part["text"].encode(), "utf-8")}
                        for part in content]
             messages.append({"role": role, "content": content})
             if role != "user" and any(part["type"] == "image" for part in content):
                 raise BadRow(f"image in a turn of the {role}: images belong to the user's turns")
             if role == "assistant" and not text_of(messages[-1]).strip():
                 raise BadRow("empty answer: a turn of the assistant says nothing")
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, UnicodeError) as e:
         raise BadRow(f"malformed row: {type(e).__name__} {e}; the README shows both formats") from e
     if not any(m["role"] == "assistant" for m in messages):
         raise BadRow("no answer: the row has no turn of the assistant, nothing to learn")
@@ -474,16 +488,26 @@ class Trainer(SFTTrainer):
         return metrics
 
 
+def is_whole(folder):
+    """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
+        state = [zipfile.is_zipfile(folder / name) for name in ("optimizer.pt", "scheduler.pt")]
+        return all([weights, *state, list(folder.glob("rng_state*"))])
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
 def checkpoint_to_resume(training):
     """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
     out, wanted = Path(training.output_dir), training.resume_from_checkpoint
     wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
     found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
-    # Trainer writes trainer_state.json last: without it a checkpoint was cut off half-way, and is passed over.
-    whole = sorted((c for c in found if (c / "trainer_state.json").exists()), key=lambda c: int(c.name[11:]))
+    whole = sorted(filter(is_whole, found), key=lambda c: int(c.name[11:]))
     finished = (out / "trainer_state.json").exists()
     if wanted not in ("auto", "false"):
-        if not Path(wanted, "trainer_state.json").exists():
+        if not is_whole(Path(wanted)):
             fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
         return wanted
     if wanted == "false" and (found or finished):
@@ -537,6 +561,8 @@ def main(argv=None):
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}")
     if held_out is not None and training.eval_strategy != "no" and not any("eval_loss" in entry for entry in trainer.state.log_history):
         trainer.evaluate()  # a run shorter than eval_steps
     trainer.save_model()  # pushes to the hub, too, where asked
