@@ -276,7 +276,7 @@ def read_rows(name, split, settings):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
             data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
-                lambda rows, keys: ({key: json.dumps(row.get(key)) for key in keys} for row in rows),
+                lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
                 features=datasets.Features(cells), gen_kwargs={"rows": rows, "keys": tuple(cells)})
         elif path.suffix == ".parquet":
             data = datasets.load_dataset("parquet", data_files=name)

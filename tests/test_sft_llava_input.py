@@ -82,7 +82,9 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
         asked([IMAGE, {**IMAGE, "index": "x"}], images=["red.png"] * 2),
         "images do not match|malformed row",
     ),
-    "index a fraction": (asked([{**IMAGE, "index": 0.5}], **RED), "images do not match|malformed row"),
+    "index a fraction": (asked([{**IMAGE, "index": 0.5}], **RED), "malformed row"),
+    "index a whole fraction": (asked([{**IMAGE, "index": 0.0}], **RED), "malformed row"),
+    "both formats": ({**said("Which?", "two"), **asked()}, "missing column: .*or else conversations"),
     "only a question": (said("Which?"), "no answer.*assistant"),
     "no turn": (said(), "no answer.*assistant"),
     "answer first": (
@@ -259,6 +261,16 @@ def test_one_row_cannot_be_divided(stops, write):
         ({"eval_fraction": 1}, "--eval_fraction"),
         ({"eval_fraction": -0.1}, "--eval_fraction"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
+        ({"per_device_train_batch_size": 0}, "batch sizes"),
+        ({"gradient_accumulation_steps": 0}, "accumulation steps"),
+        ({"sample_tokens": 0}, "--sample_tokens"),
+        ({"sample_rows": -1}, "--sample_rows"),
+        ({"lora_dropout": 2}, "--lora_dropout"),
+        ({"max_steps": 0}, "--max_steps"),
+        ({"num_train_epochs": 0}, "--num_train_epochs"),
+        ({"report_to": "nonsense"}, "--report_to .*nonsense"),
+        ({"report_to": "clearml"}, "--report_to .*clearml"),
+        ({"push_to_hub": True}, "--push_to_hub"),
     ],
 )
 def test_flags_that_cannot_work_together(settings, expected, stops):
@@ -322,6 +334,13 @@ def test_a_program_that_fails_ends_with_the_message(flags, write, tmp_path):
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
     assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: empty answer") and "--on_bad_rows skip" in last[2]
     assert len(last) == 3 and not os.path.exists(tmp_path / "out")
+
+
+def test_half_a_character_is_not_dropped(stops, write, collate):
+    broken = chat(("user", "Which\ud83d?"), ("assistant", "three"))
+    assert "surrogates not allowed" in stops(dataset_name=write([GOOD, broken]))
+    with pytest.raises(sft_llava.BadRow, match="malformed row: UnicodeEncodeError"):
+        collate()([broken])
 
 
 def test_a_picture_that_changes_after_the_check(collate, parse, write, images, tmp_path):

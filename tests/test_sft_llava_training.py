@@ -606,6 +606,29 @@ def test_killed_and_started_again(whole, killed, mixed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_not_whole(whole, tmp_path, file):
+    """Missing, empty or cut off: any of its files (the random state's end is not looked at)."""
+    good = whole().out / "checkpoint-8"
+    assert sft_llava.is_whole(good)
+    for n, keep in enumerate([None, 0, 0.5] if file != "rng_state.pth" else [None]):
+        copy = Path(shutil.copytree(good, tmp_path / f"checkpoint-{n}"))
+        data = (copy / file).read_bytes()
+        (copy / file).unlink() if keep is None else (copy / file).write_bytes(data[: int(keep * len(data))])
+        assert not sft_llava.is_whole(copy), keep
+
+
+@pytest.mark.slow
+def test_interrupted_by_the_keyboard(mixed, tmp_path, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft_llava.Trainer, "training_step", interrupt)
+    with pytest.raises(SystemExit, match=f"^error: interrupted.*{tmp_path}"):
+        sft_llava.main(command(mixed, tmp_path / "out"))
+
+
+@pytest.mark.slow
 def test_a_path_names_the_checkpoint(whole, killed, mixed, tmp_path):
     resumed = run(command(mixed, tmp_path / "other", **LONG, resume_from_checkpoint=killed / "checkpoint-4"))
     assert f"going on from {killed / 'checkpoint-4'}\n" in resumed.text
