@@ -28,6 +28,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import datasets
 import torch
@@ -76,7 +77,7 @@ class Training(SFTConfig):
     """TRL's SFTConfig with this recipe's defaults; docs/sft_llava.md says why where they differ from the 2024 post."""
 
     output_dir: str = field(default="llava-lora", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: start anew. Or a path."})
+    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: refuse a used output_dir. Or a checkpoint."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Raise it first where memory is left."})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
@@ -112,9 +113,10 @@ class Training(SFTConfig):
 # activation_checkpointing); and those that may change when a run is taken up again without making it another run.
 REFUSED = """packing padding_free eval_packing assistant_only_loss completion_only_loss dataset_text_field truncation_mode
 shuffle_dataset pad_to_multiple_of chat_template_path eos_token pad_token model_init_kwargs trust_remote_code save_only_model
-remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval do_predict""".split()
+remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs dataset_kwargs deepspeed fsdp do_train do_eval do_predict""".split()
 FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
-dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens""".split()
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens logging_steps
+save_total_limit per_device_eval_batch_size""".split()
 
 
 def fail(message):
@@ -132,16 +134,18 @@ def parse(argv=None):
         try:
             for name, value in yaml.safe_load(Path(file).read_text()).items():
                 if value in (None, []):
+                    if value is None and type(None) not in get_args(get_type_hints(Settings).get(name, int | None)):
+                        raise ValueError(f"{name} must have a value")
                     parser.set_defaults(**{name: value})
                 else:
                     value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
                     argv = [f"--{name}", *map(str, value), *argv]
-        except (OSError, AttributeError, yaml.YAMLError) as e:
+        except (OSError, AttributeError, ValueError, yaml.YAMLError) as e:
             fail(f"--config {file} must hold lines of 'name: value': {e}")
     try:
         given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
         if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe, see REFUSED in {Path(__file__).name}")
+            fail(f"{', '.join(refused)}: not used by this recipe (gradient_checkpointing is now activation_checkpointing)")
         settings, training = parser.parse_dict(given)
     except (OSError, ValueError, TypeError) as e:
         fail(e)
@@ -151,7 +155,7 @@ def parse(argv=None):
 
 def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    gpus, full = training.n_gpu, settings.lora_r == 0
+    gpus, full, out = training.n_gpu, settings.lora_r == 0, Path(training.output_dir)
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (a 7B needs 24 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} sft_llava.py. One: CUDA_VISIBLE_DEVICES=0"),
@@ -159,6 +163,7 @@ def check(settings, training):
         (min(settings.max_eval_rows, settings.sample_tokens, training.per_device_train_batch_size, training.gradient_accumulation_steps,
              training.per_device_eval_batch_size) < 1, "batch sizes, accumulation steps, --max_eval_rows, --sample_tokens: at least 1"),
         (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
+        (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
         (full and settings.load_in_4bit, "--lora_r 0 trains the language model, but 4-bit weights cannot be: --load_in_4bit false"),
         (full and settings.use_dora, "--use_dora is a kind of adapter and --lora_r 0 means none: give --lora_r 16 or drop --use_dora"),
@@ -219,7 +224,7 @@ def normalize(row):
                 pieces = re.split("(<image>)", content) if llava and role == "user" else [content]
                 pieces = [p.strip() for p in pieces if p.strip()] if len(pieces) > 1 else pieces
                 content = [{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in pieces]
-            content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"].__index__()}
+            content = [{"type": "image", "index": next(count) if part.get("index") is None else part["index"] + 0}
                        if part["type"] == "image" else {"type": {"text": "text"}[part["type"]], "text": str(part["text"].encode(), "utf-8")}
                        for part in content]
             messages.append({"role": role, "content": content})
@@ -229,8 +234,6 @@ def normalize(row):
                 raise BadRow("empty answer: a turn of the assistant says nothing")
     except (KeyError, TypeError, AttributeError, UnicodeError) as e:
         raise BadRow(f"malformed row: {type(e).__name__} {e}; the README shows both formats") from e
-    if not any(m["role"] == "assistant" for m in messages):
-        raise BadRow("no answer: the row has no turn of the assistant, nothing to learn")
     return messages
 
 
@@ -242,7 +245,8 @@ def text_of(message):
 def image_cells(row, folder):
     """The images of a row as it has them: paths (from its own `folder` or this one), {"bytes"} or PIL images; a list."""
     cells = row.get("images") or row.get("image") or []
-    cells = [c.get("path") if isinstance(c, dict) and not c.get("bytes") else c for c in (cells if isinstance(cells, list) else [cells])]
+    cells = [{"bytes": c} if isinstance(c, bytes) else c for c in (cells if isinstance(cells, list) else [cells])]
+    cells = [c.get("path") if isinstance(c, dict) and not c.get("bytes") else c for c in cells]
     return [os.path.join(row.get("folder") or folder, c) if isinstance(c, str) else c for c in cells]
 
 
@@ -252,9 +256,11 @@ def load_image(cell):
         image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
+        if max(image.size) > 200 * min(image.size):  # a processor scales the short side to its size first
+            raise ValueError(f"{image.size[0]} x {image.size[1]} is too narrow")
         if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
             most = image.getextrema()[1]
-            scale = 1 / 257 if most > 255 else 255 if image.mode == "F" and most <= 1 else 1
+            scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
             image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
         if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -269,17 +275,22 @@ def read_rows(name, split, settings):
     `test`, or None where there is none. Raises SystemExit."""
     path = Path(name)
     try:
-        if path.suffix in (".json", ".jsonl"):
-            text = path.read_text(encoding="utf-8-sig")
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+        if path.suffix.lower() in (".json", ".jsonl"):
+            text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
+            try:
+                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text)
+            except ValueError as e:
+                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from e
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
             data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
                 lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
                 features=datasets.Features(cells), gen_kwargs={"rows": rows, "keys": tuple(cells)})
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             data = datasets.load_dataset("parquet", data_files=name)
+        elif path.is_file():
+            raise ValueError("read are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             data = datasets.load_from_disk(name)
         else:
@@ -293,7 +304,7 @@ def read_rows(name, split, settings):
     for column in [c for c in ("image", "images") if "Image(" in str(data.features.get(c))]:
         data = data.cast_column(column, cell if isinstance(data.features[column], datasets.Image) else datasets.List(cell))
     data = data.remove_columns(list({"row", "length", "folder"} & set(data.column_names)))
-    folder = os.path.abspath(settings.image_folder or path.parent)
+    folder = os.path.abspath(settings.image_folder or (path if path.is_dir() else path.parent))
     return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
 
 
@@ -322,7 +333,7 @@ def check_rows(data, name, collator, settings, training):
     counts = Counter(problems[n].split(":")[0] for n in bad)
     report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
     for row, n in zip(data.select(bad[:20]), bad):
-        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") else "") + f": {problems[n]}")
+        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "") + f": {problems[n]}")
     report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
     stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
     if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
@@ -339,16 +350,17 @@ def load_data(settings, training):
     collator = Collator(load_processor(settings), settings, training)
     train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
     split, held_out = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None), None
-    if split or settings.dataset_train_split != "test":
+    if training.eval_strategy != "no" and (split or settings.dataset_train_split != "test"):
         held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
     if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
         held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
         held_out = check_rows(held_out, "the evaluation data", collator, settings, training)
     train = check_rows(train, settings.dataset_name, collator, settings, training)
-    if held_out is None and settings.eval_fraction > 0:
-        if len(train) < 2:
-            fail("one row cannot be divided into training and evaluation: add rows, or --eval_fraction 0")
-        train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
+    if held_out is None and settings.eval_fraction > 0 and training.eval_strategy != "no":
+        try:
+            train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
+        except ValueError as e:
+            fail(f"{len(train)} rows cannot be divided into training and evaluation (--eval_fraction {settings.eval_fraction}): {e}")
         held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows)))
     return train, held_out
 
@@ -368,13 +380,15 @@ class Collator:
         """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
         messages, cells = normalize(row), image_cells(row, self.folder)
         parts = [part for message in messages for part in message["content"]]
+        for text in (part["text"] for part in parts if part["type"] == "text"):
+            if found := [token for token in self.control if token in text]:
+                raise BadRow(f"control token: {found[0]} is typed in a text and would become a real one; take it out "
+                             "(of messages, pictures are parts of type image)")
         if sorted(used := [p["index"] for p in parts if p["type"] == "image"]) != list(range(len(cells))):
             raise BadRow(f"images do not match: {len(used)} <image> markers (indices {used}), {len(cells)} images")
         for part in parts:
             if part["type"] == "image":
-                part["image"] = load_image(cells[part["index"]])
-            elif found := [token for token in self.control if token in part["text"]]:
-                raise BadRow(f"control token: {found[0]} is typed in a text and would become a real one; take it out")
+                part["image"] = load_image(cells[int(part["index"])])
         return messages
 
     def tokenize(self, conversations, prompt=False):
@@ -407,6 +421,8 @@ class Collator:
         for row in rows:
             try:
                 conversations.append(self.read(row))
+                if not any(message["role"] == "assistant" for message in conversations[-1]):
+                    raise BadRow("no answer: the row has no turn of the assistant, nothing to learn")
                 learned.append(torch.tensor(self.learned(conversations[-1])))
             except (BadRow, TemplateError) as e:
                 raise BadRow(f"row {row.get('row', '?')}: {'' if isinstance(e, BadRow) else 'order of turns: '}{e}") from e
@@ -537,8 +553,11 @@ def main(argv=None):
     collator = Collator(processor, settings, training)
     say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
 
-    trainer = Trainer(load_model(settings, training), training, collator, train, held_out, processor,
-                      peft_config=lora_config(settings))
+    try:
+        model = load_model(settings, training)
+    except OSError as e:
+        fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
+    trainer = Trainer(model, training, collator, train, held_out, processor, peft_config=lora_config(settings))
     trainer.settings = settings
     for p in trainer.model.parameters():
         if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
@@ -553,21 +572,20 @@ def main(argv=None):
     batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
     say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "
-        f"{steps * batch / len(train):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
+        f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
         Path(training.output_dir, "settings.yaml").write_text(yaml.safe_dump(training.given, sort_keys=False))
+        Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}")
-    if held_out is not None and training.eval_strategy != "no" and not any("eval_loss" in entry for entry in trainer.state.log_history):
-        trainer.evaluate()  # a run shorter than eval_steps
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
-    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log), samples.md")
+    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,14 @@ def test_sampling_differs_from_greedy(run, tiny_llava, ask):
     assert [x["prediction"] for x in ask(run, *data, "--temperature", 5)] != [x["prediction"] for x in ask(run, *data)]
 
 
+def test_questions_without_answers(run, tmp_path, ask):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [said("Is three odd?"), said("a", "b", "c")])))
+    found = ask(run, "--dataset_name", tmp_path / "rows.jsonl")
+    assert [(x["row"], x["question"], x["reference"]) for x in found] == [
+        (0, "Is three odd?", None), (1, "a", "b"), (1, "c", None)]  # fmt: skip
+    assert found[0]["prediction"] == ask(run, "--question", "Is three odd?")[0]["prediction"]
+
+
 @pytest.mark.slow
 def test_whole_models(tiny_llava, flags, tmp_path, ask):
     """Trained in full, or merged: a folder without an adapter."""
@@ -146,6 +154,7 @@ def test_whole_models(tiny_llava, flags, tmp_path, ask):
     messages = [{"role": "user", "content": [{"type": "image", "image": row["images"][0]}]}]
     messages[0]["content"].append({"type": "text", "text": row["messages"][0]["content"][0]["text"]})
     assert found[0]["prediction"] == by_hand(model, processor, messages)
+    assert ask(full, *data, "--base_only") == ask(tiny_llava / "model", "--use_cpu", *data) != found
     adapter = train(flags, tmp_path / "adapter", load_in_4bit=False, train_projector=True)
     merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_llava / "model"), adapter)
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -162,12 +171,17 @@ def test_whole_models(tiny_llava, flags, tmp_path, ask):
         (["RUN", "--output", "TAKEN"], "--overwrite"),
         (["RUN", "--recipe", "no.py"], "no.py"),
         (["RUN", "--datset_name", "x"], "--datset_name"),
-        (["RUN", "--dataset_name", "BAD"], "row 1"),
+        (["RUN", "--dataset_name", "BAD"], "row 1: empty answer"),
+        (["RUN", "--dataset_name", "BAD", "--question", "x"], "one of them"),
+        (["RUN", "--question", "<image> x"], "<image>"),
+        (["RUN", "--question", "x", "--batch_size", "0"], "--batch_size"),
+        (["RUN", "--question", "x", "--output", "nowhere/x.jsonl"], "no such folder"),
+        (["RUN", "--question", "x", "--model_name_or_path", "nowhere"], "cannot load nowhere"),
     ],
 )
 def test_mistakes_get_one_message(run, tmp_path, argv, message):
     (tmp_path / "TAKEN").write_text("")
-    (tmp_path / "BAD.json").write_text(json.dumps([said("a", "b"), said("a")]))
+    (tmp_path / "BAD.json").write_text(json.dumps([said("a", "b"), said("a", "")]))
     names = {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json"}
     with pytest.raises(SystemExit) as e:
         generate.main([str(names.get(word, word)) for word in argv])

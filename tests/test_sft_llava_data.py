@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from dataclasses import fields
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -614,3 +616,23 @@ def imported(node):
     if isinstance(node, ast.Import):
         return [alias.name.split(".")[0] for alias in node.names]
     return [node.module.split(".")[0] if node.module else "."] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_what_else_is_read(collate, write, images, tmp_path, parse):
+    """Bytes in place of a picture, whole floats as indices (pandas' nullable integers), a 12-bit picture, no narrow one."""
+    name = images(1)[0]
+    row = {"messages": [{"role": "user", "content": [{"type": "image", "index": 0.0}]}, {"role": "assistant", "content": "red"}]}
+    collator = collate()
+    batches = [collator([{**row, "images": [cell]}]) for cell in (name, (tmp_path / name).read_bytes())]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    ramp = Image.fromarray((np.arange(4096).reshape(64, 64)).astype(np.uint16))
+    grey = np.asarray(sft_llava.load_image(ramp))[..., 0]
+    assert grey.min() == 0 and grey.max() == 255 and abs(int(grey[32, 0]) - 127) <= 1
+    with pytest.raises(sft_llava.BadRow, match="1000 x 4 is too narrow"):
+        sft_llava.load_image(Image.new("RGB", (1000, 4)))
+    (tmp_path / "set" / "pics").mkdir(parents=True)
+    Image.new("RGB", (56, 56), "blue").save(tmp_path / "set" / "pics" / "a.png")
+    sft_llava.datasets.Dataset.from_list([said("<image>", "blue", image="pics/a.png")] * 2).save_to_disk(tmp_path / "set" / "saved")
+    (tmp_path / "set" / "saved" / "pics").mkdir()
+    shutil.copy(tmp_path / "set" / "pics" / "a.png", tmp_path / "set" / "saved" / "pics")
+    assert len(sft_llava.load_data(*parse(dataset_name=tmp_path / "set" / "saved", eval_strategy="no"))[0]) == 2

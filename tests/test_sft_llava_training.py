@@ -619,6 +619,22 @@ def test_a_damaged_checkpoint_is_not_whole(whole, tmp_path, file):
 
 
 @pytest.mark.slow
+def test_a_longer_run_is_not_finished_by_an_earlier_end(whole, mixed, tmp_path, monkeypatch):
+    """The end of a run is taken back as soon as the run is taken up again with more steps."""
+    out = Path(shutil.copytree(whole().out, tmp_path / "out"))
+    longer = {**LONG, "max_steps": 20, "resume_from_checkpoint": out / "checkpoint-12"}
+
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^error: interrupted"):
+        patch.setattr(sft_llava.Trainer, "training_step", interrupt)
+        sft_llava.main(command(mixed, out, **longer))
+    again = run(command(mixed, out, **{**longer, "resume_from_checkpoint": "auto"}))
+    assert f"going on from {out / 'checkpoint-12'}" in again.text and max(log(out)) == 20
+
+
+@pytest.mark.slow
 def test_interrupted_by_the_keyboard(mixed, tmp_path, monkeypatch):
     def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt

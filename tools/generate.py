@@ -59,8 +59,14 @@ def parse(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.output and args.output.exists() and not args.overwrite:
         fail(f"{args.output} exists: choose another --output, or --overwrite it")
-    if args.image and not args.question:
+    if args.image and args.question is None:
         fail("--image needs a --question about it")
+    if args.question is not None and any(flag.startswith("--dataset_name") for flag in rest):
+        fail("--question and --dataset_name: one of them")
+    if args.output and not args.output.absolute().parent.is_dir():
+        fail(f"--output {args.output}: there is no such folder")
+    if min(args.batch_size, args.max_new_tokens) < 1 or args.temperature < 0:
+        fail("--batch_size and --max_new_tokens must be at least 1, --temperature 0 or more")
     return args, rest
 
 
@@ -73,7 +79,9 @@ def load(recipe, args, rest):
         base = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
         flags += ["--model_name_or_path", base]
     elif not adapter:  # a whole model, in 16 bits unless 4 are asked for
-        flags += ["--model_name_or_path", args.run, "--load_in_4bit", "false"]
+        flags += ["--load_in_4bit", "false"]
+        if not (args.base_only and config.exists()):  # trained in full: what it was trained from is in its settings
+            flags += ["--model_name_or_path", args.run]
     settings, training = recipe.parse([*flags, *rest])
     recipe.check(settings, training)
     base, settings.model_name_or_path = settings.model_name_or_path, args.run
@@ -84,11 +92,16 @@ def load(recipe, args, rest):
 
 
 def questions(collator, row):
-    """A row -> [(messages up to a question, turn, question, reference)], one for each turn of the assistant."""
-    messages = collator.read(row)
+    """A row -> [(messages up to a question, turn, question, reference)], one for each turn of the assistant, and one more,
+    without a reference, where the last turn is the user's."""
+    try:
+        messages = collator.read(row)
+    except ValueError as e:  # the recipe's BadRow
+        fail(f"row {row['row']}: {e}")
     said = [" ".join(part["text"] for part in m["content"] if part["type"] == "text") for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    return [(messages[:n], turn, said[n - 1] if n else "", said[n]) for turn, n in enumerate(turns)]
+    found = [(messages[:n], turn, said[n - 1] if n else "", said[n]) for turn, n in enumerate(turns)]
+    return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
 
 
 def answer(model, collator, conversations, args):
@@ -106,7 +119,9 @@ def main(argv=None):
     recipe = load_recipe(args.recipe)
     adapter, processor, settings, training = load(recipe, args, rest)
     collator = recipe.Collator(processor, settings, training)
-    if args.question:
+    if args.question is not None:
+        if typed := [token for token in collator.control if token in f"{args.question} {args.system}"]:
+            fail(f"{typed[0]} in a question would become a real control token; pictures are given by --image")
         try:
             pictures = [{"type": "image", "image": recipe.load_image(path)} for path in args.image]
         except recipe.BadRow as e:
@@ -117,19 +132,21 @@ def main(argv=None):
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
         own = "dataset_name" not in given
         if not own:  # none of what the run says of its own data goes for another data set
-            settings.eval_fraction, training.max_length = 0, None
             for field in dataclasses.fields(settings):
                 if field.name.startswith(("dataset_", "eval_dataset", "image_")) and field.name not in given:
                     setattr(settings, field.name, field.default)
-        train, held_out = recipe.load_data(settings, training)
-        rows = held_out if own else train
+        rows = recipe.load_data(settings, training)[1] if own else None
+        rows = rows if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --dataset_name")
         asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(collator, row))
 
-    model = recipe.load_model(settings, training)
-    if adapter and not args.base_only:
-        model = PeftModel.from_pretrained(model, args.run)
+    try:
+        model = recipe.load_model(settings, training)
+        if adapter and not args.base_only:
+            model = PeftModel.from_pretrained(model, args.run)
+    except (OSError, ValueError) as e:
+        fail(f"cannot load {settings.model_name_or_path} (another place: --model_name_or_path): {e}")
     model.eval()
     out, count, asked = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout, 0, iter(asked)
     while some := list(itertools.islice(asked, args.batch_size)):
@@ -137,7 +154,7 @@ def main(argv=None):
             images = sum(part["type"] == "image" for m in messages for part in m["content"])
             line = {"row": row.get("row"), "id": row.get("id"), "turn": turn, "images": images, "question": question,
                     "reference": reference, "prediction": said}
-            print(said if args.question and not args.output else json.dumps(line, ensure_ascii=False), file=out, flush=True)
+            print(said if args.question is not None and not args.output else json.dumps(line, ensure_ascii=False), file=out, flush=True)
             count += 1
     if args.output:
         out.close()
