@@ -96,7 +96,7 @@ class Training(SFTConfig):
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode images while the GPU works."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations: far less memory, about a third slower."})
+    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in the backward pass: far less memory, slower."})
     bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
 
     def __post_init__(self):
@@ -321,7 +321,7 @@ def check_rows(data, name, collator, settings, training):
         fail(f"{name} is empty: there is nothing to train on")
     own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
     files = {c for row in (data.select_columns([*own, "folder"]) if own else ()) for c in image_cells(row, "") if isinstance(c, str)}
-    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # a changed file is checked again
+    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
             attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
@@ -340,7 +340,8 @@ def check_rows(data, name, collator, settings, training):
         report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
         report += ["Raise --max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
         fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
-    PartialState().print("\n".join(["left out:", *report] if bad else []), end="\n" * bool(bad))
+    if bad:
+        PartialState().print("left out:", "\n".join(report))
     good = [n for n, problem in enumerate(problems) if not problem]
     return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
 

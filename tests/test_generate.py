@@ -22,21 +22,19 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def train(flags, out, **settings):
-    short = {"max_steps": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    sft_llava.main(flags(output_dir=out, sample_rows=0, max_eval_rows=6, logging_steps=1, **{**short, **settings}))
+def train(tiny, out, **settings):
+    """A short run of the tiny LLaVA without 4-bit, 6 rows held out by the run itself; -> its folder."""
+    short = {"use_cpu": True, "model_name_or_path": tiny / "model", "dataset_name": tiny / "data", "output_dir": out}
+    short |= {"max_steps": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    short |= {"sample_rows": 0, "max_eval_rows": 6, "logging_steps": 1, "load_in_4bit": False, "dataloader_num_workers": 0}
+    settings = {**short, "report_to": "none", **settings}
+    sft_llava.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     return out
 
 
 @pytest.fixture(scope="module")
 def run(tiny_llava, tmp_path_factory):
-    """A short run of the tiny LLaVA, its adapter in float32 over 16-bit-off weights, 6 rows held out by the run itself."""
-    out = tmp_path_factory.mktemp("generate") / "run"
-    argv = ["--use_cpu", "--model_name_or_path", tiny_llava / "model", "--dataset_name", tiny_llava / "data"]
-    argv += ["--output_dir", out, "--max_steps", 6, "--learning_rate", 2e-2, "--per_device_train_batch_size", 8]
-    argv += ["--gradient_accumulation_steps", 1, "--sample_rows", 0, "--max_eval_rows", 6, "--logging_steps", 1]
-    sft_llava.main([*map(str, argv), "--load_in_4bit", "false", "--dataloader_num_workers", "0", "--report_to", "none"])
-    return out
+    return train(tiny_llava, tmp_path_factory.mktemp("generate") / "run")
 
 
 @pytest.fixture
@@ -144,9 +142,9 @@ def test_questions_without_answers(run, tmp_path, ask):
 
 
 @pytest.mark.slow
-def test_whole_models(tiny_llava, flags, tmp_path, ask):
+def test_whole_models(tiny_llava, tmp_path, ask):
     """Trained in full, or merged: a folder without an adapter."""
-    full = train(flags, tmp_path / "full", lora_r=0, load_in_4bit=False, learning_rate=1e-2)
+    full = train(tiny_llava, tmp_path / "full", lora_r=0, learning_rate=1e-2)
     data = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test"]
     found = ask(full, *data)
     model, processor = AutoModelForImageTextToText.from_pretrained(full), AutoProcessor.from_pretrained(full)
@@ -155,7 +153,7 @@ def test_whole_models(tiny_llava, flags, tmp_path, ask):
     messages[0]["content"].append({"type": "text", "text": row["messages"][0]["content"][0]["text"]})
     assert found[0]["prediction"] == by_hand(model, processor, messages)
     assert ask(full, *data, "--base_only") == ask(tiny_llava / "model", "--use_cpu", *data) != found
-    adapter = train(flags, tmp_path / "adapter", load_in_4bit=False, train_projector=True)
+    adapter = train(tiny_llava, tmp_path / "adapter", train_projector=True)
     merged = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_llava / "model"), adapter)
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoProcessor.from_pretrained(adapter).save_pretrained(tmp_path / "merged")

@@ -21,14 +21,13 @@ def score(path: Path) -> dict[str, tuple[int, int]]:
     return {kind: tuple(n) for kind, n in counts.items()}
 
 
-def curves(run: Path) -> Path:
-    """Draw loss and token accuracy over steps, training and held out, from `run/trainer_state.json`; -> curves.png."""
+def curves(run: Path, log: list[dict]) -> Path:
+    """Draw loss and token accuracy over steps, training and held out, from a log history; -> `run/curves.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, name, title in zip(axes, ("loss", "mean_token_accuracy"), ("loss", "token accuracy"), strict=True):
         for key, label, style in ((name, "training", "-"), (f"eval_{name}", "held out", "o-")):
@@ -44,18 +43,19 @@ def curves(run: Path) -> Path:
 def report(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of `run/before.jsonl` and `run/after.jsonl`, draw the curves. Returns {kind: (before, after)}."""
     before, after = score(run / "before.jsonl"), score(run / "after.jsonl")
-    order = [*llava.ONE_PICTURE, "held out", "several turns", "two pictures", "text only"]
+    names = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}
+    names |= {"held out": "all of these", "several turns": "several turns on one picture"}
+    names |= {"two pictures": "two pictures at once", "text only": "no picture"}
     print("\nExact match on pictures that neither the base model nor the fine-tuning has seen")
     print(f"{'question':<32}{'asked':>6}{'before':>9}{'after':>9}")
     shares = {}
-    for kind in [kind for kind in order if kind in after]:
+    for kind, name in names.items():
+        if kind not in after:
+            continue
         shares[kind] = before[kind][0] / before[kind][1], after[kind][0] / after[kind][1]
-        example = llava.QUESTIONS.get(kind, [""])[0]
-        name = {"held out": "all of these", "several turns": "several turns on one picture"}.get(kind, example)
-        name = {"two pictures": "two pictures at once", "text only": "no picture"}.get(kind, name)
         print(f"{name:<32}{after[kind][1]:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}")
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     print(f"fine-tuning took {next(entry['train_runtime'] for entry in log[::-1] if 'train_runtime' in entry):.0f} s")
-    print(f"learning curve: {curves(run)}")
+    print(f"learning curve: {curves(run, log)}")
     print(f"answers while it trained: {run / 'samples.md'}")
     return shares

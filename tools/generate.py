@@ -71,7 +71,7 @@ def parse(argv=None):
 
 
 def load(recipe, args, rest):
-    """-> (model in eval mode, Collator that pads on the left, settings, training)."""
+    """-> (whether RUN is an adapter, its processor padding on the left, the recipe's settings and training)."""
     run, config = Path(args.run), Path(args.run, "settings.yaml")
     flags = ["--config", str(config)] if config.exists() else []
     adapter = (run / "adapter_config.json").exists()
@@ -91,14 +91,14 @@ def load(recipe, args, rest):
     return adapter, processor, settings, training
 
 
-def questions(collator, row):
+def questions(recipe, collator, row):
     """A row -> [(messages up to a question, turn, question, reference)], one for each turn of the assistant, and one more,
     without a reference, where the last turn is the user's."""
     try:
         messages = collator.read(row)
-    except ValueError as e:  # the recipe's BadRow
+    except recipe.BadRow as e:
         fail(f"row {row['row']}: {e}")
-    said = [" ".join(part["text"] for part in m["content"] if part["type"] == "text") for m in messages]
+    said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     found = [(messages[:n], turn, said[n - 1] if n else "", said[n]) for turn, n in enumerate(turns)]
     return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
@@ -139,7 +139,7 @@ def main(argv=None):
         rows = rows if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --dataset_name")
-        asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(collator, row))
+        asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row))
 
     try:
         model = recipe.load_model(settings, training)
