@@ -377,6 +377,10 @@ class Collator:
         tokens = processor.tokenizer.added_tokens_decoder.values()
         self.control = {token.content for token in tokens if token.special} | {processor.image_token}
 
+    def ask(self, question, pictures):
+        """A question about PIL images -> the user's turn."""
+        return {"role": "user", "content": [*({"type": "image", "image": p} for p in pictures), {"type": "text", "text": question}]}
+
     def read(self, row):
         """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
         messages, cells = normalize(row), image_cells(row, self.folder)
@@ -576,7 +580,7 @@ def main(argv=None):
         f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.yaml").write_text(yaml.safe_dump(training.given, sort_keys=False))
+        Path(training.output_dir, "settings.yaml").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
         Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

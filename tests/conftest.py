@@ -18,8 +18,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import idefics2_docvqa  # noqa: E402
 import sft_llava  # noqa: E402
-from tiny import llava  # noqa: E402
+from tiny import forms, idefics2, llava  # noqa: E402
 
 torch.set_num_threads(1)
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -48,6 +49,48 @@ def tiny_next(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny_next")
     llava.build_next(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_forms(tmp_path_factory):
+    """A folder as `python -m tiny idefics2` writes it: model/ (random weights), 96 rows to train on and 24 to test on in
+    data/*.parquet and json/*.json."""
+    out = tmp_path_factory.mktemp("tiny_forms")
+    processor = idefics2.processor()
+    idefics2.model(processor.tokenizer).save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+    for name, n in (("train", 96), ("test", 24)):
+        forms.write_data(out, name, forms.make_rows(0, train=name == "train", n=n))
+    return out
+
+
+@pytest.fixture
+def form_flags(tiny_forms, tmp_path):
+    """A function: settings as keywords -> the list of flags for a run of the tiny Idefics2 on the CPU."""
+
+    def make(**settings):
+        defaults = {"use_cpu": True, "model_name_or_path": tiny_forms / "model", "output_dir": tmp_path / "out"}
+        settings = {**defaults, "dataset_name": tiny_forms / "data", "dataloader_num_workers": 0, "report_to": "none", **settings}
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    return make
+
+
+@pytest.fixture
+def form_parse(form_flags):
+    """A function: settings as keywords -> (settings, training) of idefics2_docvqa.py, for a run of the tiny Idefics2 on the CPU."""
+    return lambda **settings: idefics2_docvqa.parse(form_flags(**settings))
+
+
+@pytest.fixture
+def form_collate(form_parse, tmp_path):
+    """A function: settings as keywords -> a Collator of idefics2_docvqa.py; relative image paths start in tmp_path."""
+
+    def make(**settings):
+        settings, training = form_parse(**{"image_folder": tmp_path, **settings})
+        return idefics2_docvqa.Collator(idefics2_docvqa.load_processor(settings), settings, training)
+
+    return make
 
 
 @pytest.fixture

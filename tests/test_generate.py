@@ -122,7 +122,7 @@ def test_it_stops_at_eos(run, tiny_llava, ask, monkeypatch):
         model.lm_head.bias.data[model.generation_config.eos_token_id] = 1.0
         return model
 
-    monkeypatch.setattr(generate, "load_recipe", lambda path: sft_llava)
+    monkeypatch.setattr(generate, "load_recipe", lambda *_: sft_llava)
     monkeypatch.setattr(sft_llava, "load_model", silent)
     data = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test"]
     assert {line["prediction"] for line in ask(run, *data)} == {""}

@@ -5,11 +5,12 @@
     python tools/generate.py llava-lora --dataset_name test.json --output before.jsonl --base_only
     python tools/generate.py llava-lora --output held_out.jsonl     # the rows that the run itself held out
     python tools/generate.py merged-model --image cat.jpg --question "What is this?"
+    python tools/generate.py model-of-mine --recipe idefics2_docvqa.py --image page.png --question "What is the total?"
 
-RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), or any model that the recipe can load.
+RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), or any model that a recipe can load.
 A row of several turns gives one prediction for each: asked with the right answers to the turns before it. Every other flag
 is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). A line of the output has: row, id, turn,
-images (how many), question, reference, prediction.
+images (how many), question, reference (a list where several answers are accepted), prediction.
 """
 
 import argparse
@@ -30,8 +31,12 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
-def load_recipe(path):
-    """A recipe file as a module."""
+def load_recipe(path, run):
+    """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml."""
+    if path is None:
+        config = Path(run, "settings.yaml")
+        said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
+        path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
     if not path.is_file():
         fail(f"--recipe {path}: no such file")
     name = f"recipe_{path.stem}"
@@ -54,7 +59,7 @@ def parse(argv=None):
     parser.add_argument("--batch_size", type=int, default=8, help="questions at once (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled")
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "sft_llava.py", help="file that trained RUN")
+    parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
     if args.output and args.output.exists() and not args.overwrite:
@@ -100,7 +105,7 @@ def questions(recipe, collator, row):
         fail(f"row {row['row']}: {e}")
     said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    found = [(messages[:n], turn, said[n - 1] if n else "", said[n]) for turn, n in enumerate(turns)]
+    found = [(messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n])) for turn, n in enumerate(turns)]
     return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
 
 
@@ -108,6 +113,8 @@ def answer(model, collator, conversations, args):
     """Conversations -> their answers as text. Greedy unless a temperature is given; ends at EOS or max_new_tokens."""
     batch = collator.tokenize(conversations, prompt=True).to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    if hasattr(collator, "stop"):  # the token that ends a turn, where it is not the tokenizer's EOS
+        sampling["eos_token_id"] = collator.stop
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
         out = model.generate(**batch, max_new_tokens=args.max_new_tokens, max_length=None, **sampling)
     return [text.strip() for text in collator.processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
@@ -116,24 +123,25 @@ def answer(model, collator, conversations, args):
 def main(argv=None):
     """Parse, load, ask, write."""
     args, rest = parse(argv)
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, args.run)
     adapter, processor, settings, training = load(recipe, args, rest)
     collator = recipe.Collator(processor, settings, training)
     if args.question is not None:
         if typed := [token for token in collator.control if token in f"{args.question} {args.system}"]:
             fail(f"{typed[0]} in a question would become a real control token; pictures are given by --image")
         try:
-            pictures = [{"type": "image", "image": recipe.load_image(path)} for path in args.image]
+            pictures = [recipe.load_image(path) for path in args.image]
         except recipe.BadRow as e:
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
-        asked = [({}, [*system, {"role": "user", "content": [*pictures, {"type": "text", "text": args.question}]}], 0, args.question, None)]
+        asked = [({}, [*system, collator.ask(args.question, pictures)], 0, args.question, None)]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
         own = "dataset_name" not in given
         if not own:  # none of what the run says of its own data goes for another data set
             for field in dataclasses.fields(settings):
-                if field.name.startswith(("dataset_", "eval_dataset", "image_")) and field.name not in given:
+                about_data = field.name.startswith(("dataset_", "eval_dataset")) or field.name.endswith("_column") or field.name == "image_folder"
+                if about_data and field.name not in given:
                     setattr(settings, field.name, field.default)
         rows = recipe.load_data(settings, training)[1] if own else None
         rows = rows if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
