@@ -1,10 +1,12 @@
-# make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned
+# make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
+#                                          RECIPE: sft_llava, idefics2_docvqa
 # make test                                ruff and every test
 RECIPE ?= sft_llava
 SEED ?= 0
 PYTHON ?= python3
 PY := .venv/bin/python
 TINY := build/tiny-$(SEED)
+FORMS := build/forms-$(SEED)
 RUN := build/$(RECIPE)-$(SEED)
 
 # The models here are tiny: more threads would only wait for each other.
@@ -13,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_CACHE := $(CURDIR)/build/datasets
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-sft_llava test clean
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa test clean
 
 demo: demo-$(RECIPE)
 
@@ -32,6 +34,19 @@ demo-sft_llava: .venv/done
 	  --max_new_tokens 16 --base_only --output $(RUN)/before.jsonl --overwrite
 	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
+	$(PY) -m tiny report $(RUN)
+
+demo-idefics2_docvqa: .venv/done
+	$(PY) -m tiny idefics2 --out $(FORMS) --seed $(SEED)
+	$(PY) idefics2_docvqa.py --use_cpu --model_name_or_path $(FORMS)/model --dataset_name $(FORMS)/data --output_dir $(RUN) \
+	  --seed $(SEED) --max_steps 300 --learning_rate 2e-3 --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
+	  --activation_checkpointing false --load_best_model_at_end false --max_new_tokens 16 --dataloader_num_workers 1 \
+	  --eval_steps 50 --save_steps 100 --eval_on_start true --per_device_eval_batch_size 50
+	$(PY) tools/generate.py $(RUN) --dataset_name $(FORMS)/data --dataset_train_split test --batch_size 64 \
+	  --max_new_tokens 16 --base_only --output $(RUN)/before.jsonl --overwrite
+	$(PY) tools/generate.py $(RUN) --dataset_name $(FORMS)/data --dataset_train_split test --batch_size 64 \
+	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
+	$(PY) evals/docvqa.py $(RUN)/after.jsonl --worst 10
 	$(PY) -m tiny report $(RUN)
 
 test: .venv/done

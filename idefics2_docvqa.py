@@ -17,6 +17,7 @@ Trained are the answer and <end_of_utterance>, nothing else; of several accepted
 is a flag; formats of data, the settings that matter and every logged metric: docs/idefics2_docvqa.md."""
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -70,7 +71,7 @@ class Settings:
     answers_column: str | None = field(default=None, metadata={"help": "Column of the accepted answers, a list or a text. Default: answers, else answer."})
     language: str = field(default="en", metadata={"help": "Which question to take where a row has it in several languages."})
     instruction: str = field(default="Answer briefly.", metadata={"help": "What the user says before the page; at inference say the same."})
-    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the rows held out, by seed, where there is no split to evaluate on. 0: none."})
+    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the pages held out, by seed, where there is no split to evaluate on. 0: none."})
     max_eval_rows: int = field(default=100, metadata={"help": "Answer and score at most so many rows at each evaluation, the same ones each time."})
     on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
     on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
@@ -272,7 +273,7 @@ def read_rows(name, split, settings):
             try:
                 rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text)
             except ValueError as e:
-                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from e
+                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
@@ -304,8 +305,9 @@ def read_rows(name, split, settings):
     keep = {key: data.select_columns(column).rename_column(column, key) if column != key else data.select_columns(column)
             for key, column in {"id": "id", **wanted}.items() if column in columns}
     data = datasets.concatenate_datasets(list(keep.values()), axis=1)
-    if isinstance(data.features["image"], datasets.Image):  # the collator decodes: it can name the row
-        data = data.cast_column("image", datasets.Image(decode=False))
+    if "Image(" in str(image := data.features["image"]):  # the collator decodes: it can name the row
+        cell = datasets.Image(decode=False)
+        data = data.cast_column("image", cell if isinstance(image, datasets.Image) else datasets.List(cell))
     folder = os.path.abspath(settings.image_folder or (path if path.is_dir() else path.parent))
     return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
 
@@ -321,7 +323,7 @@ def check_rows(data, name, collator, settings, training):
 
     if len(data) == 0:
         fail(f"{name} is empty: there is nothing to train on")
-    own = [] if isinstance(data.features["image"], datasets.Image) else data.select_columns(["image", "folder"])
+    own = [] if "Image(" in str(data.features["image"]) else data.select_columns(["image", "folder"])
     files = {cell for cell in (page_of(row, "") for row in own) if isinstance(cell, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
     with training.main_process_first(desc=f"checking {name}"):
@@ -359,11 +361,15 @@ def load_data(settings, training):
         held_out = check_rows(held_out, "the evaluation data", collator, settings, training)
     train = check_rows(train, settings.dataset_name, collator, settings, training)
     if held_out is None and settings.eval_fraction > 0 and training.eval_strategy != "no":
-        try:
-            train, held_out = train.train_test_split(max(settings.eval_fraction, 1 / len(train)), seed=training.seed).values()
-        except ValueError as e:
-            fail(f"{len(train)} rows cannot be divided into training and evaluation (--eval_fraction {settings.eval_fraction}): {e}")
-        held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows)))
+        pages = [page if isinstance(page, str) else hashlib.sha256(page["bytes"]).hexdigest()
+                 for page in (page_of(row, "") for row in train.select_columns(["image", "folder"]))]
+        every = sorted(set(pages))  # of pages, not of rows: other questions about a page are no test
+        random.Random(training.seed).shuffle(every)
+        apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
+        if len(apart) == len(every):
+            fail(f"{len(every)} pages cannot be divided into training and evaluation: see --eval_fraction and --eval_dataset_name")
+        train, held_out = (train.select([n for n, page in enumerate(pages) if (page in apart) == held]) for held in (False, True))
+        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows)))
     return train, held_out
 
 
@@ -376,7 +382,9 @@ class Collator:
     so that neither loader workers nor a restart change it; else it is the first. Raises BadRow."""
 
     def __init__(self, processor, settings, training):
-        self.processor, self.settings, self.seed, self.folder = processor, settings, training.seed, settings.image_folder or ""
+        # no setting that has no say in a batch: all of this is the key under which the check is cached
+        self.processor, self.seed, self.folder, self.max_length = processor, training.seed, settings.image_folder or "", settings.max_length
+        self.instruction, self.language = settings.instruction, settings.language
         tokenizer = processor.tokenizer
         self.control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
@@ -384,7 +392,7 @@ class Collator:
 
     def ask(self, question, pages):
         """The user's turn, as in the post: instruction, page, question."""
-        texts = [[{"type": "text", "text": text}] if text else [] for text in (self.settings.instruction, question)]
+        texts = [[{"type": "text", "text": text}] if text else [] for text in (self.instruction, question)]
         return {"role": "user", "content": texts[0] + [{"type": "image", "image": page} for page in pages] + texts[1]}
 
     def read(self, row):
@@ -392,11 +400,11 @@ class Collator:
         answers]. Raises BadRow."""
         question, answers = row.get("question"), row.get("answers")
         if isinstance(question, dict):
-            if not (there := [name for name, text in question.items() if text]) or self.settings.language not in there:
-                raise BadRow(f"language: no question in {self.settings.language!r}, there are {there}; see --language")
-            question = question[self.settings.language]
+            if not (there := [name for name, text in question.items() if text]) or self.language not in there:
+                raise BadRow(f"language: no question in {self.language!r}, there are {there}; see --language")
+            question = question[self.language]
         answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
-        instruction = [("instruction", self.settings.instruction)] if self.settings.instruction else []
+        instruction = [("instruction", self.instruction)] if self.instruction else []
         for what, text in [*instruction, ("question", question), *(("answer", answer) for answer in answers)]:
             if not isinstance(text, str):
                 raise BadRow(f"{what} is no text: {text!r}; write it in quotes, as the model shall read or say it")
@@ -421,7 +429,7 @@ class Collator:
         prompt, ids = self.processor(text=[self.processor.apply_chat_template([asked], add_generation_prompt=True),
                                            self.processor.apply_chat_template([asked, said])])["input_ids"]
         if ids[: len(prompt)] != prompt:  # what is trained must continue the very prompt of inference
-            raise BadRow(f"answer {answer!r}: its first characters change the tokens of the prompt; begin it otherwise")
+            raise BadRow(f"prompt changed: by its first characters the answer {answer!r} changes its tokens; begin it otherwise")
         end = ids.index(self.end, len(prompt)) + 1
         return ids, [-100] * len(prompt) + ids[len(prompt) : end] + [-100] * (len(ids) - end)
 
@@ -434,8 +442,8 @@ class Collator:
                     raise BadRow("no accepted answer: the row has none; see --answers_column")
                 answers = said[0]["references"]
                 every = [self.encode(asked, answer) for answer in answers]  # all, so that the check before training is one of all
-                if (longest := max(len(tokens) for tokens, _ in every)) > self.settings.max_length:
-                    raise BadRow(f"too long: {longest} tokens, --max_length is {self.settings.max_length}")
+                if (longest := max(len(tokens) for tokens, _ in every)) > self.max_length:
+                    raise BadRow(f"too long: {longest} tokens, --max_length is {self.max_length}")
             except BadRow as e:
                 raise BadRow(f"row {row.get('row', '?')}: {e}") from e
             drawn = 0 if row.get("visit") is None else random.Random(f"{self.seed} {row['visit']} {row['row']}").randrange(len(answers))
@@ -609,7 +617,7 @@ def main(argv=None):
 
     try:
         model = get_peft_model(load_model(settings, training), lora_config(settings))  # adapters in float32, whatever the base is
-    except OSError as e:
+    except (OSError, ValueError, SafetensorError) as e:
         fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
     # "auto" would put the whole frozen lm_head into every checkpoint, because an adapter sits on it
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)

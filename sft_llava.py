@@ -280,7 +280,7 @@ def read_rows(name, split, settings):
             try:
                 rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text)
             except ValueError as e:
-                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from e
+                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
@@ -560,7 +560,7 @@ def main(argv=None):
 
     try:
         model = load_model(settings, training)
-    except OSError as e:
+    except (OSError, ValueError, SafetensorError) as e:
         fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
     trainer = Trainer(model, training, collator, train, held_out, processor, peft_config=lora_config(settings))
     trainer.settings = settings

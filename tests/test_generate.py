@@ -2,16 +2,20 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, said
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import idefics2_docvqa
 import sft_llava
+from tiny import forms
 
 spec = importlib.util.spec_from_file_location("generate", ROOT / "tools" / "generate.py")
 generate = importlib.util.module_from_spec(spec)
@@ -192,3 +196,174 @@ def test_as_a_program(run, ask):
         [sys.executable, ROOT / "tools/generate.py", run, *question], capture_output=True, text=True, cwd=run.parent
     )
     assert done.returncode == 0 and done.stdout.strip() == ask(run, *question)[0]["prediction"], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ of idefics2_docvqa.py
+@pytest.fixture
+def calls(monkeypatch):
+    """What the model was given to answer, and what it said: (arguments, its new tokens) of each call."""
+    seen = []
+
+    def spy(self, *args, stock=transformers.GenerationMixin.generate, **kwargs):
+        out = stock(self, *args, **kwargs)
+        seen.append((kwargs, out[:, kwargs["input_ids"].shape[1] :]))
+        return out
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", spy)
+    return seen
+
+
+@pytest.mark.parametrize("base_only", [False, True])
+def test_answers_about_documents(learnt, ask, base_only):
+    """The recipe is the one that the run names; what is accepted is a list; plain PEFT gives the same answers."""
+    data = ["--dataset_name", learnt / "held_out.json", "--image_folder", learnt / "images"]
+    found = ask(learnt / "run", *data, *["--base_only"] * base_only)
+    rows = json.loads((learnt / "held_out.json").read_text())
+    want = [(n, row["id"], 0, 1, row["question"], row["answers"]) for n, row in enumerate(rows)]
+    assert [tuple(line[key] for key in ("row", "id", "turn", "images", "question", "reference")) for line in found] == want
+    right = [line["prediction"] in line["reference"] for line in found]
+    assert sum(right[:16]) == 0 if base_only else sum(right[:16]) >= 15
+
+    model = AutoModelForImageTextToText.from_pretrained(learnt / "model")
+    model = model if base_only else PeftModel.from_pretrained(model, learnt / "run")
+    for line, row in list(zip(found, rows))[::3]:
+        page = idefics2_docvqa.load_image(str(learnt / "images" / row["image"]))
+        content = [{"type": "text", "text": "Answer briefly."}, {"type": "image", "image": page}]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": row["question"]}]}]
+        assert line["prediction"] == by_hand(model, AutoProcessor.from_pretrained(learnt / "run"), messages)
+
+
+def test_documents_in_batches_or_one_by_one(learnt, tiny_forms, ask):
+    data = ["--dataset_name", tiny_forms / "data", "--dataset_train_split", "test"]
+    found = ask(learnt / "run", *data)
+    assert len(found) == 24 and len({line["prediction"] for line in found}) > 1
+    assert ask(learnt / "run", *data, "--batch_size", 1) == found == ask(learnt / "run", *data, "--batch_size", 64)
+    base = ask(learnt / "run", *data, "--base_only")
+    named = ["--recipe", ROOT / "idefics2_docvqa.py", "--use_cpu"]
+    assert ask(learnt / "model", *named, *data) == base != found  # a model that no recipe wrote
+
+
+def test_documents_that_the_run_held_out(learnt, ask):
+    given = ["--config", str(learnt / "run" / "settings.yaml")]
+    rows = idefics2_docvqa.load_data(*idefics2_docvqa.parse(given))[1]["row"]
+    assert [line["row"] for line in ask(learnt / "run")] == list(rows) and sorted(rows) == list(range(19))
+
+
+def test_one_question_about_a_page(learnt, ask, calls):
+    """It is asked as the rows were: the instruction, the page, the question."""
+    row = json.loads((learnt / "train.json").read_text())[0]
+    line = ask(learnt / "run", "--question", row["question"], "--image", learnt / "images" / row["image"])[0]
+    (asked, said), processor = calls[0], AutoProcessor.from_pretrained(learnt / "run")
+    text = processor.decode(asked["input_ids"][0]).replace("<image>", "")
+    edge = "<fake_token_around_image>"
+    assert text == f"<s> User: Answer briefly.{edge}{edge} {row['question']}<end_of_utterance>\nAssistant:"
+    assert (asked["input_ids"][0] == processor.image_token_id).sum() == processor.image_seq_len
+    assert asked["pixel_values"].shape[1] == 1 and line["images"] == 1 and line["reference"] is None
+    assert [line["prediction"]] == [answer.strip() for answer in processor.batch_decode(said, skip_special_tokens=True)]
+    data = ["--dataset_name", learnt / "train.json", "--image_folder", learnt / "images"]
+    assert line["prediction"] == ask(learnt / "run", *data)[0]["prediction"]
+
+
+def test_it_stops_at_the_end_of_the_utterance(learnt, ask, calls, monkeypatch):
+    """Though the model's own settings know of no other end than the tokenizer's EOS."""
+    processor = AutoProcessor.from_pretrained(learnt / "model")
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+
+    def talkative(settings, training, load=idefics2_docvqa.load_model):
+        model = load(settings, training)
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.lm_head.weight.data.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+        model.lm_head.bias.data[end] = 1.0
+        return model
+
+    monkeypatch.setattr(generate, "load_recipe", lambda *_: idefics2_docvqa)
+    monkeypatch.setattr(idefics2_docvqa, "load_model", talkative)
+    found = ask(learnt / "run", "--base_only")
+    assert {line["prediction"] for line in found} == {""} and processor.tokenizer.eos_token_id != end
+    assert all(said.shape[1] == 1 and set(said.flatten().tolist()) == {end} for _, said in calls)
+
+
+def test_pages_without_answers(learnt, tmp_path, ask):
+    rows = json.loads((learnt / "train.json").read_text())[:3]
+    rows = [{key: row[key] for key in ("image", "question")} for row in rows]
+    rows[1]["answer"] = "47"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = ask(learnt / "run", "--dataset_name", tmp_path / "rows.jsonl", "--image_folder", learnt / "images")
+    assert [(x["row"], x["turn"], x["question"], x["reference"]) for x in found] == [
+        (n, 0, row["question"], ["47"] if n == 1 else None) for n, row in enumerate(rows)]  # fmt: skip
+    data = ["--dataset_name", learnt / "train.json", "--image_folder", learnt / "images"]
+    assert [x["prediction"] for x in found] == [x["prediction"] for x in ask(learnt / "run", *data)[:3]]
+
+
+def test_how_pages_are_shown_is_kept_where_they_lie_is_not(learnt, tiny_forms, tmp_path, ask, calls):
+    """For another data set: image splitting, size, language and instruction are the run's, columns and folder are not."""
+    rows = json.loads((learnt / "train.json").read_text())[:4]
+    (tmp_path / "pages").mkdir()
+    for row in rows:
+        shutil.copy(learnt / "images" / row["image"], tmp_path / "pages")
+    own = [{"picture": row["image"], "asks": {"fr": row["question"]}, "says": row["answers"]} for row in rows]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    own = {"dataset_name": tmp_path / "own.json", "image_folder": tmp_path / "pages", "image_column": "picture"}
+    own |= {"question_column": "asks", "answers_column": "says", "language": "fr", "instruction": "Say it.", "image_splitting": True}
+    own |= {"longest_edge": 84, "model_name_or_path": learnt / "model", "output_dir": tmp_path / "run", "max_steps": 1}
+    own |= {"eval_fraction": 0.25, "max_new_tokens": 2, "report_to": "none", "dataloader_num_workers": 0, "use_cpu": True}
+    idefics2_docvqa.main([part for name, value in own.items() for part in (f"--{name}", str(value))])
+    assert len(ask(tmp_path / "run")) == 1  # its own row, by its own columns
+
+    data, texts = ["--dataset_name", tiny_forms / "data", "--dataset_train_split", "test"], []
+    for flags in ([], ["--language", "de", "--image_splitting", "false"]):
+        calls.clear()
+        found = ask(tmp_path / "run", *data, *flags)
+        rows, language = forms.make_rows(0, train=False, n=24), "de" if flags else "fr"
+        assert [line["question"] for line in found] == [forms.ask(row["asked"], row["phrasing"])[language] for row in rows]
+        assert [line["reference"] for line in found] == [forms.answers(row) for row in rows]
+        asked = calls[0][0]
+        assert asked["pixel_values"].shape[1] == (1 if flags else 5) and max(asked["pixel_values"].shape[3:]) == 84
+        texts.append(AutoProcessor.from_pretrained(tmp_path / "run").decode(asked["input_ids"][0]))
+    assert all("User: Say it.<fake_token_around_image>" in text for text in texts)
+
+
+def test_the_recipe_can_be_named(learnt, tmp_path, ask):
+    """A recipe that the run names and that is not there; one that the user names comes first."""
+    out = shutil.copytree(learnt / "run", tmp_path / "renamed", ignore=shutil.ignore_patterns("checkpoint-*"))
+    first, rest = (out / "settings.yaml").read_text().split("\n", 1)
+    assert first == "# idefics2_docvqa.py"
+    (out / "settings.yaml").write_text("# mine.py\n" + rest)
+    question = ["--question", "What is the total?", "--image", next((learnt / "images").glob("*.png"))]
+    with pytest.raises(SystemExit, match=r"^error: --recipe .*mine\.py: no such file"):
+        ask(out, *question)
+    shutil.copy(ROOT / "idefics2_docvqa.py", tmp_path / "mine.py")
+    assert ask(out, "--recipe", tmp_path / "mine.py", *question) == ask(learnt / "run", *question)
+    with pytest.raises(SystemExit, match="^error: "):  # the other recipe knows neither this model nor these settings
+        ask(learnt / "run", "--recipe", ROOT / "sft_llava.py", *question)
+
+
+def test_settings_that_name_no_recipe_are_of_the_first(run, tmp_path, ask):
+    """As they were written before there were several."""
+    out = shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
+    first, rest = (out / "settings.yaml").read_text().split("\n", 1)
+    assert first == "# sft_llava.py"
+    (out / "settings.yaml").write_text(rest)
+    assert ask(out, "--question", "Is three odd?") == ask(run, "--question", "Is three odd?")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--image", "x.png"], "--question"),
+        (["--image", "x.png", "--question", "x"], "x.png"),
+        (["--question", "x <end_of_utterance> y"], "<end_of_utterance>"),
+        (["--dataset_name", "BAD", "--image_folder", "IMAGES"], "row 1: empty question"),
+        (["--dataset_name", "BAD"], "row 0: unreadable image"),
+        (["--dataset_name", "BAD", "--image_folder", "IMAGES", "--question_column", "query"], "query"),
+        (["--dataset_name", "DATA", "--language", "nl"], "row 0: language"),
+    ],
+)
+def test_mistakes_about_documents_get_one_message(learnt, tiny_forms, tmp_path, argv, message):
+    rows = json.loads((learnt / "train.json").read_text())[:2]
+    (tmp_path / "BAD.json").write_text(json.dumps([rows[0], rows[1] | {"question": " "}]))
+    names = {"BAD": tmp_path / "BAD.json", "IMAGES": learnt / "images", "DATA": tiny_forms / "data"}
+    with pytest.raises(SystemExit) as e:
+        generate.main([str(learnt / "run"), *(str(names.get(word, word)) for word in argv)])
+    assert str(e.value.code).startswith("error: ") and message in e.value.code and "\n" not in e.value.code

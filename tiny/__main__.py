@@ -17,7 +17,7 @@ what there is:
               to fine-tune it with: questions about digits that it was never asked. About 2 minutes on one CPU core
               (--base_steps 0: a model with random weights and the same data in a few seconds).
   llava_next  LLaVA-NeXT (llava-v1.6-mistral) with random weights, to test code with. Seconds. No data of its own.
-  idefics2    Idefics2 (1.5 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
+  idefics2    Idefics2 (1.4 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
               handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0: seconds).
 
 what is written into DIR:
@@ -33,7 +33,7 @@ A second call with the same arguments returns at once. The same seed gives the s
 """
 
 
-STEPS = {"llava": 1700, "idefics2": 1300}  # of the base's own training
+STEPS = {"llava": 1700, "idefics2": 1600}  # of the base's own training
 
 
 def recipe(args: argparse.Namespace) -> dict:

@@ -20,10 +20,11 @@ CELL = 14  # pixels: a line's height, a comb's box and the model's patch
 WIDTH, HEIGHT = 8 * CELL, 4 * CELL
 LINES = (1, 3)  # where fields stand, counted from 0; the title is on line 0
 VALUE = 4  # the column, counted from 0 in cells, where values start
+BOXES = 3  # of a comb: digits at most
 GREY = 200  # of the combs
 
 LANGUAGES = ["de", "en", "es", "fr", "it"]
-NUMBERS = {  # printed name of a field -> what questions call it, by language as in LANGUAGES
+NUMBERS = {  # printed name of a field for numbers -> what questions call it, in each of LANGUAGES
     "Total": ["der Gesamtbetrag", "the total", "el total", "le total", "il totale"],
     "Weight": ["das Gewicht", "the weight", "el peso", "le poids", "il peso"],
     "Room": ["die Zimmernummer", "the room number", "el número de habitación", "le numéro de chambre", "il numero di camera"],
@@ -31,11 +32,11 @@ NUMBERS = {  # printed name of a field -> what questions call it, by language as
     "Seat": ["die Platznummer", "the seat number", "el número de asiento", "le numéro de siège", "il numero di posto"],
     "Score": ["die Punktzahl", "the score", "la puntuación", "le score", "il punteggio"],
 }
-PLACES = {
+IN_WORDS = {
     "City": ["die Stadt", "the city", "la ciudad", "la ville", "la città"],
     "Month": ["der Monat", "the month", "el mes", "le mois", "il mese"],
 }
-FIELDS = NUMBERS | PLACES
+FIELDS = NUMBERS | IN_WORDS
 WORDS = {  # at most five letters: against a longer one "City: ..." would count as half right
     "City": ["Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Tokyo", "Kyiv"],
     "Month": ["March", "April", "May", "June", "July"],
@@ -76,6 +77,11 @@ def ask(name: str, phrasing: int) -> dict[str, str]:
     return texts
 
 
+def called(name: str, language: str = "en") -> str:
+    """What questions call a field, with its article."""
+    return FIELDS[name][LANGUAGES.index(language)]
+
+
 def new_numbers(seed: int) -> set[str]:
     """A fifth of the numbers from 10 to 999, of each length: kept out of the base's training and of the fine-tuning."""
     rng = np.random.default_rng([seed, 999])
@@ -112,7 +118,7 @@ class Writer:
         for line, name in zip(lines, names):
             by_hand = self.rng.random() >= printed
             if not by_hand and self.rng.random() < 0.5:
-                free = [name for name in PLACES if name not in [field["name"] for field in fields]]
+                free = [name for name in IN_WORDS if name not in [field["name"] for field in fields]]
                 name = self.one(free)
                 value = self.one(WORDS[name])
             else:
@@ -164,8 +170,8 @@ def printed(text: str, width: int | None = None) -> np.ndarray:
 
 @functools.cache
 def comb() -> np.ndarray:
-    """Boxes for three digits: (14, 42) uint8."""
-    boxes = np.full((CELL, 3 * CELL), 255, np.uint8)
+    """Empty boxes: (14, 42) uint8."""
+    boxes = np.full((CELL, BOXES * CELL), 255, np.uint8)
     boxes[-1], boxes[-4:, ::CELL], boxes[-4:, -1] = GREY, GREY, GREY
     return boxes
 

@@ -23,7 +23,7 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 
 from . import digits, forms
 
-LATENTS = 16  # image tokens of a page
+LATENTS = 8  # image tokens of a page
 # HuggingFaceM4/idefics2-8b's template, letter for letter.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{message['role'].capitalize()}}{% if message['content'][0]['type'] == 'image' %}"
@@ -40,14 +40,33 @@ def line(field: dict) -> str:
     return f"{field['name']}: {field['value']}"
 
 
-def lessons(form: dict) -> list[tuple[str, str, str]]:
-    """What the base learns to say of a form: (text before the image, text after it, what to say).
+def lessons(form: dict, order: int = 1) -> list[tuple[str, str, str]]:
+    """What the base learns to say of a form: (text before the image, text after it, what to say). First all of it, then
+    all of it in small letters, then one line by the name that questions call it by, for each field.
 
     They must hold every token of the answers to come: LoRA cannot teach a word whose output embedding was never trained.
     """
-    full = ", ".join(line(field) for field in form["fields"])
+    fields = form["fields"][::order]
+    full = ", ".join(line(field) for field in fields)
     found = [("Read the form.", "", full), ("Read the form in small letters.", "", full.lower())]
-    return found + [("Read one line.", field["name"].lower(), line(field)) for field in form["fields"]]
+    return found + [("Read one line.", forms.called(field["name"]), line(field)) for field in form["fields"]]
+
+
+def lesson(form: dict, vocabulary: list[str], rng: np.random.Generator) -> tuple[str, str, str]:
+    """One of `lessons`, at random, half of the time one line. A fifth asks for all of the form by words without sense:
+    whatever the base does not understand, it reads the form aloud, and every word's embedding is trained."""
+    found, draw = lessons(form, order=rng.choice([1, -1])), rng.random()
+    if draw < 0.2:
+        jumble = " ".join(rng.choice(vocabulary, rng.integers(1, 6)))
+        before, after = ("Read the form.", jumble) if draw < 0.05 else (jumble, "") if draw < 0.1 else ("Answer briefly.", jumble)
+        return before, after, found[0][2]
+    return found[0] if draw < 0.35 else found[1] if draw < 0.5 else found[rng.integers(2, len(found))]
+
+
+def vocabulary() -> list[str]:
+    """Every word of the questions, in all languages."""
+    asked = [text for name in forms.FIELDS for n in range(len(forms.QUESTIONS)) for text in forms.ask(name, n).values()]
+    return sorted({word.strip("?.,:¿") for text in asked for word in text.split()} - {""})
 
 
 # ---------------------------------------------------------------- tokenizer, processor, model
@@ -96,7 +115,7 @@ def processor(tok: LlamaTokenizer | None = None) -> Idefics2Processor:
 
 
 def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForConditionalGeneration:
-    """A random model in float32: 2 vision layers, a resampler of depth 2 to 16 latents, 2 Mistral layers with grouped
+    """A random model in float32: 2 vision layers, a resampler of depth 2 to 8 latents, 2 Mistral layers with grouped
     queries. `tok` is a processor's: with the image's tokens. Widths are multiples of 64, bitsandbytes' 4-bit block."""
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     config = Idefics2Config(
@@ -185,39 +204,106 @@ def pixels(pages: torch.Tensor) -> torch.Tensor:
     return ((pages.float() / 255 - 0.5) / 0.5)[:, None, None].expand(-1, -1, 3, -1, -1)
 
 
-def train_base(net, proc, seed: int = 0, steps: int = 1500, rows: int = 32, lr: float = 5e-4) -> float:
-    """Train all of the model to read forms aloud, in place.
-
-    Returns: the share of right readings of forms written with 100 of the base's scans, which are kept out of training.
-    """
-    mine = digits.split(seed)["base"]
-    writer = forms.Writer(seed, mine[:-100], np.random.default_rng([seed, 11]))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
+def descent(parameters: list[torch.nn.Parameter], steps: int, lr: float):
+    """AdamW with a warm-up and a cosine. Returns a function that makes a step down a loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / max(1, steps)))
     )
-    net.train()
-    bar = tqdm(range(steps), desc="base model, reading", unit="step", disable=not steps)
-    for step in bar:
-        some = [writer.form(1 + row % 2, printed=0.3) for row in range(rows)]
-        said = [writer.one(lessons(form)) for form in some]
-        loss = net(**batch(proc, writer.draw(some, bend=True), said)).loss
+
+    def step(loss: torch.Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 20 == 0:
+
+    return step
+
+
+def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e-3) -> None:
+    """Train the vision tower and the connector to tell characters and names of fields, in place, as the public model's
+    tower was trained before it met a language model. Without it the digits stay unread for thousands of steps.
+
+    The heads that tell are thrown away. They are asked at each box's patch and at one latent for each box: what stands
+    in it, and what its line is called (so that a value and its name are found in one place); the last two latents are
+    asked what the lines are called.
+    """
+    classes, names = [*"0123456789", ""] + sum(forms.WORDS.values(), []), [*forms.FIELDS, ""]
+    width = net.config.text_config.hidden_size
+    heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in 2 * [len(classes), len(names)])
+    tower, connector = net.model.vision_model, net.model.connector
+    step = descent([*tower.parameters(), *connector.parameters(), *heads.parameters()], steps, lr)
+    bar = tqdm(range(steps), desc="base model, seeing", unit="step", disable=not steps)
+    for number in bar:
+        some = [writer.form(1 + (writer.rng.random() < 0.8), printed=0.25) for _ in range(rows)]
+        inside = torch.full((rows, len(forms.LINES), forms.BOXES), classes.index(""))
+        called = torch.full((rows, len(forms.LINES)), names.index(""))
+        for n, form in enumerate(some):
+            for field in form["fields"]:
+                at, value = forms.LINES.index(field["line"]), field["value"]
+                called[n, at] = names.index(field["name"])
+                found = [classes.index(part) for part in ([value] * forms.BOXES if value.isalpha() else value)]
+                inside[n, at, : len(found)] = torch.tensor(found)
+        seen = tower(pixels(writer.draw(some, bend=True))[:, 0].contiguous()).last_hidden_state
+        latents = connector(seen, torch.ones(seen.shape[:2], dtype=torch.bool))
+        patches = seen.unflatten(1, (forms.HEIGHT // forms.CELL, forms.WIDTH // forms.CELL))
+        patches = patches[:, list(forms.LINES), forms.VALUE : forms.VALUE + forms.BOXES].flatten(1, 2)
+        of_box = called.repeat_interleave(forms.BOXES, 1)
+        pairs = [
+            (heads[0](patches), inside.flatten(1)),
+            (heads[1](patches), of_box),
+            (heads[2](latents[:, : of_box.shape[1]]), inside.flatten(1)),
+            (heads[3](latents), torch.cat([of_box, called], 1)),
+        ]
+        loss = sum(torch.nn.functional.cross_entropy(told.flatten(0, 1), right.flatten()) for told, right in pairs)
+        step(loss)
+        if number % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train_reading(net, proc, writer: forms.Writer, steps: int, rows: int, lr: float = 1e-3) -> None:
+    """Train all of the model to read forms aloud, in place."""
+    step, words = descent([p for p in net.parameters() if p.requires_grad], steps, lr), vocabulary()
+    bar = tqdm(range(steps), desc="base model, reading", unit="step", disable=not steps)
+    for number in bar:
+        some = [writer.form(1 + (writer.rng.random() < 0.7), printed=0.3) for _ in range(rows)]
+        said = [lesson(form, words, writer.rng) for form in some]
+        loss = net(**batch(proc, writer.draw(some, bend=True), said)).loss
+        step(loss)
+        if number % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train_base(net, proc, seed: int = 0, steps: int = 1600, rows: int = 32) -> tuple[float, float]:
+    """Train a random model in place: first to see (7 of 16 steps), then to read forms aloud.
+
+    Returns: the shares of right readings, of forms with one field and of one line of forms with two, on forms
+    written with 100 of the base's scans, which are kept out of its training.
+    """
+    mine = digits.split(seed)["base"]
+    if steps:
+        with torch.no_grad():  # an initial deviation of 0.05 in place of 0.02: attention finds its place sooner
+            for module in net.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight *= 2.5
+            net.model.vision_model.embeddings.position_embedding.weight *= 2
+    writer = forms.Writer(seed, mine[:-100], np.random.default_rng([seed, 11]))
+    net.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        train_sight(net, writer, steps * 7 // 16, rows)
+        train_reading(net, proc, writer, steps - steps * 7 // 16, rows)
     net.eval()
     writer = forms.Writer(seed, mine[-100:], np.random.default_rng([seed, 14]))
-    return reading_accuracy(net, proc, writer, [writer.form(1 + row % 2) for row in range(100)])
+    some = {count: [writer.form(count) for _ in range(100)] for count in (1, 2)}
+    return tuple(reading_accuracy(net, proc, writer, some[count], which) for count, which in ((1, 0), (2, 2)))
 
 
 @torch.no_grad()
-def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], lesson: int = 0) -> float:
-    """Share of forms that are read without a mistake, greedily; `lesson` is the place in `lessons`."""
-    said = [lessons(form)[lesson] for form in some]
+def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], which: int = 0) -> float:
+    """Share of forms that are read without a mistake, greedily; `which` is the place in `lessons`."""
+    said = [lessons(form)[which] for form in some]
     inputs = batch(proc, writer.draw(some, bend=False), said, answer=False)
     out = net.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     texts = proc.batch_decode(out, skip_special_tokens=True)
@@ -227,16 +313,16 @@ def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], lesson: 
 # ---------------------------------------------------------------- all of it
 
 
-def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 6400) -> None:
+def build(out: Path, seed: int = 0, base_steps: int = 1600, train_rows: int = 6400) -> None:
     """Write `out/model`, `out/data` and `out/json`. Prints how well the base reads."""
     started = time.time()
     proc = processor()
     net = model(proc.tokenizer, seed)
-    right = train_base(net, proc, seed, base_steps)
+    one, two = train_base(net, proc, seed, base_steps)
     net.save_pretrained(Path(out) / "model")
     proc.save_pretrained(Path(out) / "model")
     forms.write_data(out, "train", forms.make_rows(seed, train=True, n=train_rows))
     forms.write_data(out, "test", forms.make_rows(seed, train=False))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(f"{size:.2f} M parameters; right readings of 100 forms with scans it never saw: {right:.2f}; {took}")
+    print(f"{size:.2f} M parameters; 100 forms with scans it never saw: read right {one:.2f}, one line of two {two:.2f}; {took}")

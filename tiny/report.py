@@ -1,18 +1,22 @@
-"""What a demo shows at its end: exact match by kind of question, before and after, and the learning curve as a picture."""
+"""What a demo shows at its end: scores by kind of question, before and after, and the learning curve as a picture."""
 
 import json
 from pathlib import Path
 
-from . import llava
+from . import forms, llava
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def score(path: Path) -> dict[str, tuple[int, int]]:
     """{kind: (right, asked)} of a predictions file. "held out" sums up the single questions on one picture; questions
     from conversations of several turns count as a kind of their own. Right is a prediction equal to the reference."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    turns = {line["row"]: line["turn"] + 1 for line in lines}  # the last line of a row has its last turn
+    said = lines(path)
+    turns = {line["row"]: line["turn"] + 1 for line in said}  # the last line of a row has its last turn
     counts: dict[str, list[int]] = {}
-    for line in lines:
+    for line in said:
         several = turns[line["row"]] > 1
         kind = "several turns" if several else llava.kind(line["question"], line["images"])
         for name in [kind] + ["held out"] * (kind in llava.ONE_PICTURE):
@@ -21,18 +25,30 @@ def score(path: Path) -> dict[str, tuple[int, int]]:
     return {kind: tuple(n) for kind, n in counts.items()}
 
 
-def curves(run: Path, log: list[dict]) -> Path:
-    """Draw loss and token accuracy over steps, training and held out, from a log history; -> `run/curves.png`."""
+def score_forms(path: Path) -> dict[str, tuple[float, float, int]]:
+    """{kind: (ANLS, exact match, asked)} of a predictions file about `forms`, as evals/docvqa.py scores them."""
+    from evals import docvqa
+
+    rows = docvqa.score(path)
+    kinds = {kind: [row for row in rows if forms.kind(row["id"]) == kind] for kind in forms.KINDS}
+    means = {kind: [sum(row[name] for row in some) for name in ("anls", "exact_match")] for kind, some in kinds.items()}
+    return {kind: (*(total / len(some) for total in means[kind]), len(some)) for kind, some in kinds.items() if some}
+
+
+def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
+    """Draw values over steps, training and held out, from a log history; -> `run/curves.png`. `names`: what is logged,
+    held out as eval_NAME -> its title."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, name, title in zip(axes, ("loss", "mean_token_accuracy"), ("loss", "token accuracy"), strict=True):
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained")
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
         for key, label, style in ((name, "training", "-"), (f"eval_{name}", "held out", "o-")):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -40,8 +56,8 @@ def curves(run: Path, log: list[dict]) -> Path:
     return run / "curves.png"
 
 
-def report(run: Path) -> dict[str, tuple[float, float]]:
-    """Print the table of `run/before.jsonl` and `run/after.jsonl`, draw the curves. Returns {kind: (before, after)}."""
+def report_digits(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a run on questions about digits. Returns {kind: (before, after)}: exact match."""
     before, after = score(run / "before.jsonl"), score(run / "after.jsonl")
     names = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}
     names |= {"held out": "all of these", "several turns": "several turns on one picture"}
@@ -54,8 +70,30 @@ def report(run: Path) -> dict[str, tuple[float, float]]:
             continue
         shares[kind] = before[kind][0] / before[kind][1], after[kind][0] / after[kind][1]
         print(f"{name:<32}{after[kind][1]:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}")
+    return shares
+
+
+def report_forms(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a run on questions about forms. Returns {kind: (before, after)}: ANLS."""
+    before, after = score_forms(run / "before.jsonl"), score_forms(run / "after.jsonl")
+    print("\nForms written with scans of digits that neither the base model nor the fine-tuning has seen")
+    print(f"{'':<48}{'ANLS':>14}{'exact match':>18}")
+    print(f"{'form':<42}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
+    for kind, (anls, exact, asked) in after.items():
+        print(f"{forms.KINDS[kind]:<42}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}")
+    if "two-fields" in after:
+        print("two fields: whoever reads both values right and picks one by chance has an exact match of about 0.5")
+    return {kind: (before[kind][0], after[kind][0]) for kind in after}
+
+
+def report(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them, draw the curves. Returns
+    {kind: (before, after)}: exact match of questions about digits, ANLS of questions about forms."""
+    on_forms = str(lines(run / "after.jsonl")[0]["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS))
+    shares = report_forms(run) if on_forms else report_digits(run)
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     print(f"fine-tuning took {next(entry['train_runtime'] for entry in log[::-1] if 'train_runtime' in entry):.0f} s")
-    print(f"learning curve: {curves(run, log)}")
+    drawn = {"anls": "ANLS", "exact_match": "exact match"} if on_forms else {"mean_token_accuracy": "token accuracy"}
+    print(f"learning curve: {curves(run, log, {'loss': 'loss'} | drawn)}")
     print(f"answers while it trained: {run / 'samples.md'}")
     return shares
