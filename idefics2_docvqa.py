@@ -103,7 +103,7 @@ class Training(TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
     eval_steps: float = field(default=25, metadata={"help": "Steps between evaluations."})
     save_steps: float = field(default=25, metadata={"help": "Steps between checkpoints: what a crash can cost."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept: the newest, and beside it the best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint with the highest eval_anls, not the last one."})
     metric_for_best_model: str | None = field(default="anls", metadata={"help": "anls, exact_match or loss."})
     logging_steps: float = field(default=5, metadata={"help": "Steps between two lines of the log."})
@@ -642,7 +642,7 @@ def main(argv=None):
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
-        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
+        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
     except KeyboardInterrupt:
         fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}")
     trainer.save_model()  # pushes to the hub, too, where asked

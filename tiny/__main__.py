@@ -33,7 +33,7 @@ A second call with the same arguments returns at once. The same seed gives the s
 """
 
 
-STEPS = {"llava": 1700, "idefics2": 1600}  # of the base's own training
+STEPS = {"llava": 1700, "idefics2": 1400}  # of the base's own training
 
 
 def recipe(args: argparse.Namespace) -> dict:

@@ -40,27 +40,29 @@ def line(field: dict) -> str:
     return f"{field['name']}: {field['value']}"
 
 
-def lessons(form: dict, order: int = 1) -> list[tuple[str, str, str]]:
+def lessons(form: dict) -> list[tuple[str, str, str]]:
     """What the base learns to say of a form: (text before the image, text after it, what to say). First all of it, then
     all of it in small letters, then one line by the name that questions call it by, for each field.
 
     They must hold every token of the answers to come: LoRA cannot teach a word whose output embedding was never trained.
+    Without the last ones, fine-tuning learns no better than chance which value belongs to which name.
     """
-    fields = form["fields"][::order]
-    full = ", ".join(line(field) for field in fields)
+    full = ", ".join(line(field) for field in form["fields"])
     found = [("Read the form.", "", full), ("Read the form in small letters.", "", full.lower())]
     return found + [("Read one line.", forms.called(field["name"]), line(field)) for field in form["fields"]]
 
 
 def lesson(form: dict, vocabulary: list[str], rng: np.random.Generator) -> tuple[str, str, str]:
-    """One of `lessons`, at random, half of the time one line. A fifth asks for all of the form by words without sense:
+    """One of `lessons`, at random, mostly one line. One of seven asks for all of the form by words without sense:
     whatever the base does not understand, it reads the form aloud, and every word's embedding is trained."""
-    found, draw = lessons(form, order=rng.choice([1, -1])), rng.random()
-    if draw < 0.2:
+    found = lessons(form)
+    if rng.random() < 0.15:
         jumble = " ".join(rng.choice(vocabulary, rng.integers(1, 6)))
-        before, after = ("Read the form.", jumble) if draw < 0.05 else (jumble, "") if draw < 0.1 else ("Answer briefly.", jumble)
-        return before, after, found[0][2]
-    return found[0] if draw < 0.35 else found[1] if draw < 0.5 else found[rng.integers(2, len(found))]
+        texts = [("Read the form.", jumble), (jumble, ""), ("Answer briefly.", jumble)]
+        return *texts[rng.choice(3, p=[0.2, 0.2, 0.6])], found[0][2]
+    if rng.random() < 0.7:
+        return found[rng.integers(2, len(found))]
+    return found[int(rng.random() < 0.3)]
 
 
 def vocabulary() -> list[str]:
@@ -263,20 +265,23 @@ def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e
 
 
 def train_reading(net, proc, writer: forms.Writer, steps: int, rows: int, lr: float = 1e-3) -> None:
-    """Train all of the model to read forms aloud, in place."""
-    step, words = descent([p for p in net.parameters() if p.requires_grad], steps, lr), vocabulary()
+    """Train the model but for the vision tower, which sees by now, to read forms aloud, in place."""
+    frozen = set(net.model.vision_model.parameters())
+    step, words = descent([p for p in net.parameters() if p not in frozen], steps, lr), vocabulary()
+    net.model.vision_model.requires_grad_(False)
     bar = tqdm(range(steps), desc="base model, reading", unit="step", disable=not steps)
     for number in bar:
-        some = [writer.form(1 + (writer.rng.random() < 0.7), printed=0.3) for _ in range(rows)]
+        some = [writer.form(1 + (writer.rng.random() < 0.9), printed=0.3) for _ in range(rows)]
         said = [lesson(form, words, writer.rng) for form in some]
         loss = net(**batch(proc, writer.draw(some, bend=True), said)).loss
         step(loss)
         if number % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+    net.model.vision_model.requires_grad_(True)
 
 
-def train_base(net, proc, seed: int = 0, steps: int = 1600, rows: int = 32) -> tuple[float, float]:
-    """Train a random model in place: first to see (7 of 16 steps), then to read forms aloud.
+def train_base(net, proc, seed: int = 0, steps: int = 1400, rows: int = 32) -> tuple[float, float]:
+    """Train a random model in place: first to see (5 of 14 steps), then to read forms aloud.
 
     Returns: the shares of right readings, of forms with one field and of one line of forms with two, on forms
     written with 100 of the base's scans, which are kept out of its training.
@@ -292,8 +297,8 @@ def train_base(net, proc, seed: int = 0, steps: int = 1600, rows: int = 32) -> t
     net.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        train_sight(net, writer, steps * 7 // 16, rows)
-        train_reading(net, proc, writer, steps - steps * 7 // 16, rows)
+        train_sight(net, writer, steps * 5 // 14, rows)
+        train_reading(net, proc, writer, steps - steps * 5 // 14, rows)
     net.eval()
     writer = forms.Writer(seed, mine[-100:], np.random.default_rng([seed, 14]))
     some = {count: [writer.form(count) for _ in range(100)] for count in (1, 2)}
@@ -313,7 +318,7 @@ def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], which: i
 # ---------------------------------------------------------------- all of it
 
 
-def build(out: Path, seed: int = 0, base_steps: int = 1600, train_rows: int = 6400) -> None:
+def build(out: Path, seed: int = 0, base_steps: int = 1400, train_rows: int = 6400) -> None:
     """Write `out/model`, `out/data` and `out/json`. Prints how well the base reads."""
     started = time.time()
     proc = processor()
