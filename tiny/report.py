@@ -77,10 +77,10 @@ def report_forms(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of a run on questions about forms. Returns {kind: (before, after)}: ANLS."""
     before, after = score_forms(run / "before.jsonl"), score_forms(run / "after.jsonl")
     print("\nForms written with scans of digits that neither the base model nor the fine-tuning has seen")
-    print(f"{'':<48}{'ANLS':>14}{'exact match':>18}")
-    print(f"{'form':<42}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
+    print(f"{'':<49}{'ANLS':>14}{'exact match':>18}")
+    print(f"{'form':<43}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
     for kind, (anls, exact, asked) in after.items():
-        print(f"{forms.KINDS[kind]:<42}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}")
+        print(f"{forms.KINDS[kind]:<43}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}")
     if "two-fields" in after:
         print("two fields: to read both values right and to pick one by chance gives an ANLS of 0.52, an exact match of 0.50")
     return {kind: (before[kind][0], after[kind][0]) for kind in after}
