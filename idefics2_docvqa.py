@@ -24,7 +24,9 @@ import json
 import math
 import os
 import random
+import re
 import sys
+import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -102,7 +104,7 @@ class Training(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on what is trained."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
     eval_steps: float = field(default=25, metadata={"help": "Steps between evaluations."})
-    save_steps: float = field(default=25, metadata={"help": "Steps between checkpoints: what a crash can cost."})
+    save_steps: float = field(default=25, metadata={"help": "Steps between checkpoints, eval_steps while the best is kept: what a crash can cost."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint with the highest eval_anls, not the last one."})
     metric_for_best_model: str | None = field(default="anls", metadata={"help": "anls, exact_match or loss."})
@@ -145,12 +147,12 @@ def parse(argv=None):
     parser = HfArgumentParser([Settings, Training], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
     if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
         try:
             for name, value in yaml.safe_load(Path(file).read_text()).items():
                 if value in (None, []):
-                    if value is None and type(None) not in get_args(get_type_hints(Settings).get(name, int | None)):
+                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
                         raise ValueError(f"{name} must have a value")
                     parser.set_defaults(**{name: value})
                 else:
@@ -175,13 +177,16 @@ def check(settings, training):
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 16 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} idefics2_docvqa.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (settings.sample_rows < 0, "--sample_rows must be 0 or more"),
+        (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0, "--sample_rows, --dataloader_num_workers, --seed: 0 or more"),
+        (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0, "--learning_rate and --lora_alpha must be above 0"),
         (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.max_length, training.per_device_train_batch_size,
              training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
          "--lora_r, batch sizes, accumulation steps, --max_eval_rows, --max_new_tokens, --max_length: at least 1"),
         (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
         (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
+        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
+         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
         (training.load_best_model_at_end and str(training.metric_for_best_model).removeprefix("eval_") not in ("anls", "exact_match", "loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: known are anls, exact_match and loss"),
     ):
@@ -230,7 +235,8 @@ def text_of(message):
 def page_of(row, folder):
     """The page of a row as it has it: a path (from its own `folder` or this one), {"bytes"}, a PIL image; None where there is none."""
     cell = row.get("image")
-    cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else {"bytes": cell} if isinstance(cell, bytes) else cell
+    cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
+    cell = {"bytes": cell} if isinstance(cell, bytes) else cell
     cell = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
     return os.path.join(row.get("folder") or folder, cell) if isinstance(cell, str) else cell
 
@@ -241,7 +247,11 @@ def load_image(cell):
         raise BadRow(f"{len(cell or ())} pages: needed is one for each question; --image_column names the column")
     where = (cell.get("path") or "its bytes") if isinstance(cell, dict) else cell
     try:
+        if isinstance(cell, str) and os.path.exists(cell) and not os.path.isfile(cell):
+            raise ValueError("it is no file")  # a pipe would be waited for
         image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
+        if (pages := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
+            raise BadRow(f"{pages} pages: {where} holds several, and only the first would be seen; give each its own file")
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
         if min(image.size) < 2:  # has no quarters for image splitting
@@ -249,7 +259,8 @@ def load_image(cell):
         if max(image.size) > 20 * min(image.size):  # each side by itself is brought to at least 378 pixels
             raise BadRow(f"page too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 it is stretched beyond reading; crop it")
         if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            most = image.getextrema()[1]
+            if not 0 < (most := image.getextrema()[1]) < math.inf:
+                raise ValueError(f"its brightest value is {most}")
             scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
             image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
         if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
@@ -276,6 +287,8 @@ def read_rows(name, split, settings):
                 raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
+            if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
+                raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
             data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
                 lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
@@ -297,9 +310,9 @@ def read_rows(name, split, settings):
     wanted = {"image": settings.image_column,
               "question": settings.question_column or ("query" if "query" in columns else "question"),
               "answers": settings.answers_column or ("answers" if "answers" in columns else "answer")}
-    if missing := [f"{column!r} (--{key}_column)" for key, column in wanted.items() if column not in columns and
-                   (key != "answers" or settings.answers_column)]:
-        fail(f"{name} has no column {' and '.join(missing)}; it has {', '.join(columns)}")
+    missing = {key: f"{column!r} (--{key}_column)" for key, column in wanted.items() if column not in columns}
+    if missing.keys() - {"answers"} or missing and settings.answers_column:  # to ask questions, no answers are needed
+        fail(f"{name} has no column {' and '.join(missing.values())}; it has {', '.join(columns)}")
     if len(set(wanted.values())) < 3:
         fail(f"one column cannot be two of image, question and answers: {wanted}")
     keep = {key: data.select_columns(column).rename_column(column, key) if column != key else data.select_columns(column)
@@ -367,7 +380,7 @@ def load_data(settings, training):
         random.Random(training.seed).shuffle(every)
         apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
         if len(apart) == len(every):
-            fail(f"{len(every)} pages cannot be divided into training and evaluation: see --eval_fraction and --eval_dataset_name")
+            fail(f"{len(every)} pages cannot be divided into training and evaluation: --eval_fraction 0 (none), or give --eval_dataset_name")
         train, held_out = (train.select([n for n, page in enumerate(pages) if (page in apart) == held]) for held in (False, True))
         held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows)))
     return train, held_out
@@ -391,7 +404,9 @@ class Collator:
         self.stop = [self.end, tokenizer.eos_token_id]  # where generation ends
 
     def ask(self, question, pages):
-        """The user's turn, as in the post: instruction, page, question."""
+        """The user's turn, as in the post: instruction, page, question. Raises BadRow where it is not one page."""
+        if len(pages) != 1:
+            raise BadRow(f"{len(pages)} pages: a question is about one")
         texts = [[{"type": "text", "text": text}] if text else [] for text in (self.instruction, question)]
         return {"role": "user", "content": texts[0] + [{"type": "image", "image": page} for page in pages] + texts[1]}
 
@@ -412,8 +427,6 @@ class Collator:
                 raise BadRow(f"empty {what}: {text!r} holds nothing but white space")
             if found := [token for token in self.control if token in text]:
                 raise BadRow(f"control token: {found[0]} is typed in the {what} and would become a real one; take it out")
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise BadRow(f"{what} is no text: {text!r} holds half a character (a lone surrogate); mend its encoding")
         turns = [self.ask(question, [load_image(page_of(row, self.folder))])]
         said = {"role": "assistant", "content": [{"type": "text", "text": answers[0]}], "references": answers} if answers else None
         return turns + [said] * bool(answers)
@@ -590,14 +603,22 @@ def checkpoint_to_resume(training):
         return wanted
     if wanted == "false" and (found or finished):
         fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
-    if (whole or finished) and (out / "settings.yaml").exists():
-        old, new = yaml.safe_load((out / "settings.yaml").read_text()), training.given
+    if whole or finished:
+        try:
+            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
+        except (OSError, TypeError, ValueError, yaml.YAMLError):
+            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
+                 "all the same with --resume_from_checkpoint CHECKPOINT")
         if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
             fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
                  "all the same with --resume_from_checkpoint CHECKPOINT")
     if finished:
         PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
         sys.exit(0)
+    try:  # now, and not when the weights are loaded
+        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
+    except OSError as e:
+        fail(f"--output_dir {out} cannot be written: {e}")
     return str(whole[-1]) if whole else None
 
 
@@ -637,16 +658,19 @@ def main(argv=None):
         f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.yaml").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
+        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
+        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
         Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}")
+        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
+    if training.load_best_model_at_end:
+        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 
 

@@ -24,6 +24,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -129,12 +130,12 @@ def parse(argv=None):
     parser = TrlParser([Settings, Training], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
     if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
         try:
             for name, value in yaml.safe_load(Path(file).read_text()).items():
                 if value in (None, []):
-                    if value is None and type(None) not in get_args(get_type_hints(Settings).get(name, int | None)):
+                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
                         raise ValueError(f"{name} must have a value")
                     parser.set_defaults(**{name: value})
                 else:
@@ -165,6 +166,8 @@ def check(settings, training):
         (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
         (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
+        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
+         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
         (full and settings.load_in_4bit, "--lora_r 0 trains the language model, but 4-bit weights cannot be: --load_in_4bit false"),
         (full and settings.use_dora, "--use_dora is a kind of adapter and --lora_r 0 means none: give --lora_r 16 or drop --use_dora"),
     ):
@@ -254,6 +257,8 @@ def load_image(cell):
     """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image."""
     try:
         image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
+        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
+            raise ValueError(f"it holds {frames} pictures, and only the first would be seen")
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
         if max(image.size) > 200 * min(image.size):  # a processor scales the short side to its size first
@@ -533,14 +538,22 @@ def checkpoint_to_resume(training):
         return wanted
     if wanted == "false" and (found or finished):
         fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
-    if (whole or finished) and (out / "settings.yaml").exists():
-        old, new = yaml.safe_load((out / "settings.yaml").read_text()), training.given
+    if whole or finished:
+        try:
+            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
+        except (OSError, TypeError, ValueError, yaml.YAMLError):
+            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
+                 "all the same with --resume_from_checkpoint CHECKPOINT")
         if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
             fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
                  "all the same with --resume_from_checkpoint CHECKPOINT")
     if finished:
         PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
         sys.exit(0)
+    try:  # now, and not when the weights are loaded
+        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
+    except OSError as e:
+        fail(f"--output_dir {out} cannot be written: {e}")
     return str(whole[-1]) if whole else None
 
 
@@ -580,16 +593,19 @@ def main(argv=None):
         f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
     if training.process_index == 0:
         Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.yaml").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
+        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
+        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
         Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}")
+        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
+    if training.load_best_model_at_end:
+        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 
 

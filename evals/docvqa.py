@@ -52,6 +52,7 @@ def score(path):
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a character could not be printed
             references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
             if not isinstance(references, list) or not all(isinstance(said, str) for said in [row["prediction"], *references]):
                 raise ValueError(f"prediction {row['prediction']!r} must be a text, reference {row['reference']!r} a text or a list of texts")

@@ -202,6 +202,7 @@ def test_files_as_editors_leave_them(predictions, tmp_path):
         ([line("x", ["x", ""])], ["line 2", "blank"]),
         ([line("x", [])], ["line 2", "at least one"]),
         (["", "", "{"], ["line 4"]),
+        (['{"prediction": "\\ud83d", "reference": "a"}'], ["line 2", "surrogates"]),
     ],
 )
 def test_a_bad_line_is_named(predictions, lines, words):

@@ -486,6 +486,7 @@ def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch, metric, be
     chosen = {} if metric is None else {"metric_for_best_model": metric}
     done = run(command(several, tmp_path, **chosen, eval_steps=1, save_steps=1, report_to="none"))
     assert {name: list(log(tmp_path, name).values()) for name in FAKED} == FAKED
+    assert re.search(rf"best of the evaluations by .*: [\d.]+, at step {best}; that is saved", done.text)
     saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
     assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
     for name, value in done.weights[best].items():
@@ -762,6 +763,16 @@ def test_a_used_output_dir_is_not_overwritten(killed, several, monkeypatch, flag
     message = refusal([*command(several, killed, **LONG), *flags])
     assert all(word in message for word in words)
     assert before == {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [None, "", "- 1", "a: b: c"])
+def test_a_run_that_does_not_say_which_it_is_is_not_gone_on_from(killed, several, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(idefics2_docvqa, "load_data", None)
+    out = Path(shutil.copytree(killed, tmp_path / "copy"))
+    (out / "settings.yaml").unlink() if text is None else (out / "settings.yaml").write_text(text)
+    message = refusal(command(several, out, **LONG))
+    assert "without the settings.yaml" in message and "--resume_from_checkpoint CHECKPOINT" in message
 
 
 @pytest.mark.parametrize("more", [[], ["--sample_rows", "1", "--max_new_tokens", "9"]])

@@ -59,6 +59,8 @@ def pictures(images, tmp_path):
     jpeg = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(jpeg, "JPEG")
     (tmp_path / "truncated.jpg").write_bytes(jpeg.getvalue()[:-500])
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
 
@@ -111,6 +113,7 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
         "unreadable image: .*nowhere.png.*No such file.*--image_folder",
     ),
     "empty picture": (said("<image>", "two", image="empty.png"), "unreadable image: .*empty.png"),
+    "moving picture": (said("<image>", "two", image="film.gif"), "unreadable image: .*film.gif .it holds 2 pictures"),
     "truncated picture": (said("<image>", "two", image="truncated.jpg"), "unreadable image: .*truncated.jpg.*truncated"),
     "no picture": (said("<image>", "two", image="text.png"), "unreadable image: .*text.png"),
     "picture a folder": (said("<image>", "two", image="."), "unreadable image: .*directory"),
@@ -267,6 +270,8 @@ def test_one_row_cannot_be_divided(stops, write):
         ({"lora_dropout": 2}, "--lora_dropout"),
         ({"max_steps": 0}, "--max_steps"),
         ({"num_train_epochs": 0}, "--num_train_epochs"),
+        ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
+        ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
         ({"push_to_hub": True}, "--push_to_hub"),

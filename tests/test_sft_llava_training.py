@@ -697,6 +697,15 @@ def test_what_shows_a_run_may_change(killed, mixed):
     assert len([line for line in section.splitlines() if line.startswith("| !") or line.startswith("|  |")]) == 1
 
 
+@pytest.mark.slow
+def test_a_run_that_does_not_say_which_it_is_is_not_gone_on_from(killed, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_llava, "load_data", None)
+    out = Path(shutil.copytree(killed, tmp_path / "copy"))
+    (out / "settings.yaml").write_text("")
+    message = refusal(command(mixed, out, **LONG))
+    assert "without the settings.yaml" in message and "--resume_from_checkpoint CHECKPOINT" in message
+
+
 @pytest.mark.parametrize("more", [[], ["--sample_rows", "1"]])
 def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
     done = trained()

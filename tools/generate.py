@@ -64,6 +64,8 @@ def parse(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.output and args.output.exists() and not args.overwrite:
         fail(f"{args.output} exists: choose another --output, or --overwrite it")
+    if args.question is not None and not args.question.strip():
+        fail("--question is blank")
     if args.image and args.question is None:
         fail("--image needs a --question about it")
     if args.question is not None and any(flag.startswith("--dataset_name") for flag in rest):
@@ -98,15 +100,30 @@ def load(recipe, args, rest):
 
 def questions(recipe, collator, row):
     """A row -> [(messages up to a question, turn, question, reference)], one for each turn of the assistant, and one more,
-    without a reference, where the last turn is the user's."""
-    try:
-        messages = collator.read(row)
-    except recipe.BadRow as e:
-        fail(f"row {row['row']}: {e}")
+    without a reference, where the last turn is the user's. Raises the recipe's BadRow."""
+    messages = collator.read(row)
     said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     found = [(messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n])) for turn, n in enumerate(turns)]
     return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
+
+
+def readable(recipe, collator, rows, skip):
+    """Rows -> those that can be asked about; read once before any weights load. Raises SystemExit where a row cannot be
+    read, unless such rows are to be skipped: then they are listed."""
+    good, bad = [], []
+    for n, row in enumerate(tqdm(rows, desc="Checking")):
+        try:
+            questions(recipe, collator, row)
+            good.append(n)
+        except recipe.BadRow as e:
+            bad.append(f"  row {row['row']}: {e}")
+    report = "\n".join([f"{len(bad)} of {len(rows)} rows cannot be read", *bad[:20], *([f"  ... and {len(bad) - 20} more"] * (len(bad) > 20))])
+    if bad and not (skip and good):
+        fail(report + ("\nMend them, or answer the others: --on_bad_rows skip" if good else "\nNo row would be left."))
+    if bad:
+        print("left out:", report, file=sys.stderr)
+    return rows.select(good)
 
 
 def answer(model, collator, conversations, args):
@@ -130,11 +147,11 @@ def main(argv=None):
         if typed := [token for token in collator.control if token in f"{args.question} {args.system}"]:
             fail(f"{typed[0]} in a question would become a real control token; pictures are given by --image")
         try:
-            pictures = [recipe.load_image(path) for path in args.image]
+            turn = collator.ask(args.question, [recipe.load_image(path) for path in args.image])
         except recipe.BadRow as e:
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
-        asked = [({}, [*system, collator.ask(args.question, pictures)], 0, args.question, None)]
+        asked = [({}, [*system, turn], 0, args.question, None)]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
         own = "dataset_name" not in given
@@ -143,10 +160,10 @@ def main(argv=None):
                 about_data = field.name.startswith(("dataset_", "eval_dataset")) or field.name.endswith("_column") or field.name == "image_folder"
                 if about_data and field.name not in given:
                     setattr(settings, field.name, field.default)
-        rows = recipe.load_data(settings, training)[1] if own else None
-        rows = rows if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+        rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --dataset_name")
+        rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
         asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row))
 
     try:
