@@ -1,7 +1,10 @@
 """What the tests share: tiny models and data made on the spot, settings from flags, pictures, rows on disk."""
 
+import contextlib
+import io
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +20,7 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 import idefics2_docvqa  # noqa: E402
 import sft_llava  # noqa: E402
@@ -175,6 +179,39 @@ def write(tmp_path):
         return path
 
     return make
+
+
+class Weights(TrainerCallback):
+    """Copies what is trained, before the first step and after each."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    on_step_end = on_train_begin
+
+
+def log(out, key="loss"):
+    """{step: value} of one metric of a finished run."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[key] for entry in history if key in entry}
+
+
+def refusal(main, argv):
+    """The one message that a recipe's main ends with."""
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()):
+        main(argv)
+    assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+def fresh(code, *args):
+    """Run code in a new process, which ends well, and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def said(*turns, image=None, **more):

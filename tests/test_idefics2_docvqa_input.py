@@ -397,12 +397,6 @@ def test_no_gpu(stops):
     assert re.search("no GPU.*--use_cpu", stops(use_cpu=False))
 
 
-def test_several_gpus_need_a_launcher(stops, monkeypatch):
-    monkeypatch.setattr(recipe.Training, "n_gpu", property(lambda self: 4))
-    message = stops()
-    assert "accelerate launch --num_processes 4 idefics2_docvqa.py" in message and "CUDA_VISIBLE_DEVICES=0" in message
-
-
 @pytest.mark.parametrize("beyond", ["below", "above", "zero", "negative"])
 def test_longest_edge_has_the_bounds_of_the_processor(beyond, stops, form_parse):
     size = idefics2.processor().image_processor.size

@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Weights, fresh, log, refusal
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -63,18 +63,6 @@ def command(folder, out, **settings):
     return ["--use_cpu", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
-class Weights(TrainerCallback):
-    """Copies what is trained, before the first step and after each."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-
-    on_step_end = on_train_begin
-
-
 def run(argv, train=True):
     """main(argv) -> its trainer, flags, printed text, weights and the answers it was trained on, batch by batch; without
     `train` it ends before training begins."""
@@ -100,27 +88,6 @@ def run(argv, train=True):
             idefics2_docvqa.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
     return SimpleNamespace(argv=argv, out=out, trainer=trainers[0], text=text.getvalue(), weights=weights.seen, drawn=drawn)
-
-
-def log(out, key="loss"):
-    """{step: value} of one metric of a finished run."""
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[key] for entry in history if key in entry}
-
-
-def refusal(argv):
-    """The one message that main ends with."""
-    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()):
-        idefics2_docvqa.main(argv)
-    assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code
-    return stopped.value.code
-
-
-def fresh(code, *args):
-    """Run code in a new process, which ends well, and return what it printed."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def plain(name):
@@ -760,7 +727,7 @@ def test_a_damaged_checkpoint_is_not_whole(whole, tmp_path, file):
 def test_a_used_output_dir_is_not_overwritten(killed, several, monkeypatch, flags, words):
     monkeypatch.setattr(idefics2_docvqa, "load_data", None)
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
-    message = refusal([*command(several, killed, **LONG), *flags])
+    message = refusal(idefics2_docvqa.main, [*command(several, killed, **LONG), *flags])
     assert all(word in message for word in words)
     assert before == {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
 
@@ -771,7 +738,7 @@ def test_a_run_that_does_not_say_which_it_is_is_not_gone_on_from(killed, several
     monkeypatch.setattr(idefics2_docvqa, "load_data", None)
     out = Path(shutil.copytree(killed, tmp_path / "copy"))
     (out / "settings.yaml").unlink() if text is None else (out / "settings.yaml").write_text(text)
-    message = refusal(command(several, out, **LONG))
+    message = refusal(idefics2_docvqa.main, command(several, out, **LONG))
     assert "without the settings.yaml" in message and "--resume_from_checkpoint CHECKPOINT" in message
 
 
@@ -785,8 +752,8 @@ def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
         idefics2_docvqa.main([*done.argv, *more])
     assert stopped.value.code in (0, None) and "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-    assert "lora_r 8 -> 4" in refusal([*done.argv, "--lora_r", "4"])
-    assert "holds a run" in refusal([*done.argv, "--resume_from_checkpoint", "false"])
+    assert "lora_r 8 -> 4" in refusal(idefics2_docvqa.main, [*done.argv, "--lora_r", "4"])
+    assert "holds a run" in refusal(idefics2_docvqa.main, [*done.argv, "--resume_from_checkpoint", "false"])
 
 
 @pytest.mark.slow
@@ -813,7 +780,7 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(whole, several, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(idefics2_docvqa.Trainer, "training_step", interrupt)
-        message = refusal(command(several, out, **longer))
+        message = refusal(idefics2_docvqa.main, command(several, out, **longer))
     assert "interrupted" in message and "the same command" in message and str(out) in message
     again = run(command(several, out, **{**longer, "resume_from_checkpoint": "auto"}))
     assert f"going on from {out / 'checkpoint-12'}" in again.text and max(log(out)) == 14
@@ -855,7 +822,7 @@ def test_a_page_that_vanishes_ends_the_run_with_one_message(several, tmp_path, m
 
     monkeypatch.setattr(idefics2_docvqa, "load_model", vanish)
     flags = {"dataloader_num_workers": workers, "report_to": "none", "max_steps": 7}
-    message = refusal(command(folder, tmp_path / "out", **flags))
+    message = refusal(idefics2_docvqa.main, command(folder, tmp_path / "out", **flags))
     n = 4 if name == "held_out" else 5
     assert "the data changed under the run" in message and f"row {n}: unreadable image" in message and row["image"] in message
 

@@ -286,12 +286,6 @@ def test_no_gpu(stops):
     assert re.search("no GPU.*--use_cpu", stops(use_cpu=False))
 
 
-def test_several_gpus_need_a_launcher(stops, monkeypatch):
-    monkeypatch.setattr(sft_llava.Training, "n_gpu", property(lambda self: 4))
-    message = stops()
-    assert "accelerate launch --num_processes 4 sft_llava.py" in message and "CUDA_VISIBLE_DEVICES=0" in message
-
-
 def write_clip(folder):
     processor = llava.processor()
     CLIPProcessor(processor.image_processor, processor.tokenizer).save_pretrained(folder)

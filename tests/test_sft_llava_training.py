@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 import re
@@ -19,9 +18,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import Weights, fresh, log, refusal
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 
 import sft_llava
@@ -65,18 +65,6 @@ def command(folder, out, **settings):
     return ["--use_cpu", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
-class Weights(TrainerCallback):
-    """Copies what is trained, before the first step and after each."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-
-    on_step_end = on_train_begin
-
-
 class Stop(Exception):
     pass
 
@@ -100,27 +88,6 @@ def run(argv, train=True):
         sft_llava.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
     return SimpleNamespace(argv=argv, out=out, trainer=trainers[0], text=text.getvalue(), weights=weights.seen)
-
-
-def log(out, key="loss"):
-    """{step: value} of one metric of a finished run."""
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry[key] for entry in history if key in entry}
-
-
-def refusal(argv):
-    """The one message that main ends with."""
-    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()):
-        sft_llava.main(argv)
-    assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code
-    return stopped.value.code
-
-
-def fresh(code, *args):
-    """Run code in a new process, which ends well, and return what it printed."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def plain(name):
@@ -683,7 +650,7 @@ def test_killed_before_the_end_was_written(whole, mixed, tmp_path):
 def test_a_used_output_dir_is_not_overwritten(killed, mixed, monkeypatch, flags, words):
     monkeypatch.setattr(sft_llava, "load_data", None)
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
-    message = refusal([*command(mixed, killed, **LONG), *flags])
+    message = refusal(sft_llava.main, [*command(mixed, killed, **LONG), *flags])
     assert all(word in message for word in words)
     assert before == {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
 
@@ -702,7 +669,7 @@ def test_a_run_that_does_not_say_which_it_is_is_not_gone_on_from(killed, mixed, 
     monkeypatch.setattr(sft_llava, "load_data", None)
     out = Path(shutil.copytree(killed, tmp_path / "copy"))
     (out / "settings.yaml").write_text("")
-    message = refusal(command(mixed, out, **LONG))
+    message = refusal(sft_llava.main, command(mixed, out, **LONG))
     assert "without the settings.yaml" in message and "--resume_from_checkpoint CHECKPOINT" in message
 
 
@@ -716,14 +683,14 @@ def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
         sft_llava.main([*done.argv, *more])
     assert stopped.value.code in (0, None) and "finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-    assert "lora_r 16 -> 4" in refusal([*done.argv, "--lora_r", "4"])
-    assert "holds a run" in refusal([*done.argv, "--resume_from_checkpoint", "false"])
+    assert "lora_r 16 -> 4" in refusal(sft_llava.main, [*done.argv, "--lora_r", "4"])
+    assert "holds a run" in refusal(sft_llava.main, [*done.argv, "--resume_from_checkpoint", "false"])
 
 
 def test_false_in_a_settings_file_is_false(trained, tmp_path):
     (tmp_path / "run.yaml").write_text("resume_from_checkpoint: false\n")
     flags = [*trained().argv, "--config", str(tmp_path / "run.yaml")]
-    assert "holds a run" in refusal(flags)
+    assert "holds a run" in refusal(sft_llava.main, flags)
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -1,0 +1,181 @@
+"""What every recipe promises in the same words: one file, settings that are flags, precision that picks itself."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+RECIPES = ["sft_llava", "idefics2_docvqa"]
+VALUES = {  # of a refused setting, where "x" would not be read at all
+    "pad_to_multiple_of": "8",
+    "model_init_kwargs": "{}",
+    "fsdp": "full_shard",
+    "label_smoothing_factor": "0.1",
+    "gradient_checkpointing": "true",
+    "eval_packing": "true",
+    "completion_only_loss": "true",
+    "truncation_mode": "keep_end",
+    "gradient_checkpointing_kwargs": '{"use_reentrant": true}',
+}
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return importlib.import_module(request.param)
+
+
+def names(*classes):
+    return {f.name for cls in classes for f in fields(cls) if f.init}
+
+
+def every_name(recipe):
+    return names(recipe.Settings, recipe.Training)
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+def test_every_setting_is_a_flag_with_help(recipe, capsys):
+    with pytest.raises(SystemExit) as end:
+        recipe.parse(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert not {name for name in every_name(recipe) if not re.search(rf"--{name}\b", shown)}
+    own = [f for cls in (recipe.Settings, recipe.Training) for f in fields(cls) if f.name in cls.__annotations__]
+    assert all(f.metadata["help"].strip().endswith(".") for f in own) and len(own) > 30
+
+
+def test_the_names_that_may_change_or_are_refused_are_names_of_settings(recipe):
+    assert set(recipe.REFUSED) | set(recipe.FREE_TO_CHANGE) <= every_name(recipe)
+    assert not set(recipe.REFUSED) & set(recipe.FREE_TO_CHANGE)
+
+
+@pytest.mark.parametrize("recipe, name", [(r, name) for r in RECIPES for name in importlib.import_module(r).REFUSED], indirect=["recipe"])
+def test_settings_that_would_be_ignored_are_refused_by_name(recipe, name):
+    default = {f.name: f.default for f in fields(recipe.Training)}[name]
+    value = str(not default) if isinstance(default, bool) else VALUES.get(name, "x")
+    with pytest.raises(SystemExit, match=rf"^error: --{name}: not used by this recipe"):
+        recipe.parse(["--use_cpu", f"--{name}", value])
+
+
+def test_settings_are_kept_as_given_and_read_back(recipe, tmp_path):
+    changed = {"lora_r": 4, "learning_rate": 1e-5, "load_in_4bit": False, "seed": 7, "eval_fraction": 0.1}
+    argv = ["--use_cpu", "--hub_token", "secret", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "tensorboard"]
+    argv += [part for name, value in changed.items() for part in (f"--{name}", str(value))]
+    settings, training = recipe.parse(argv)
+    assert set(training.given) == every_name(recipe) - {"hub_token"} and training.hub_token == "secret"
+    assert {name: getattr(settings, name, getattr(training, name, None)) for name in changed} == changed
+    (tmp_path / "run.yaml").write_text(text := yaml.safe_dump(training.given, sort_keys=False))
+    again = recipe.parse(["--config", str(tmp_path / "run.yaml")])
+    assert again[1].given == training.given and again[0] == settings and "secret" not in text
+    assert {**again[1].to_dict(), "hub_token": 0} == {**training.to_dict(), "hub_token": 0}
+    overridden = recipe.parse(["--config", str(tmp_path / "run.yaml"), "--lora_r", "2"])
+    assert overridden[1].given == {**training.given, "lora_r": 2}
+
+
+BAD_FLAGS = {
+    "unknown": ["--lora_rank", "3"],
+    "abbreviated": ["--lora_al", "3"],
+    "not a number": ["--lora_r", "many"],
+    "not a choice": ["--on_bad_rows", "ignore"],
+    "not a choice of long rows": ["--on_long_rows", "cut"],
+    "not a bool": ["--load_in_4bit", "perhaps"],
+    "no such optimizer": ["--optim", "adam2"],
+    "steps that do not fit": ["--save_steps", "30", "--eval_steps", "20"],
+    "no such config": ["--config", "nowhere.yaml"],
+}
+
+
+@pytest.mark.parametrize("argv", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_a_bad_flag_is_one_line(recipe, argv):
+    with pytest.raises(SystemExit) as end:
+        recipe.parse(["--use_cpu", *argv])
+    assert re.fullmatch(r"error: .*", end.value.code) and argv[-1].split(".")[0] in end.value.code
+
+
+BAD_YAML = {
+    "lora_rank: 3": "lora_rank",
+    "max_length: long": "max_length",
+    "lora_r: null": "lora_r must have a value",
+    "max_steps: null": "max_steps must have a value",
+    "seed:": "seed must have a value",
+    "on_bad_rows: ignore": "on_bad_rows",
+    "lora_r: 1.5": "lora_r",
+    "lora_r: [1, 2]": "2",
+    "nonsense: null": "nonsense",
+    "save_only_model: true": "--save_only_model",
+    "[1]": "run.yaml",
+    "a: [": "run.yaml",
+    "\ud83d": "run.yaml",
+}
+
+
+@pytest.mark.parametrize("text, named", BAD_YAML.items(), ids=map(ascii, BAD_YAML))
+def test_a_bad_config_file_is_refused(recipe, text, named, tmp_path):
+    (tmp_path / "run.yaml").write_text(text, errors="surrogatepass")
+    with pytest.raises(SystemExit) as end:
+        recipe.parse(["--use_cpu", "--config", str(tmp_path / "run.yaml")])
+    assert str(end.value.code).startswith("error: ") and named in end.value.code
+
+
+@pytest.mark.parametrize(
+    "gpu, given, expected",
+    [
+        (None, [], (False, False)),
+        ("bf16", [], (True, False)),
+        ("T4", [], (False, True)),
+        ("bf16", ["--fp16"], (False, True)),
+        ("T4", ["--bf16", "false"], (False, False)),
+        ("bf16", ["--use_cpu"], (False, False)),
+        ("T4", ["--use_cpu"], (False, False)),
+    ],
+)
+def test_precision_picks_itself(recipe, gpu, given, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu == "bf16" or including_emulation)
+    monkeypatch.setattr(recipe.Training.__mro__[1], "__post_init__", lambda self: None)  # the library's would open the GPU
+    _, training = recipe.parse(given)
+    assert (bool(training.bf16), bool(training.fp16)) == expected
+
+
+def test_several_gpus_need_a_launcher(recipe, monkeypatch):
+    monkeypatch.setattr(recipe.Training, "n_gpu", property(lambda self: 4))
+    with pytest.raises(SystemExit, match=rf"^error: 4 GPUs.*accelerate launch --num_processes 4 {recipe.__name__}.py.*CUDA_VISIBLE_DEVICES=0"):
+        recipe.check(*recipe.parse(["--use_cpu"]))
+
+
+# -------------------------------------------------------------------------------------------------------- one file
+def test_the_header_asks_for_what_requirements_txt_asks_for(recipe):
+    header = re.search(r"(?ms)^# /// script\n(.*?)^# ///$", (ROOT / f"{recipe.__name__}.py").read_text())[1]
+    script = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in header.splitlines(True)))
+    pinned = (ROOT / "requirements.txt").read_text().split()
+    assert script["dependencies"] and set(script["dependencies"]) <= set(pinned)
+
+
+def test_a_recipe_is_one_file_and_importing_it_does_nothing(recipe, tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "cwd").mkdir()
+    source = (ROOT / f"{recipe.__name__}.py").read_text()
+    (tmp_path / "lib" / "alone.py").write_text(source)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    code = "import torch, os; s = torch.get_rng_state(), dict(os.environ); import alone; import torch.distributed as d; " + (
+        "assert torch.equal(s[0], torch.get_rng_state()) and not d.is_initialized() and not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "cwd", env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert not any((tmp_path / "cwd").iterdir()) and len([*(tmp_path / "lib").iterdir()]) == 1
+    imports = {name for node in ast.walk(ast.parse(source)) for name in imported(node)}
+    assert imports and not imports & {path.stem for path in ROOT.iterdir()} - {"datasets"}
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [node.module.split(".")[0] if node.module else "."] if isinstance(node, ast.ImportFrom) else []
