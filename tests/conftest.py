@@ -1,6 +1,7 @@
 """What the tests share: tiny models and data made on the spot, settings from flags, pictures, rows on disk."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -95,16 +96,17 @@ def learnt(tiny_forms, tmp_path_factory):
     return out
 
 
+def short_run(folder, out, **settings):
+    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them."""
+    own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, "dataset_name": folder / "data"}
+    settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
 @pytest.fixture
 def form_flags(tiny_forms, tmp_path):
     """A function: settings as keywords -> the list of flags for a run of the tiny Idefics2 on the CPU."""
-
-    def make(**settings):
-        defaults = {"use_cpu": True, "model_name_or_path": tiny_forms / "model", "output_dir": tmp_path / "out"}
-        settings = {**defaults, "dataset_name": tiny_forms / "data", "dataloader_num_workers": 0, "report_to": "none", **settings}
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-    return make
+    return functools.partial(short_run, tiny_forms, tmp_path / "out")
 
 
 @pytest.fixture
@@ -127,14 +129,7 @@ def form_collate(form_parse, tmp_path):
 @pytest.fixture
 def flags(tiny_llava, tmp_path):
     """A function: settings as keywords -> the list of flags for a run of the tiny LLaVA on the CPU."""
-
-    def make(**settings):
-        model, out = tiny_llava / "model", tmp_path / "out"
-        defaults = {"use_cpu": True, "model_name_or_path": model, "output_dir": out, "dataset_name": tiny_llava / "data"}
-        settings = {**defaults, "dataloader_num_workers": 0, "report_to": "none", **settings}
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-    return make
+    return functools.partial(short_run, tiny_llava, tmp_path / "out")
 
 
 @pytest.fixture
@@ -205,6 +200,27 @@ def refusal(main, argv):
         main(argv)
     assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code
     return stopped.value.code
+
+
+class Loaded(Exception):
+    """Weights were asked for: the recipe found nothing to complain about."""
+
+
+def stopped_by(recipe, flags, monkeypatch):
+    """A function: settings as keywords -> the message with which a recipe's main() ends, before it loads any weights."""
+
+    def load_model(*args):
+        raise Loaded
+
+    def make(**settings):
+        with pytest.raises(SystemExit) as end:
+            recipe.main(flags(**{"eval_fraction": 0, **settings}))
+        message = end.value.code  # a text: Python prints it and exits with status 1
+        assert isinstance(message, str) and message.startswith("error: ") and "Traceback" not in message
+        return message
+
+    monkeypatch.setattr(recipe, "load_model", load_model)
+    return make
 
 
 def fresh(code, *args):

@@ -1,7 +1,6 @@
 """evals/docvqa.py: ANLS by hand and by a second implementation, and the program around it."""
 
 import csv
-import importlib.util
 import json
 import random
 import subprocess
@@ -11,10 +10,7 @@ import pytest
 from conftest import ROOT
 
 import idefics2_docvqa
-
-spec = importlib.util.spec_from_file_location("docvqa", ROOT / "evals" / "docvqa.py")
-docvqa = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(docvqa)
+from evals import docvqa
 
 
 def line(prediction, reference, **more):

@@ -1,6 +1,5 @@
 """tools/generate.py: the answers are the model's own, in batches or one by one, with and without the adapter."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -16,10 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import idefics2_docvqa
 import sft_llava
 from tiny import forms
-
-spec = importlib.util.spec_from_file_location("generate", ROOT / "tools" / "generate.py")
-generate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate)
+from tools import generate
 
 
 def lines(path):

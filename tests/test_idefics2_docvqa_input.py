@@ -12,7 +12,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, asks
+from conftest import ROOT, Loaded, asks, stopped_by
 from PIL import Image
 from transformers import CLIPProcessor
 
@@ -23,26 +23,10 @@ GOOD = asks("What is the total?", "47")
 END, FAKE = "<end_of_utterance>", "<fake_token_around_image>"
 
 
-class Loaded(Exception):
-    """Weights were asked for: the recipe found nothing to complain about."""
-
-
 @pytest.fixture
 def stops(form_flags, monkeypatch):
     """A function: settings as keywords -> the message with which main() ends, before it loads any weights."""
-
-    def load_model(*args):
-        raise Loaded
-
-    def make(**settings):
-        with pytest.raises(SystemExit) as end:
-            recipe.main(form_flags(**{"eval_fraction": 0, **settings}))
-        message = end.value.code  # a text: Python prints it and exits with status 1
-        assert isinstance(message, str) and message.startswith("error: ") and "Traceback" not in message
-        return message
-
-    monkeypatch.setattr(recipe, "load_model", load_model)
-    return make
+    return stopped_by(recipe, form_flags, monkeypatch)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ and given, resuming, the result."""
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -29,13 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import idefics2_docvqa
+from evals import docvqa
 from tiny import forms
-
-tools = {}
-for folder, name in (("tools", "generate"), ("evals", "docvqa")):
-    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    tools[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tools[name])
+from tools import generate
 
 SHORT = {
     "max_steps": 4,
@@ -390,14 +385,14 @@ def test_scores_are_those_of_the_answers(learnt, tmp_path, capsys):
     scores, exact, shown = log(out, "eval_anls"), log(out, "eval_exact_match"), sections(out)
     assert list(scores) == list(exact) == list(log(out, "eval_loss")) == list(shown) == list(range(10, 80, 10))
     for step, (mean, rows) in shown.items():
-        single = [tools["docvqa"].anls(answered, accepted.split(" / ")) for _, _, answered, accepted, _ in rows]
+        single = [docvqa.anls(answered, accepted.split(" / ")) for _, _, answered, accepted, _ in rows]
         assert sum(single) / 19 == pytest.approx(scores[step], abs=0.01) and mean == pytest.approx(scores[step], abs=6e-4)
         assert [float(row[4]) for row in rows] == pytest.approx(single, abs=0.01)
     assert any(0 < scores[step] < 1 and exact[step] != scores[step] for step in scores)
 
     best = json.loads((out / "trainer_state.json").read_text())["best_global_step"]
-    tools["generate"].main([str(out), "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "8"])
-    rows = tools["docvqa"].score(tmp_path / "a.jsonl")
+    generate.main([str(out), "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "8"])
+    rows = docvqa.score(tmp_path / "a.jsonl")
     assert sum(row["anls"] for row in rows) / 19 == scores[best] and sum(row["exact_match"] for row in rows) / 19 == exact[best]
     generated = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [" ".join(line["prediction"].split()) for line in generated] == [row[2] for row in shown[best][1]]

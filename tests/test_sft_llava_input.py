@@ -11,7 +11,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, chat, said
+from conftest import ROOT, Loaded, chat, said, stopped_by
 from PIL import Image
 from transformers import CLIPProcessor
 
@@ -30,26 +30,10 @@ GOOD = said("Which digit comes after two?", "three")
 PART, IMAGE = {"type": "text", "text": "Which?"}, {"type": "image"}
 
 
-class Loaded(Exception):
-    """Weights were asked for: the recipe found nothing to complain about."""
-
-
 @pytest.fixture
 def stops(flags, monkeypatch):
     """A function: settings as keywords -> the message with which main() ends, before it loads any weights."""
-
-    def load_model(*args):
-        raise Loaded
-
-    def make(**settings):
-        with pytest.raises(SystemExit) as end:
-            sft_llava.main(flags(**{"eval_fraction": 0, **settings}))
-        message = end.value.code  # a text: Python prints it and exits with status 1
-        assert isinstance(message, str) and message.startswith("error: ") and "Traceback" not in message
-        return message
-
-    monkeypatch.setattr(sft_llava, "load_model", load_model)
-    return make
+    return stopped_by(sft_llava, flags, monkeypatch)
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ STEPS = {"llava": 1700, "idefics2": 1400}  # of the base's own training
 
 def recipe(args: argparse.Namespace) -> dict:
     """What a build depends on: arguments, package versions and the sources that make it."""
-    own = ("digits.py", "forms.py", "idefics2.py") if args.family == "idefics2" else ("digits.py", "llava.py")
-    sources = [Path(__file__).with_name(name) for name in own]
+    own = ("forms.py", "idefics2.py") if args.family == "idefics2" else ("llava.py",)
+    sources = [Path(__file__).with_name(name) for name in ("descent.py", "digits.py", *own)]
     return {
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
         "versions": {

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
 from . import digits, forms
+from .descent import descent
 
 LATENTS = 8  # image tokens of a page
 # HuggingFaceM4/idefics2-8b's template, letter for letter.
@@ -204,23 +205,6 @@ class Unsplit:
 def pixels(pages: torch.Tensor) -> torch.Tensor:
     """What the processor makes of pages, without the detour over PIL: (n, 56, 112) -> (n, 1, 3, 56, 112) float32."""
     return ((pages.float() / 255 - 0.5) / 0.5)[:, None, None].expand(-1, -1, 3, -1, -1)
-
-
-def descent(parameters: list[torch.nn.Parameter], steps: int, lr: float):
-    """AdamW with a warm-up and a cosine. Returns a function that makes a step down a loss."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / max(1, steps)))
-    )
-
-    def step(loss: torch.Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-    return step
 
 
 def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e-3) -> None:

@@ -32,6 +32,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from . import digits
+from .descent import descent
 from .digits import SIZE, WORDS
 
 PATCH = 14
@@ -236,10 +237,7 @@ def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batc
     pairs = {(a, b): [render(proc, 2, *lesson) for lesson in captions(a, b)] for a in range(10) for b in range(10)}
     counts = [render(proc, 0, *counting(a)) for a in range(10)]
 
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / max(1, steps)))
-    )
+    descend = descent([*net.parameters()], steps, lr)
     net.train()
     bar = tqdm(range(steps), desc="base model, captions", unit="step", disable=not steps)
     for step in bar:
@@ -254,11 +252,7 @@ def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batc
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
         pictures = pixels(digits.draw(ink[shown.flatten()], rng))
         loss = net(input_ids=ids, attention_mask=mask, pixel_values=pictures, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        descend(loss)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     net.eval()
