@@ -520,8 +520,14 @@ def plain(text):
 
 
 class Trainer(transformers.Trainer):
-    """Trainer that computes logits only where there is a label, and at each evaluation answers the held-out questions: eval_anls,
-    eval_exact_match, samples.md."""
+    """Trainer that computes logits only where there is a label, runs the frozen vision tower without a graph, and at each
+    evaluation answers the held-out questions: eval_anls, eval_exact_match, samples.md."""
+
+    def __init__(self, settings, model, *args, **kwargs):
+        tower = model.get_base_model().model.vision_model
+        tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
+        self.settings = settings
+        super().__init__(model, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The stock loss. Of some hundred positions a row a dozen are trained; the others' logits would be thrown away."""
@@ -647,11 +653,8 @@ def main(argv=None):
         packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
         count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
         say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
-    tower = model.get_base_model().model.vision_model
-    tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
     visits = CountVisits()
-    trainer = Trainer(model, training, collator, train.with_transform(visits.mark), held_out, processor, callbacks=[visits])
-    trainer.settings = settings
+    trainer = Trainer(settings, model, training, collator, train.with_transform(visits.mark), held_out, processor, callbacks=[visits])
     batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
     say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "

@@ -8,9 +8,8 @@ Measured is forward + backward of one batch, as both trainers' `training_step` d
 dropout. Both get the same model, LoRA (the recipe's `lora_config`), collator (the recipe's) and batches: pages of about 980
 x 700 pixels in 14-pixel patches, 64 image tokens, questions of 12-20 tokens, answers of 3-15 with <end_of_utterance>,
 32,003 logits. The stock side is `transformers.Trainer` with PEFT and `activation_checkpointing` in TrainingArguments, and
-nothing else. The recipe's side is its own Trainer, which computes logits at label positions only, and the one line of its
-`main` that runs the vision tower without a graph, repeated here. Time is process time on a CPU, wall time of a synchronized
-device on a GPU.
+nothing else. The recipe's side is its own Trainer, which computes logits at label positions only and runs the vision tower
+without a graph. Time is process time on a CPU, wall time of a synchronized device on a GPU.
 
 Exit status 1 where, in float32 and without dropout, the loss or any adapter's gradient differs by more than 1e-5 (gradients
 relative to the stock one, both in the largest element and in the norm); nothing is measured then.
@@ -153,10 +152,7 @@ def trainers(model, collator, rows, settings, training):
     )
     stock = transformers.Trainer(model, arguments, collator, rows)
 
-    tower = copied.get_base_model().model.vision_model
-    tower.forward = torch.no_grad()(tower.forward)  # as in the recipe's main
-    mine = recipe.Trainer(copied, training, collator, rows)
-    mine.settings = settings
+    mine = recipe.Trainer(settings, copied, training, collator, rows)
     for trainer in (stock, mine):
         trainer.remove_callback(transformers.PrinterCallback)
     return {"stock": stock, "recipe": mine}
