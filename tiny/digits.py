@@ -4,6 +4,8 @@ The scans are dealt into three disjoint sets, so that a score on held-out ones i
 are trained on are bent a little differently each time (without that, unseen scans are misread).
 """
 
+import io
+
 import numpy as np
 import torch
 from PIL import Image
@@ -50,5 +52,12 @@ def draw(ink: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Ten
 
 
 def to_pil(picture: torch.Tensor) -> Image.Image:
-    """One picture, (56, 56) uint8, as an RGB image."""
+    """One picture, (h, w) uint8, as an RGB image."""
     return Image.fromarray(picture.numpy()).convert("RGB")
+
+
+def png(picture: torch.Tensor) -> bytes:
+    """One picture, (h, w) uint8, as a PNG file."""
+    file = io.BytesIO()
+    to_pil(picture).save(file, "PNG")
+    return file.getvalue()

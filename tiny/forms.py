@@ -5,7 +5,6 @@ written in the schema of nielsr/docvqa_1200_examples (parquet) and as one's own 
 """
 
 import functools
-import io
 import json
 from pathlib import Path
 
@@ -233,12 +232,6 @@ def answers(row: dict) -> list[str]:
     return [value, value.lower()] if value.isalpha() else [value]
 
 
-def png(row: dict) -> bytes:
-    file = io.BytesIO()
-    digits.to_pil(row["page"]).save(file, "PNG")
-    return file.getvalue()
-
-
 def to_docvqa(row: dict) -> dict:
     """A row in the schema of nielsr/docvqa_1200_examples. `answer` is, as there, where the answer is found in `words`."""
     found, boxes = words(row["form"])
@@ -246,7 +239,7 @@ def to_docvqa(row: dict) -> dict:
     start = found.index(row["asked"] + ":") + 1
     return {
         "id": row["id"],
-        "image": {"bytes": png(row), "path": None},
+        "image": {"bytes": digits.png(row["page"]), "path": None},
         "query": ask(row["asked"], row["phrasing"]),
         "answers": right,
         "words": found,

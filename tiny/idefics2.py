@@ -76,14 +76,19 @@ def vocabulary() -> list[str]:
 
 
 def tokenizer() -> LlamaTokenizer:
-    """A tokenizer of Mistral's kind (BPE, metaspace, byte fallback, digits one by one, BOS by its post-processor),
-    trained here on what is said. As in Idefics2-8b, `<unk>` pads, on the left; the processor adds its own tokens."""
+    """A tokenizer for all that is said of forms."""
     said = ["User:", "Assistant:", "Answer briefly."] * 10
     for name in forms.FIELDS:
         said += [text for phrasing in range(len(forms.QUESTIONS)) for text in forms.ask(name, phrasing).values()]
         for value in forms.WORDS.get(name, [str(n) for n in range(10, 20)]):
             form = {"fields": [{"name": name, "value": value}]}
             said += [text for lesson in lessons(form) for text in lesson]
+    return trained_tokenizer(said, size=573)
+
+
+def trained_tokenizer(said: list[str], size: int) -> LlamaTokenizer:
+    """A tokenizer of Mistral's kind (BPE, metaspace, byte fallback, digits one by one, BOS by its post-processor),
+    trained here on what is said. As in Idefics2-8b, `<unk>` pads, on the left; the processor adds its own tokens."""
     bpe = Tokenizer(models.BPE(byte_fallback=True))
     # Merges must cross neither a space, nor punctuation, nor digits: split when training and, as in Llama, it need not
     # be done when encoding.
@@ -93,7 +98,7 @@ def tokenizer() -> LlamaTokenizer:
     )
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     texts = [" " + text for text in said] + said
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=573, special_tokens=first, show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False))
     bpe = json.loads(bpe.to_str())["model"]
     return LlamaTokenizer(
         vocab=bpe["vocab"],
@@ -105,11 +110,13 @@ def tokenizer() -> LlamaTokenizer:
     )
 
 
-def processor(tok: LlamaTokenizer | None = None) -> Idefics2Processor:
+def processor(
+    tok: LlamaTokenizer | None = None, height: int = forms.HEIGHT, width: int = forms.WIDTH
+) -> Idefics2Processor:
     """The processor. As in the public model, pictures are split in five unless `do_image_splitting=False` is said.
-    Pages of 112 x 56 px keep their size. Its image processor works on PIL images, without torchvision."""
+    Pictures of `width` x `height` px keep their size. Its image processor works on PIL images, without torchvision."""
     images = Idefics2ImageProcessorPil(
-        size={"shortest_edge": forms.HEIGHT, "longest_edge": forms.WIDTH},
+        size={"shortest_edge": height, "longest_edge": width},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         do_image_splitting=True,
@@ -117,9 +124,11 @@ def processor(tok: LlamaTokenizer | None = None) -> Idefics2Processor:
     return Idefics2Processor(images, tok or tokenizer(), image_seq_len=LATENTS, chat_template=CHAT_TEMPLATE)
 
 
-def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForConditionalGeneration:
+def model(
+    tok: LlamaTokenizer, seed: int = 0, hidden: int = 128, width: int = forms.WIDTH
+) -> Idefics2ForConditionalGeneration:
     """A random model in float32: 2 vision layers, a resampler of depth 2 to 8 latents, 2 Mistral layers with grouped
-    queries. `tok` is a processor's: with the image's tokens. Widths are multiples of 64, bitsandbytes' 4-bit block."""
+    queries. `tok` is a processor's: with the image's tokens; `width` is the pictures' longer side. Hidden widths are multiples of 64, bitsandbytes' 4-bit block."""
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     config = Idefics2Config(
         vision_config={
@@ -127,7 +136,7 @@ def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForC
             "intermediate_size": 2 * hidden,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "image_size": forms.WIDTH,
+            "image_size": width,
             "patch_size": forms.CELL,
         },
         perceiver_config={
@@ -168,13 +177,14 @@ def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForC
 
 
 def prompt(proc: Idefics2Processor, before: str, after: str) -> str:
-    """A rendered user turn: text, image, text, and the header of the answer."""
-    content = [{"type": "text", "text": before}, {"type": "image"}] + [{"type": "text", "text": after}] * bool(after)
+    """A rendered user turn: text, image, text (either may be empty), and the header of the answer."""
+    first, last = ([{"type": "text", "text": text}] * bool(text) for text in (before, after))
+    content = [*first, {"type": "image"}, *last]
     return proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def batch(proc: Idefics2Processor, pages: torch.Tensor, said: list[tuple[str, str, str]], answer: bool = True) -> dict:
-    """What the model takes: pages, (n, 56, 112) uint8, with a lesson each. Labels are what to say and
+    """What the model takes: pages, (n, h, w) uint8, with a lesson each. Labels are what to say and
     <end_of_utterance>; without `answer`, only prompts."""
     prompts = [prompt(proc, *lesson[:2]) for lesson in said]
     texts = [f"{text} {lesson[2]}<end_of_utterance>" for text, lesson in zip(prompts, said)] if answer else prompts
@@ -203,8 +213,19 @@ class Unsplit:
 
 
 def pixels(pages: torch.Tensor) -> torch.Tensor:
-    """What the processor makes of pages, without the detour over PIL: (n, 56, 112) -> (n, 1, 3, 56, 112) float32."""
+    """What the processor makes of pages, without the detour over PIL: (n, h, w) -> (n, 1, 3, h, w) float32."""
     return ((pages.float() / 255 - 0.5) / 0.5)[:, None, None].expand(-1, -1, 3, -1, -1)
+
+
+def fit(parameters: list, name: str, loss, steps: int, lr: float) -> None:
+    """Take `steps` steps down `loss()`, showing it beside a bar called `name`."""
+    step = descent(parameters, steps, lr)
+    bar = tqdm(range(steps), desc=name, unit="step", disable=not steps)
+    for number in bar:
+        value = loss()
+        step(value)
+        if number % 20 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
 
 
 def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e-3) -> None:
@@ -219,9 +240,8 @@ def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e
     width = net.config.text_config.hidden_size
     heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in 2 * [len(classes), len(names)])
     tower, connector = net.model.vision_model, net.model.connector
-    step = descent([*tower.parameters(), *connector.parameters(), *heads.parameters()], steps, lr)
-    bar = tqdm(range(steps), desc="base model, seeing", unit="step", disable=not steps)
-    for number in bar:
+
+    def loss() -> torch.Tensor:
         some = [writer.form(1 + (writer.rng.random() < 0.8), printed=0.25) for _ in range(rows)]
         inside = torch.full((rows, len(forms.LINES), forms.BOXES), classes.index(""))
         called = torch.full((rows, len(forms.LINES)), names.index(""))
@@ -242,25 +262,24 @@ def train_sight(net, writer: forms.Writer, steps: int, rows: int, lr: float = 2e
             (heads[2](latents[:, : of_box.shape[1]]), inside.flatten(1)),
             (heads[3](latents), torch.cat([of_box, called], 1)),
         ]
-        loss = sum(torch.nn.functional.cross_entropy(told.flatten(0, 1), right.flatten()) for told, right in pairs)
-        step(loss)
-        if number % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        return sum(torch.nn.functional.cross_entropy(told.flatten(0, 1), right.flatten()) for told, right in pairs)
+
+    parameters = [*tower.parameters(), *connector.parameters(), *heads.parameters()]
+    fit(parameters, "base model, seeing", loss, steps, lr)
 
 
 def train_reading(net, proc, writer: forms.Writer, steps: int, rows: int, lr: float = 1e-3) -> None:
     """Train the model but for the vision tower, which sees by now, to read forms aloud, in place."""
     frozen = set(net.model.vision_model.parameters())
-    step, words = descent([p for p in net.parameters() if p not in frozen], steps, lr), vocabulary()
-    net.model.vision_model.requires_grad_(False)
-    bar = tqdm(range(steps), desc="base model, reading", unit="step", disable=not steps)
-    for number in bar:
+    words = vocabulary()
+
+    def loss() -> torch.Tensor:
         some = [writer.form(1 + (writer.rng.random() < 0.9), printed=0.3) for _ in range(rows)]
         said = [lesson(form, words, writer.rng) for form in some]
-        loss = net(**batch(proc, writer.draw(some, bend=True), said)).loss
-        step(loss)
-        if number % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        return net(**batch(proc, writer.draw(some, bend=True), said)).loss
+
+    net.model.vision_model.requires_grad_(False)
+    fit([p for p in net.parameters() if p not in frozen], "base model, reading", loss, steps, lr)
     net.model.vision_model.requires_grad_(True)
 
 
@@ -290,13 +309,18 @@ def train_base(net, proc, seed: int = 0, steps: int = 1400, rows: int = 32) -> t
 
 
 @torch.no_grad()
+def answers(net, proc, pages: torch.Tensor, said: list[tuple[str, str, str]], longest: int = 16) -> list[str]:
+    """What the model says, greedily, of pages, (n, h, w) uint8, with a lesson each, in at most `longest` tokens."""
+    inputs = batch(proc, pages, said, answer=False)
+    out = net.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in proc.batch_decode(out, skip_special_tokens=True)]
+
+
 def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], which: int = 0) -> float:
     """Share of forms that are read without a mistake, greedily; `which` is the place in `lessons`."""
     said = [lessons(form)[which] for form in some]
-    inputs = batch(proc, writer.draw(some, bend=False), said, answer=False)
-    out = net.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    texts = proc.batch_decode(out, skip_special_tokens=True)
-    return float(np.mean([text.strip() == right for text, (_, _, right) in zip(texts, said, strict=True)]))
+    texts = answers(net, proc, writer.draw(some, bend=False), said)
+    return float(np.mean([text == right for text, (_, _, right) in zip(texts, said, strict=True)]))
 
 
 # ---------------------------------------------------------------- all of it

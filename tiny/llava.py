@@ -5,7 +5,6 @@ of HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a f
 only learnt to caption and to count: before fine-tuning it answers no question as asked, so exact match starts at 0.
 """
 
-import io
 import json
 import time
 from pathlib import Path
@@ -332,12 +331,6 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
     return rows
 
 
-def png(picture: torch.Tensor) -> bytes:
-    file = io.BytesIO()
-    digits.to_pil(picture).save(file, "PNG")
-    return file.getvalue()
-
-
 def to_messages(row: dict) -> dict:
     """A row in the schema of HuggingFaceH4/llava-instruct-mix-vsft: {"messages", "images"}. As there, the pictures
     stand after the first question's text (the chat template puts them first all the same)."""
@@ -348,7 +341,7 @@ def to_messages(row: dict) -> dict:
             if n == 0 and role == "user":
                 content += [{"index": k, "text": None, "type": "image"} for k in range(len(row["pictures"]))]
             messages.append({"content": content, "role": role})
-    return {"messages": messages, "images": [{"bytes": png(p), "path": None} for p in row["pictures"]]}
+    return {"messages": messages, "images": [{"bytes": digits.png(p), "path": None} for p in row["pictures"]]}
 
 
 def to_conversations(row: dict) -> dict:
