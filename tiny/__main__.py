@@ -19,13 +19,17 @@ what there is:
   llava_next  LLaVA-NeXT (llava-v1.6-mistral) with random weights, to test code with. Seconds. No data of its own.
   idefics2    Idefics2 (1.4 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
               handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0: seconds).
+  idefics2_dpo  Idefics2 (1.3 M parameters, 56 px), trained here to see handwritten digits but to answer questions about
+              them at random, and pairs of a right and a hallucinated answer. About 2 minutes on one CPU core
+              (--base_steps 0: seconds).
 
 what is written into DIR:
   model/                    model and processor, as save_pretrained writes them
-  data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava) or of
-                            nielsr/docvqa_1200_examples (idefics2)
-  json/{train,test}.json    the same rows in LLaVA's own schema (llava) or as plain question and answers (idefics2); the
-                            pictures are in json/images/
+  data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava), of
+                            nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo)
+  json/{train,test}.json    the same rows in LLaVA's own schema (llava), as plain question and answers (idefics2) or as
+                            question, chosen and rejected (idefics2_dpo); the pictures are in json/images/
+  amber/                    questions to be answered by yes or no, in AMBER's files (idefics2_dpo)
   built.json                what it was built from
 
 A second call with the same arguments returns at once. The same seed gives the same files, bit for bit
@@ -33,12 +37,13 @@ A second call with the same arguments returns at once. The same seed gives the s
 """
 
 
-STEPS = {"llava": 1700, "idefics2": 1400}  # of the base's own training
+STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1400}  # of the base's own training
+SOURCES = {"idefics2": ["forms.py", "idefics2.py"], "idefics2_dpo": ["forms.py", "idefics2.py", "preferences.py"]}
 
 
 def recipe(args: argparse.Namespace) -> dict:
     """What a build depends on: arguments, package versions and the sources that make it."""
-    own = ("forms.py", "idefics2.py") if args.family == "idefics2" else ("llava.py",)
+    own = SOURCES.get(args.family, ["llava.py"])
     sources = [Path(__file__).with_name(name) for name in ("descent.py", "digits.py", *own)]
     return {
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
@@ -57,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    families = parser.add_subparsers(dest="family", required=True, metavar="{llava,llava_next,idefics2,report}")
-    for family in ("llava", "llava_next", "idefics2"):
+    families = parser.add_subparsers(dest="family", required=True, metavar="{llava,llava_next,idefics2,idefics2_dpo,report}")
+    for family in ("llava", "llava_next", "idefics2", "idefics2_dpo"):
         sub = families.add_parser(family, help=f"see above; {family} --help lists its flags", allow_abbrev=False)
         sub.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="folder to write; an older build is replaced"
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
     import torch
 
-    from . import idefics2, llava
+    from . import idefics2, llava, preferences
 
     torch.set_num_threads(1)
     work = args.out.with_name(f"{args.out.name}.part-{os.getpid()}")
@@ -101,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.family == "llava_next":
             llava.build_next(work, args.seed)
         else:
-            {"llava": llava, "idefics2": idefics2}[args.family].build(work, args.seed, args.base_steps)
+            built = {"llava": llava, "idefics2": idefics2, "idefics2_dpo": preferences}[args.family]
+            built.build(work, args.seed, args.base_steps)
         (work / "built.json").write_text(json.dumps(wanted, indent=1))  # last: what is cut off before is not a build
         if args.out.exists():
             shutil.rmtree(args.out)

@@ -128,7 +128,8 @@ def model(
     tok: LlamaTokenizer, seed: int = 0, hidden: int = 128, width: int = forms.WIDTH
 ) -> Idefics2ForConditionalGeneration:
     """A random model in float32: 2 vision layers, a resampler of depth 2 to 8 latents, 2 Mistral layers with grouped
-    queries. `tok` is a processor's: with the image's tokens; `width` is the pictures' longer side. Hidden widths are multiples of 64, bitsandbytes' 4-bit block."""
+    queries. `tok` is a processor's: with the image's tokens; `width` is the pictures' longer side. The other widths are
+    multiples of 64, bitsandbytes' 4-bit block."""
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     config = Idefics2Config(
         vision_config={
@@ -316,11 +317,16 @@ def answers(net, proc, pages: torch.Tensor, said: list[tuple[str, str, str]], lo
     return [text.strip() for text in proc.batch_decode(out, skip_special_tokens=True)]
 
 
+def accuracy(net, proc, pages: torch.Tensor, said: list[tuple[str, str, str]], longest: int = 16) -> float:
+    """Share of pages of which the model says what its lesson says."""
+    texts = answers(net, proc, pages, said, longest)
+    return float(np.mean([text == right for text, (_, _, right) in zip(texts, said, strict=True)]))
+
+
 def reading_accuracy(net, proc, writer: forms.Writer, some: list[dict], which: int = 0) -> float:
     """Share of forms that are read without a mistake, greedily; `which` is the place in `lessons`."""
     said = [lessons(form)[which] for form in some]
-    texts = answers(net, proc, writer.draw(some, bend=False), said)
-    return float(np.mean([text == right for text, (_, _, right) in zip(texts, said, strict=True)]))
+    return accuracy(net, proc, writer.draw(some, bend=False), said)
 
 
 # ---------------------------------------------------------------- all of it
