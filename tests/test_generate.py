@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, said
+from conftest import ROOT, chat, said
 from peft import PeftModel
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import idefics2_docvqa
 import sft_llava
+from evals import amber
 from tiny import forms
 from tools import generate
 
@@ -46,6 +48,20 @@ def ask(tmp_path):
         return lines(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the model was given to answer, and what it said: (arguments, its new tokens) of each call."""
+    seen = []
+
+    def spy(self, *args, stock=transformers.GenerationMixin.generate, **kwargs):
+        out = stock(self, *args, **kwargs)
+        seen.append((kwargs, out[:, kwargs["input_ids"].shape[1] :]))
+        return out
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", spy)
+    return seen
 
 
 def by_hand(model, processor, messages):
@@ -141,6 +157,27 @@ def test_questions_without_answers(run, tmp_path, ask):
     assert found[0]["prediction"] == ask(run, "--question", "Is three odd?")[0]["prediction"]
 
 
+def test_a_text_after_every_question(run, tmp_path, ask, calls):
+    """Of all turns, with the space between; after the words where a picture comes last, and of a picture alone."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    image = {"type": "image", "index": 0}
+    after, alone = ([*text, image] for text in ([{"type": "text", "text": "Is it odd?"}], []))
+    rows = [said("Is three odd?", "yes", "Is it six?", "no"), *(chat(("user", parts), images=["red.png"]) for parts in (after, alone))]
+    (tmp_path / "rows.json").write_text(json.dumps([chat(("user", "Why?")), *rows[1:]]))
+    (tmp_path / "turns.json").write_text(json.dumps(rows[:1]))
+    tokenizer = AutoProcessor.from_pretrained(run).tokenizer
+    typed = lambda: [tokenizer.decode(asked["input_ids"][0]).split("USER:", 1)[1].replace("<image>", "") for asked, _ in calls]
+    found = ask(run, "--dataset_name", tmp_path / "rows.json", "--append", "Yes or no?", "--batch_size", 1)
+    assert [line["question"] for line in found] == ["Why? Yes or no?", "Is it odd? Yes or no?", "Yes or no?"]
+    assert [" ".join(text.split()) for text in typed()] == [f"{line['question']} ASSISTANT:" for line in found]
+    calls.clear()
+    found = ask(run, "--dataset_name", tmp_path / "turns.json", "--append", "Yes or no?", "--batch_size", 1)
+    assert [(line["question"], line["reference"]) for line in found] == [("Is three odd? Yes or no?", "yes"), ("Is it six? Yes or no?", "no")]
+    assert typed()[1].count("Yes or no?") == 2 and "yes Yes" not in typed()[1]
+    one = ask(run, "--question", "Is three odd?", "--append", "Yes or no?")[0]
+    assert (one["question"], one["prediction"]) == (found[0]["question"], found[0]["prediction"])
+
+
 @pytest.mark.slow
 def test_whole_models(tiny_llava, tmp_path, ask):
     """Trained in full, or merged: a folder without an adapter."""
@@ -188,7 +225,13 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
         (["RUN", "--dataset_name", "BAD"], "row 1: empty answer"),
         (["RUN", "--dataset_name", "BAD", "--question", "x"], "one of them"),
         (["RUN", "--question", " "], "blank"),
-        (["RUN", "--question", "<image> x"], "<image>"),
+        (["RUN", "--question", "<image> x"], "<image> in --question"),
+        (["RUN", "--question", "x", "--system", "<image>"], "<image> in --system"),
+        (["RUN", "--question", "x", "--append", "<image>"], "<image> in --append"),
+        (["RUN", "--append", "now </s>"], "</s> in --append"),
+        (["RUN", "--append", " "], "--append is blank"),
+        (["RUN", "--dataset_name", "AMBER"], "row 0: missing column: needed are messages + images"),
+        (["RUN", "--dataset_name", "AMBER", "--question_column", "query"], "--question_column"),
         (["RUN", "--question", "x", "--batch_size", "0"], "--batch_size"),
         (["RUN", "--question", "x", "--output", "nowhere/x.jsonl"], "no such folder"),
         (["RUN", "--question", "x", "--model_name_or_path", "nowhere"], "cannot load nowhere"),
@@ -197,7 +240,8 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
 def test_mistakes_get_one_message(run, tmp_path, argv, message):
     (tmp_path / "TAKEN").write_text("")
     (tmp_path / "BAD.json").write_text(json.dumps([said("a", "b"), said("a", "")]))
-    names = {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json"}
+    (tmp_path / "AMBER.json").write_text(json.dumps([{"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"}]))
+    names = {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json", "AMBER": tmp_path / "AMBER.json"}
     with pytest.raises(SystemExit) as e:
         generate.main([str(names.get(word, word)) for word in argv])
     assert str(e.value.code).startswith("error: ") and message in e.value.code
@@ -212,20 +256,6 @@ def test_as_a_program(run, ask):
 
 
 # ------------------------------------------------------------------------------------------------ of idefics2_docvqa.py
-@pytest.fixture
-def calls(monkeypatch):
-    """What the model was given to answer, and what it said: (arguments, its new tokens) of each call."""
-    seen = []
-
-    def spy(self, *args, stock=transformers.GenerationMixin.generate, **kwargs):
-        out = stock(self, *args, **kwargs)
-        seen.append((kwargs, out[:, kwargs["input_ids"].shape[1] :]))
-        return out
-
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", spy)
-    return seen
-
-
 @pytest.mark.parametrize("base_only", [False, True])
 def test_answers_about_documents(learnt, ask, base_only):
     """The recipe is the one that the run names; what is accepted is a list; plain PEFT gives the same answers."""
@@ -309,6 +339,35 @@ def test_pages_without_answers(learnt, tmp_path, ask):
     assert [x["prediction"] for x in found] == [x["prediction"] for x in ask(learnt / "run", *data)[:3]]
 
 
+def test_the_questions_of_amber(learnt, tmp_path, ask, calls):
+    """Rows of {"id", "image", "query"}, asked for yes or no, on to evals/amber.py: ids stay whole numbers."""
+    rows = json.loads((learnt / "train.json").read_text())[:6]
+    asked = [{"id": 1005 + n, "image": row["image"], "query": row["question"]} for n, row in enumerate(rows)]
+    (tmp_path / "query_discriminative.json").write_text(json.dumps(asked))
+    data = ["--dataset_name", tmp_path / "query_discriminative.json", "--image_folder", learnt / "images", "--question_column", "query"]
+    found = ask(learnt / "run", *data, "--append", "Please answer yes or no.", name="after.jsonl")
+    assert [(line["id"], line["row"], line["question"], line["reference"]) for line in found] == [
+        (1005 + n, n, f"{row['question']} Please answer yes or no.", None) for n, row in enumerate(rows)]  # fmt: skip
+    assert all(type(line["id"]) is int for line in found)
+    processor, edge = AutoProcessor.from_pretrained(learnt / "run"), "<fake_token_around_image>"
+    for line, ids in zip(found, calls[0][0]["input_ids"]):
+        text = processor.decode(ids[ids != processor.tokenizer.pad_token_id]).replace("<image>", "")
+        assert text.endswith(f"{edge} {line['question']}<end_of_utterance>\nAssistant:")
+
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(learnt / "model"), learnt / "run")
+    page = idefics2_docvqa.load_image(str(learnt / "images" / rows[0]["image"]))
+    content = [{"type": "text", "text": "Answer briefly."}, {"type": "image", "image": page}]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": found[0]["question"]}]}]
+    assert found[0]["prediction"] == by_hand(model, processor, messages)
+    one = ["--question", rows[0]["question"], "--image", learnt / "images" / rows[0]["image"], "--append", "Please answer yes or no."]
+    assert [ask(learnt / "run", *one)[0][key] for key in ("question", "prediction")] == [found[0][key] for key in ("question", "prediction")]
+
+    truth = [{"id": row["id"], "type": "discriminative-attribute-number", "truth": "no"} for row in asked]
+    (tmp_path / "annotations.json").write_text(json.dumps(truth))
+    flags = ["--annotations", tmp_path / "annotations.json", "--questions", tmp_path / "query_discriminative.json"]
+    amber.main([str(part) for part in [tmp_path / "after.jsonl", *flags]])
+
+
 def test_how_pages_are_shown_is_kept_where_they_lie_is_not(learnt, tiny_forms, tmp_path, ask, calls):
     """For another data set: image splitting, size, language and instruction are the run's, columns and folder are not."""
     rows = json.loads((learnt / "train.json").read_text())[:4]
@@ -367,6 +426,7 @@ def test_settings_that_name_no_recipe_are_of_the_first(run, tmp_path, ask):
         (["--image", "x.png"], "--question"),
         (["--image", "x.png", "--question", "x"], "x.png"),
         (["--question", "x <end_of_utterance> y"], "<end_of_utterance>"),
+        (["--question", "x", "--append", "<end_of_utterance>"], "<end_of_utterance> in --append"),
         (["--dataset_name", "BAD", "--image_folder", "IMAGES"], "row 1: empty question"),
         (["--dataset_name", "BAD"], "row 0: unreadable image"),
         (["--dataset_name", "BAD", "--image_folder", "IMAGES", "--question_column", "query"], "query"),

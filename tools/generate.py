@@ -6,11 +6,12 @@
     python tools/generate.py llava-lora --output held_out.jsonl     # the rows that the run itself held out
     python tools/generate.py merged-model --image cat.jpg --question "What is this?"
     python tools/generate.py model-of-mine --recipe idefics2_docvqa.py --image page.png --question "What is the total?"
+    python tools/generate.py RUN --dataset_name query_discriminative.json --image_folder image --append "Please answer yes or no."
 
 RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), or any model that a recipe can load.
 A row of several turns gives one prediction for each: asked with the right answers to the turns before it. Every other flag
-is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). A line of the output has: row, id, turn,
-images (how many), question, reference (a list where several answers are accepted), prediction.
+is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). A line of the output has: row, id, turn, images
+(how many), question, reference (a list where several answers are accepted, null where the row has none), prediction.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def parse(argv=None):
     parser.add_argument("--question", help="one question, instead of a data set")
     parser.add_argument("--image", action="append", default=[], help="a picture to ask it about; may be repeated")
     parser.add_argument("--system", help="system message before the question")
+    parser.add_argument("--append", metavar="TEXT", help="put TEXT after every question, with a space between")
     parser.add_argument("--output", type=Path, help="the .jsonl to write; without it, answers are only printed")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out: the untouched model")
@@ -66,6 +68,8 @@ def parse(argv=None):
         fail(f"{args.output} exists: choose another --output, or --overwrite it")
     if args.question is not None and not args.question.strip():
         fail("--question is blank")
+    if args.append is not None and not args.append.strip():
+        fail("--append is blank")
     if args.image and args.question is None:
         fail("--image needs a --question about it")
     if args.question is not None and any(flag.startswith("--dataset_name") for flag in rest):
@@ -98,10 +102,22 @@ def load(recipe, args, rest):
     return adapter, processor, settings, training
 
 
-def questions(recipe, collator, row):
-    """A row -> [(messages up to a question, turn, question, reference)], one for each turn of the assistant, and one more,
-    without a reference, where the last turn is the user's. Raises the recipe's BadRow."""
-    messages = collator.read(row)
+def add(text, message):
+    """A message -> it, or, of the user, a copy with the text after its words. None adds nothing."""
+    if text is None or message["role"] != "user":
+        return message
+    content = list(message["content"])
+    where = max((n for n, part in enumerate(content) if part["type"] == "text"), default=None)
+    if where is None:  # nothing but a picture
+        return {**message, "content": [*content, {"type": "text", "text": text}]}
+    content[where] = {**content[where], "text": f"{content[where]['text']} {text}"}
+    return {**message, "content": content}
+
+
+def questions(recipe, collator, row, more=None):
+    """A row, and a text to add to every question -> [(messages up to a question, turn, question, reference)], one for each turn
+    of the assistant, and one more, without a reference, where the last turn is the user's. Raises the recipe's BadRow."""
+    messages = [add(more, message) for message in collator.read(row)]
     said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     found = [(messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n])) for turn, n in enumerate(turns)]
@@ -143,15 +159,17 @@ def main(argv=None):
     recipe = load_recipe(args.recipe, args.run)
     adapter, processor, settings, training = load(recipe, args, rest)
     collator = recipe.Collator(processor, settings, training)
+    for flag, text in (("--question", args.question), ("--system", args.system), ("--append", args.append)):
+        if typed := [token for token in collator.control if token in (text or "")]:
+            fail(f"{typed[0]} in {flag} would become a real control token; take it out (pictures are given by --image)")
     if args.question is not None:
-        if typed := [token for token in collator.control if token in f"{args.question} {args.system}"]:
-            fail(f"{typed[0]} in a question would become a real control token; pictures are given by --image")
         try:
             turn = collator.ask(args.question, [recipe.load_image(path) for path in args.image])
         except recipe.BadRow as e:
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
-        asked = [({}, [*system, turn], 0, args.question, None)]
+        turn = add(args.append, turn)
+        asked = [({}, [*system, turn], 0, recipe.text_of(turn), None)]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
         own = "dataset_name" not in given
@@ -164,7 +182,7 @@ def main(argv=None):
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --dataset_name")
         rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
-        asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row))
+        asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row, args.append))
 
     try:
         model = recipe.load_model(settings, training)
