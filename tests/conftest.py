@@ -23,9 +23,10 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+import dpo_idefics2  # noqa: E402
 import idefics2_docvqa  # noqa: E402
 import sft_llava  # noqa: E402
-from tiny import forms, idefics2, llava  # noqa: E402
+from tiny import forms, idefics2, llava, preferences  # noqa: E402
 
 torch.set_num_threads(1)
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -70,6 +71,19 @@ def tiny_forms(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory):
+    """A folder as `python -m tiny idefics2_dpo` writes it, without its amber/: model/ (random weights), 96 rows to train on and
+    24 to test on in data/*.parquet and json/*.json."""
+    out = tmp_path_factory.mktemp("tiny_pairs")
+    processor = preferences.processor()
+    preferences.model(processor.tokenizer).save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+    for name, n in (("train", 96), ("test", 24)):
+        preferences.write_data(out, name, preferences.make_rows(0, train=name == "train", n=n))
+    return out
+
+
+@pytest.fixture(scope="session")
 def learnt(tiny_forms, tmp_path_factory):
     """A folder with model/, a tiny Idefics2 whose random weights are as large as their width asks for, so that it learns
     fast; run/, what the recipe made of it: it knows the answers to 16 forms by heart; train.json, these, held_out.json,
@@ -100,7 +114,8 @@ def short_run(folder, out, **settings):
     """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them."""
     own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, "dataset_name": folder / "data"}
     settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
 
 
 @pytest.fixture
@@ -122,6 +137,29 @@ def form_collate(form_parse, tmp_path):
     def make(**settings):
         settings, training = form_parse(**{"image_folder": tmp_path, **settings})
         return idefics2_docvqa.Collator(idefics2_docvqa.load_processor(settings), settings, training)
+
+    return make
+
+
+@pytest.fixture
+def pair_flags(tiny_pairs, tmp_path):
+    """A function: settings as keywords -> the list of flags for a run of dpo_idefics2.py on the CPU."""
+    return functools.partial(short_run, tiny_pairs, tmp_path / "out")
+
+
+@pytest.fixture
+def pair_parse(pair_flags):
+    """A function: settings as keywords -> (settings, training) of dpo_idefics2.py, for a run of the tiny Idefics2 on the CPU."""
+    return lambda **settings: dpo_idefics2.parse(pair_flags(**settings))
+
+
+@pytest.fixture
+def pair_collate(pair_parse, tmp_path):
+    """A function: settings as keywords -> a Collator of dpo_idefics2.py; relative image paths start in tmp_path."""
+
+    def make(**settings):
+        settings, training = pair_parse(**{"image_folder": tmp_path, **settings})
+        return dpo_idefics2.Collator(dpo_idefics2.load_processor(settings), settings, training)
 
     return make
 
@@ -244,3 +282,8 @@ def chat(*turns, images=(), **more):
 def asks(question, *answers, image="red.png", **more):
     """A question about a page and its accepted answers -> a row of idefics2_docvqa.py."""
     return {**more, "image": image, "question": question, "answers": list(answers)}
+
+
+def prefers(question, chosen, rejected, image="red.png", **more):
+    """A question about an image, the better answer and the worse one -> a row of dpo_idefics2.py."""
+    return {**more, "image": image, "question": question, "chosen": chosen, "rejected": rejected}

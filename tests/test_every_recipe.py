@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-RECIPES = ["sft_llava", "idefics2_docvqa"]
+RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2"]
 VALUES = {  # of a refused setting, where "x" would not be read at all
     "pad_to_multiple_of": "8",
     "model_init_kwargs": "{}",
@@ -24,6 +24,8 @@ VALUES = {  # of a refused setting, where "x" would not be read at all
     "eval_packing": "true",
     "completion_only_loss": "true",
     "truncation_mode": "keep_end",
+    **dict.fromkeys(["precompute_ref_batch_size", "ref_model_sync_steps", "dataset_num_proc"], "3"),
+    **dict.fromkeys(["ref_model_mixup_alpha", "router_aux_loss_coef"], "0.5"),
     "gradient_checkpointing_kwargs": '{"use_reentrant": true}',
 }
 
@@ -88,7 +90,7 @@ BAD_FLAGS = {
     "not a choice of long rows": ["--on_long_rows", "cut"],
     "not a bool": ["--load_in_4bit", "perhaps"],
     "no such optimizer": ["--optim", "adam2"],
-    "steps that do not fit": ["--save_steps", "30", "--eval_steps", "20"],
+    "steps that do not fit": ["--load_best_model_at_end", "true", "--save_steps", "30", "--eval_steps", "20"],
     "no such config": ["--config", "nowhere.yaml"],
 }
 
