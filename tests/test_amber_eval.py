@@ -265,6 +265,7 @@ def test_some_questions_are_not_answered(files, run, refused, write):
 
 def test_long_lists_of_ids_are_cut(files, refused, write):
     annotations, _ = files(SMALL * 3, ["No"] * 21)
+    assert amber.some({3, 1}) == "ids 1, 3" and amber.some(range(11)).endswith("8, 9 and 1 more") and amber.some(range(10)).endswith("8, 9")
     message = refused(write([{"id": 1005, "response": "No"}], "x.json"), annotations)
     assert "lacks answers to 20 of 21 questions: ids 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 1015 and 10 more; " in message
 

@@ -6,7 +6,8 @@
     python tools/generate.py llava-lora --output held_out.jsonl     # the rows that the run itself held out
     python tools/generate.py merged-model --image cat.jpg --question "What is this?"
     python tools/generate.py model-of-mine --recipe idefics2_docvqa.py --image page.png --question "What is the total?"
-    python tools/generate.py RUN --dataset_name query_discriminative.json --image_folder image --append "Please answer yes or no."
+    python tools/generate.py RUN --dataset_name query_discriminative.json --image_folder image --question_column query \\
+        --append "Please answer yes or no." --output amber.jsonl     # on to evals/amber.py
 
 RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), or any model that a recipe can load.
 A row of several turns gives one prediction for each: asked with the right answers to the turns before it. Every other flag
