@@ -37,7 +37,7 @@ A second call with the same arguments returns at once. The same seed gives the s
 """
 
 
-STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1400}  # of the base's own training
+STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1500}  # of the base's own training
 SOURCES = {"idefics2": ["forms.py", "idefics2.py"], "idefics2_dpo": ["forms.py", "idefics2.py", "preferences.py"]}
 
 

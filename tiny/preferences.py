@@ -21,6 +21,7 @@ from . import digits, idefics2
 from .digits import SIZE, WORDS
 
 PARITIES = ["even", "odd"]
+SIZES = ["smaller than five", "larger than four"]
 BRIEFLY = " Please answer yes or no."  # what ends every question of the kinds in YES_NO
 QUESTIONS = {  # kind -> its phrasings; {a}: "a seven", {parity}: "odd"
     "digit": ["Which digit is in this image?", "What number does the image show?", "Can you read the digit?"],
@@ -28,8 +29,9 @@ QUESTIONS = {  # kind -> its phrasings; {a}: "a seven", {parity}: "odd"
     "parity": ["Is the digit in this image even or odd?", "Tell me whether the digit is even or odd."],
     "existence": ["Is there {a} in this image?"],
     "state": ["Is the digit in this image {parity}?"],
-    "relation": ["Is the digit in this image larger than four?", "Is the digit in this image smaller than five?"],
+    "relation": [f"Is the digit in this image {size}?" for size in SIZES],
 }
+FAVOURITE = 3  # the digit that the base says it sees when it does not look
 YES_NO = ["existence", "state", "relation"]
 ANSWERS = {  # kind -> ways to say one and the same fact; a pair takes one for each answer, so length tells nothing
     "digit": ["It is {a}.", "The digit in the image is {a}, written by hand."],
@@ -38,7 +40,7 @@ ANSWERS = {  # kind -> ways to say one and the same fact; a pair takes one for e
         "There is {a} in the image, written by hand in black ink on white paper. It is an {parity} digit.",
     ],
     "parity": ["It is {parity}.", "The digit in the image is an {parity} number."],
-} | dict.fromkeys(YES_NO, ["{yes_no}."])
+} | dict.fromkeys(YES_NO, ["{yes_no}"])
 AMBER_TYPES = {  # (kind, truth) -> AMBER's own name of it; it names a relation in two ways
     ("existence", "no"): "discriminative-hallucination",
     ("state", "yes"): "discriminative-attribute-state",
@@ -60,6 +62,10 @@ def ask(kind: str, rng: np.random.Generator, digit: int = 0, parity: int = 0) ->
     """A question, in one of its phrasings; existence asks for a digit, state for a parity."""
     template = QUESTIONS[kind][rng.integers(len(QUESTIONS[kind]))]
     return fill(template, digit, parity) + BRIEFLY * (kind in YES_NO)
+
+
+def others(digit: int) -> list[int]:
+    return [other for other in range(10) if other != digit]
 
 
 def facts(kind: str) -> list[dict]:
@@ -87,13 +93,13 @@ def right(kind: str, question: str, digit: int) -> dict:
 def wrong(kind: str, fact: dict, rng: np.random.Generator) -> dict:
     """A fact that is not the case. A description hallucinates another digit, with its parity, or, one time in four, only
     another parity."""
-    others = [other for other in facts(kind) if other != fact]
     if kind == "describe":
-        only_parity = rng.random() < 0.25
-        same = lambda other: other["digit"] == fact["digit"]
-        others = [other for other in others if same(other) or other["digit"] % 2 == other["parity"]]
-        others = [other for other in others if same(other) == only_parity]
-    return others[rng.integers(len(others))]
+        if rng.random() < 0.25:
+            return fact | {"parity": 1 - fact["parity"]}
+        digit = int(rng.choice(others(fact["digit"])))
+        return {"digit": digit, "parity": digit % 2}
+    false = [other for other in facts(kind) if other != fact]
+    return false[rng.integers(len(false))]
 
 
 def state(kind: str, fact: dict, rng: np.random.Generator) -> str:
@@ -144,7 +150,7 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 3200) -> list[dict]:
     rows = []
     for i, ((kind, scan), picture) in enumerate(zip(pairs, digits.draw(ink[scans], rng if train else None), strict=True)):
         digit = int(truth[scan])
-        about = digit if rng.random() < 0.5 else int(rng.choice([other for other in range(10) if other != digit]))
+        about = digit if rng.random() < 0.5 else int(rng.choice(others(digit)))
         question = ask(kind, rng, digit=about, parity=int(rng.integers(2)))
         fact = right(kind, question, digit)
         row = {"id": f"{'train' if train else 'test'}-{i:05d}", "scan": scan, "picture": picture, "question": question}
@@ -165,7 +171,7 @@ def to_rlaif(row: dict) -> dict:
         "rejected": row["rejected"],
         "origin_dataset": "scikit-learn digits",
         "origin_split": json.dumps(origin),
-        "idx": str(row["scan"]),
+        "idx": row["id"],
         "image_path": f"digits/{row['scan']}.png",
     }
 
@@ -201,7 +207,7 @@ def make_amber(seed: int = 0, pictures: int = 120) -> list[dict]:
     rows = []
     for scan, picture in zip(scans.tolist(), digits.draw(ink[scans])):
         digit = int(truth[scan])
-        absent = rng.choice([other for other in range(10) if other != digit], 2, replace=False).tolist()
+        absent = rng.choice(others(digit), 2, replace=False).tolist()
         asked = [("existence", ask("existence", rng, digit=other)) for other in absent]
         asked += [("state", ask("state", rng, parity=parity)) for parity in range(2)] + [("relation", ask("relation", rng))]
         for kind, question in asked:
@@ -252,26 +258,25 @@ def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForC
 
 def lessons(digit: int, other: int) -> list[tuple[str, str, str]]:
     """What the base learns to say of a picture, truly: (text before the image, text after it, what to say). First captions,
-    then a comparison with another digit, without which fine-tuning does not learn to tell whether the digit that is asked for is there.
+    then checks of what may be there: its digit, parity and size compared with those of `other`.
 
-    With the answers at random they hold every word: LoRA cannot teach one whose output embedding was never trained.
+    Without the checks, fine-tuning learns no answer by yes or no: DPO brings out what a model can do, and to compare a word
+    with a picture is more than LoRA learns from a few thousand pairs.
     """
-    number = {"digit": digit, "parity": digit % 2}
-    size = "larger than four" if digit > 4 else "smaller than five"
-    return [
-        ("", "Caption.", fill("a handwritten {word}, an {parity} digit, ", **number) + size),
-        ("", "Short caption.", fill("{word}, {parity}", **number)),
-        ("", fill("Compare with {a}.", digit=other), ("the same: " if other == digit else "another: ") + WORDS[digit]),
-    ]
+    seen, asked = ([fill("{a}", n), PARITIES[n % 2], SIZES[n > 4]] for n in (digit, other))
+    checks = [("", f"Check for {b}.", f"{'Yes' if a == b else 'No'}: {a}") for a, b in zip(seen, asked, strict=True)]
+    caption = fill("a handwritten {word}, an {parity} digit, ", digit, digit % 2) + seen[2]
+    return [("", "Caption.", caption), ("", "Short caption.", f"{seen[0]}, {seen[1]}"), *checks]
 
 
 def random_answer(rng: np.random.Generator) -> tuple[str, str, str]:
-    """A question and an answer that knows nothing of the picture; three of four are yes, where it is yes or no: like large
-    models, the base would rather agree."""
+    """A question and an answer that knows nothing of the picture but has habits, as large models have: three of four
+    are yes, where it is yes or no, and four of ten have a favourite digit. (Without habits, the picture tips the balance.)"""
     kind = list(QUESTIONS)[rng.integers(len(QUESTIONS))]
     question = ask(kind, rng, digit=int(rng.integers(10)), parity=int(rng.integers(2)))
-    fact = right(kind, question, int(rng.integers(10)))
-    return "", question, state(kind, {"yes": bool(rng.random() < 0.75)} if kind in YES_NO else fact, rng)
+    imagined = FAVOURITE if rng.random() < 0.4 else int(rng.integers(10))
+    fact = {"yes": bool(rng.random() < 0.75)} if kind in YES_NO else right(kind, question, imagined)
+    return "", question, state(kind, fact, rng)
 
 
 def lesson(digit: int, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -279,10 +284,10 @@ def lesson(digit: int, rng: np.random.Generator) -> tuple[str, str, str]:
     if rng.random() < 0.25:
         return random_answer(rng)
     other = digit if rng.random() < 0.4 else int(rng.integers(10))
-    return lessons(digit, other)[rng.choice(3, p=[0.4, 0.2, 0.4])]
+    return lessons(digit, other)[rng.choice(5, p=[0.3, 0.2, 0.3, 0.1, 0.1])]
 
 
-def train_base(net, proc, seed: int = 0, steps: int = 1400, rows: int = 32, lr: float = 5e-4) -> tuple[float, float]:
+def train_base(net, proc, seed: int = 0, steps: int = 1500, rows: int = 32, lr: float = 5e-4) -> tuple[float, float]:
     """Train a random model in place.
 
     Returns: the shares of right captions, and of right comparisons, of 100 of the base's scans, which are kept out of its
@@ -313,7 +318,7 @@ def train_base(net, proc, seed: int = 0, steps: int = 1400, rows: int = 32, lr: 
 # ---------------------------------------------------------------- all of it
 
 
-def build(out: Path, seed: int = 0, base_steps: int = 1400, train_rows: int = 3200) -> None:
+def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 3200) -> None:
     """Write `out/model`, `out/data`, `out/json` and `out/amber`. Prints how well the base sees."""
     started = time.time()
     proc = processor()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import forms, llava
+from . import forms, llava, preferences
 
 
 def lines(path: Path) -> list[dict]:
@@ -33,6 +33,19 @@ def score_forms(path: Path) -> dict[str, tuple[float, float, int]]:
     kinds = {kind: [row for row in rows if forms.kind(row["id"]) == kind] for kind in forms.KINDS}
     means = {kind: [sum(row[name] for row in some) for name in ("anls", "exact_match")] for kind, some in kinds.items()}
     return {kind: (*(total / len(some) for total in means[kind]), len(some)) for kind, some in kinds.items() if some}
+
+
+def score_preferences(path: Path) -> dict[str, tuple[int, int, int]]:
+    """{kind: (right, readable, asked)} of a predictions file about `preferences`, "all" being all of them; right and
+    readable are what `preferences.judge` says. The kind is read off the question: the public schema has no ids."""
+    counts: dict[str, list[int]] = {}
+    for line in lines(path):
+        question = line["question"].strip()
+        is_right, is_readable = preferences.judge(question, line["reference"].strip(), line["prediction"].strip())
+        for name in (preferences.KIND[question], "all"):
+            right, readable, asked = counts.get(name, (0, 0, 0))
+            counts[name] = right + is_right, readable + is_readable, asked + 1
+    return {kind: counts[kind] for kind in [*preferences.QUESTIONS, "all"] if kind in counts}
 
 
 def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
@@ -86,14 +99,37 @@ def report_forms(run: Path) -> dict[str, tuple[float, float]]:
     return {kind: (before[kind][0], after[kind][0]) for kind in after}
 
 
+def report_preferences(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a run on pairs about digits. Returns {kind: (before, after)}: right answers."""
+    before, after = score_preferences(run / "before.jsonl"), score_preferences(run / "after.jsonl")
+    names = {kind: texts[0].format(a="a seven", parity="odd") for kind, texts in preferences.QUESTIONS.items()}
+    print("\nGenerated answers about pictures that neither the base model nor the fine-tuning has seen")
+    print(f"{'':<52}{'right':>12}{'readable':>18}")
+    print(f"{'question':<46}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
+    shares = {}
+    for kind, (right, readable, asked) in after.items():
+        shares[kind] = before[kind][0] / asked, right / asked
+        was, now = before[kind][1] / asked, readable / asked
+        print(f"{names.get(kind, kind):<46}{asked:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}{was:>9.3f}{now:>9.3f}")
+    print("right: what the reference states, in any of its wordings; readable: one of the sentences that may answer, right or wrong")
+    return shares
+
+
 def report(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them, draw the curves. Returns
-    {kind: (before, after)}: exact match of questions about digits, ANLS of questions about forms."""
-    on_forms = str(lines(run / "after.jsonl")[0]["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS))
-    shares = report_forms(run) if on_forms else report_digits(run)
+    {kind: (before, after)}: exact match of questions about digits, ANLS of questions about forms, right answers where
+    it was trained on pairs."""
+    first = lines(run / "after.jsonl")[0]
+    if str(first.get("question")).strip() in preferences.KIND:
+        table, drawn = report_preferences, {"rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+    elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS)):
+        table, drawn = report_forms, {"anls": "ANLS", "exact_match": "exact match"}
+    else:
+        table, drawn = report_digits, {"mean_token_accuracy": "token accuracy"}
+    shares = table(run)
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     print(f"fine-tuning took {next(entry['train_runtime'] for entry in log[::-1] if 'train_runtime' in entry):.0f} s")
-    drawn = {"anls": "ANLS", "exact_match": "exact match"} if on_forms else {"mean_token_accuracy": "token accuracy"}
     print(f"learning curve: {curves(run, log, {'loss': 'loss'} | drawn)}")
-    print(f"answers while it trained: {run / 'samples.md'}")
+    if (run / "samples.md").exists():
+        print(f"answers while it trained: {run / 'samples.md'}")
     return shares
