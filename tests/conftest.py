@@ -19,9 +19,17 @@ sys.path.insert(0, str(ROOT))
 import json  # noqa: E402
 
 import pytest  # noqa: E402
+import tokenizers  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import (  # noqa: E402
+    GemmaTokenizer,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    TrainerCallback,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 
 import dpo_idefics2  # noqa: E402
 import idefics2_docvqa  # noqa: E402
@@ -80,6 +88,54 @@ def tiny_pairs(tmp_path_factory):
     processor.save_pretrained(out / "model")
     for name, n in (("train", 96), ("test", 24)):
         preferences.write_data(out, name, preferences.make_rows(0, train=name == "train", n=n))
+    return out
+
+
+def paligemma(out, text="gemma"):
+    """Write out/model, a PaliGemma with random weights: its processor knows no chat template. With `text` gemma2 it is a
+    PaliGemma 2, with a sliding window in every other layer."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    bpe.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=470, special_tokens=first, show_progress=False)
+    said = [row[part] for row in preferences.make_rows(n=300) for part in ("question", "chosen", "rejected")]
+    bpe.train_from_iterator(said, trainer)
+    bpe = json.loads(bpe.to_str())["model"]
+    images = SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, GemmaTokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]]))
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "projection_dim": 128, "vision_use_head": False}
+    words = {"model_type": text, "vocab_size": len(processor.tokenizer), "num_key_value_heads": 1, "head_dim": 32}
+    words |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "max_position_embeddings": 1024}
+    config = PaliGemmaConfig(
+        vision_config=size | vision,
+        text_config=size | words | ({"sliding_window": 256, "query_pre_attn_scalar": 32} if text == "gemma2" else {}),
+        projection_dim=128,
+        hidden_size=128,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        vocab_size=len(processor.tokenizer),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        PaliGemmaForConditionalGeneration(config).save_pretrained(out / "model")
+    processor.save_pretrained(out / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_paligemma(tmp_path_factory):
+    """A folder with model/, a PaliGemma with random weights."""
+    out = tmp_path_factory.mktemp("tiny_paligemma")
+    paligemma(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_paligemma2(tmp_path_factory):
+    """A folder with model/, a PaliGemma 2 with random weights."""
+    out = tmp_path_factory.mktemp("tiny_paligemma2")
+    paligemma(out, "gemma2")
     return out
 
 
