@@ -171,13 +171,15 @@ def parse(argv=None):
 def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
     gpus, out, losses, smoothing = training.n_gpu, Path(training.output_dir), set(training.loss_type), training.label_smoothing
+    weights = training.loss_weights or [1]
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 24 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} dpo_idefics2.py. One: CUDA_VISIBLE_DEVICES=0"),
         (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0, "--sample_rows, --dataloader_num_workers, --seed: 0 or more"),
-        (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0 or not 0 < training.beta < math.inf,
-         "--learning_rate, --lora_alpha and --beta must be above 0"),
-        (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.longest_edge, training.max_length or 1,
+        (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0 or not 0 < training.beta < math.inf or not training.discopop_tau > 0,
+         "--learning_rate, --lora_alpha, --beta and --discopop_tau must be above 0"),
+        (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.longest_edge,
+             1 if training.max_length is None else training.max_length,
              training.per_device_train_batch_size, training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
          "--lora_r, batch sizes, accumulation steps, --max_eval_rows, --max_new_tokens, --max_length, --longest_edge: at least 1"),
         (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
@@ -187,10 +189,12 @@ def check(settings, training):
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
         (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: TRL gives the choice no other metric than loss"),
-        (losses - set(LOSSES), f"--loss_type {' '.join(sorted(losses - set(LOSSES)))}: a loss here is one over the log-probabilities of a chosen and a "
+        (not losses or losses - set(LOSSES), f"--loss_type {' '.join(sorted(losses - set(LOSSES)))}: a loss here is one over the log-probabilities of a chosen and a "
          f"rejected answer under policy and reference: {', '.join(LOSSES)} (kto, orpo, cpo, simpo and others have trainers of their own in TRL)"),
-        ("exo_pair" in losses and not 0 < smoothing < 1, "--loss_type exo_pair needs --label_smoothing above 0 (its paper: 0.001)"),
-        ("robust" in losses and not 0 <= smoothing < 0.5, "--loss_type robust takes --label_smoothing from 0 to below 0.5 (its paper: 0.1)"),
+        (min(weights) < 0 or not 0 < sum(weights) < math.inf, "--loss_weights: none below 0, and not all 0"),
+        ("exo_pair" in losses and not 0 < smoothing < 1, "--loss_type exo_pair needs --label_smoothing above 0 and below 1 (its paper: 0.001)"),
+        (losses & {"robust", "aot", "aot_unpaired"} and not 0 <= smoothing < 0.5,
+         "--loss_type robust and aot take --label_smoothing from 0 to below 0.5 (the paper of robust: 0.1)"),
         (smoothing and not losses & {"exo_pair", "robust", "aot", "aot_unpaired"}, "--label_smoothing is for the losses exo_pair, robust and aot"),
         (training.use_weighting and losses & {"aot", "aot_unpaired"}, "--use_weighting: not with the losses aot, which sort the pairs"),
         (training.ld_alpha is not None and not 0 <= training.ld_alpha <= 1, "--ld_alpha: from 0 to 1"),
@@ -233,6 +237,15 @@ def load_processor(settings):
         fail(f"--longest_edge is for Idefics2; a {kind} has a size of its own")
     if processor.tokenizer.pad_token is None:  # any will do: padding is masked by attention, never by its id
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if processor.tokenizer.eos_token is None:
+        fail(f"{name} has a tokenizer without an eos_token, which ends an answer; is its tokenizer_config.json there?")
+    try:
+        text = "" if kind == "PaliGemmaProcessor" else processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
+        if text and processor.image_token_id not in processor(text=[text], images=[[Image.new("RGB", (64, 64))]])["input_ids"][0]:
+            raise ValueError("it leaves out the image")
+    except Exception as e:  # Jinja's, or the processor's
+        fail(f"{name} has a {kind} whose chat template cannot put a question about an image: {e}")
     return processor
 
 
@@ -249,9 +262,12 @@ def plain_text(cell, what):
     """A text, or one message as TRL's preference data have it -> the text, no white space around it. Raises BadRow."""
     if isinstance(cell, list):
         if len(cell) != 1 or not isinstance(cell[0], dict):
-            raise BadRow(f"{what} is not one message: it has {len(cell)}; a pair is one question and two answers to it")
+            raise BadRow(f"{what} is not one message: it is a list of {len(cell)}; a pair is one question and two answers to it")
+        if (role := cell[0].get("role")) not in (None, "user" if what == "question" else "assistant"):
+            raise BadRow(f"{what} of another role: it is a message of {role!r}; are the columns those of the question and of two answers to it?")
         cell = cell[0].get("content")
-        parts = [part.get("text") for part in cell if part.get("type") == "text"] if isinstance(cell, list) else [cell]
+        whole = isinstance(cell, list) and all(isinstance(part, dict) for part in cell)
+        parts = [part.get("text") for part in cell if part.get("type") == "text"] if whole else [cell]
         cell = parts[0] if len(parts) == 1 else parts
     if not isinstance(cell, str):
         raise BadRow(f"{what} is no text: {cell!r}; write it in quotes, as the model shall read or say it")
@@ -272,8 +288,9 @@ def image_cell(row, folder):
 def load_image(cell):
     """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image, or none to read."""
     if cell is None or isinstance(cell, list):
-        raise BadRow(f"{len(cell or ())} images: a pair is about one; --image_column names the column")
-    where = (cell.get("path") or "its bytes") if isinstance(cell, dict) else cell
+        raise BadRow(f"{len(cell or ())} images: needed is one, a path or the bytes of a file; --image_column names the column")
+    where = str((cell.get("path") or "its bytes") if isinstance(cell, dict) else cell)
+    where = where if len(where) < 500 else f"{where[:100]}... ({len(where)} characters)"  # a picture written as text
     try:
         if isinstance(cell, str) and os.path.exists(cell) and not os.path.isfile(cell):
             raise ValueError("it is no file")  # a pipe would be waited for
@@ -333,8 +350,8 @@ def read_rows(name, split, settings):
     if (split or "test") not in data:
         return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
     data, columns = data[split or "test"], data[split or "test"].column_names
-    wanted = {"image": settings.image_column or ("image" if "image" in columns else "images"),
-              "question": settings.question_column or ("question" if "question" in columns else "prompt"),
+    wanted = {"image": settings.image_column or next((column for column in ("image", "images") if column in columns), "image"),
+              "question": settings.question_column or next((column for column in ("question", "prompt") if column in columns), "question"),
               "chosen": settings.chosen_column, "rejected": settings.rejected_column}
     missing = {key: f"{column!r} (--{key}_column)" for key, column in wanted.items() if column not in columns}
     if missing and missing.keys() != {"chosen", "rejected"}:  # to ask questions, no answers are needed
@@ -481,6 +498,8 @@ class Collator:
         start, *every = self.processor.tokenizer([prompt, *texts], add_special_tokens=False)["input_ids"]
         if changed := [answer for ids, answer in zip(every, answers) if ids[: len(start)] != start]:  # training must continue the prompt of inference
             raise BadRow(f"prompt changed: by its first characters the answer {changed[0]!r} changes its tokens; begin it otherwise")
+        if every[0] in every[1:]:
+            raise BadRow(f"equal answers: to the tokenizer {answers[0]!r} and {answers[1]!r} are the same")
         return [ids[len(start) :] for ids in every]
 
     def __call__(self, rows):
