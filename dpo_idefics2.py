@@ -240,10 +240,9 @@ def load_processor(settings):
     if processor.tokenizer.eos_token is None:
         fail(f"{name} has a tokenizer without an eos_token, which ends an answer; is its tokenizer_config.json there?")
     try:
-        text = "" if kind == "PaliGemmaProcessor" else processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
-        if text and processor.image_token_id not in processor(text=[text], images=[[Image.new("RGB", (64, 64))]])["input_ids"][0]:
-            raise ValueError("it leaves out the image")
+        if getattr(processor, "chat_template", None):
+            text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
+            processor(text=[text], images=[[Image.new("RGB", (64, 64))]])  # fails where the text has no place for the image
     except Exception as e:  # Jinja's, or the processor's
         fail(f"{name} has a {kind} whose chat template cannot put a question about an image: {e}")
     return processor

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -253,6 +254,26 @@ def images(tmp_path):
         return [f"{colour}.png" for colour in COLOURS[:n]]
 
     return make
+
+
+@pytest.fixture
+def odd_images(images, tmp_path):
+    """Good pictures, red.png and lime.png, and those that are not, in tmp_path."""
+    images(2)
+    jpeg = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(jpeg, "JPEG")
+    (tmp_path / "truncated.jpg").write_bytes(jpeg.getvalue()[:-500])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no picture")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "blue")]
+    for name in ("pages.tiff", "film.gif", "film.webp", "telephone.mpo"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    (tmp_path / "telephone.mpo").rename(tmp_path / "telephone.jpg")
+    for name, value in (("nan", math.nan), ("inf", math.inf), ("negative", -1)):
+        Image.new("F", (64, 64), value).save(tmp_path / f"{name}.tiff")
+    os.mkfifo(tmp_path / "pipe")
+    for name, size in (("wide", (1000, 49)), ("high", (49, 1000)), ("dot", (1, 1)), ("line", (20, 1)), ("column", (1, 20)), ("large", (64, 64))):
+        Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
 
 
 @pytest.fixture
