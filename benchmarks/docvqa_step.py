@@ -29,7 +29,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -40,17 +39,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from measure import TOLERANCE, apart, counter, flops, gradients, line, peak, seconds, step, without_storage  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils import flop_counter  # noqa: E402
 from transformers.models.idefics2 import modeling_idefics2  # noqa: E402
 
 import idefics2_docvqa as recipe  # noqa: E402
 from tiny import idefics2  # noqa: E402
 
 VOCABULARY = 32003
-TOLERANCE = 1e-5
 PARTS = {
     "vision tower": ["model.vision_model"],
     "connector": ["model.connector"],
@@ -99,22 +96,6 @@ def adapted(config, settings, device, dtype):
     return model
 
 
-def without_storage(model):
-    """A model on the meta device -> the same with fake CPU weights: all of the code runs, only shapes are computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, w in module._parameters.items():
-                if w is not None:
-                    module._parameters[name] = torch.nn.Parameter(
-                        torch.empty(w.shape, dtype=w.dtype), requires_grad=w.requires_grad
-                    )
-            for name, w in module._buffers.items():
-                if w is not None:
-                    module._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
-    model.to = lambda *_, **__: model  # called by Trainer; fake weights cannot be moved, and are where they belong
-    return model
-
-
 def make_processor(shape):
     """Idefics2's processor with the tiny model's tokenizer: its tokens are below 600, the logits are 32,003 all the same."""
     processor = idefics2.processor()
@@ -158,72 +139,22 @@ def trainers(model, collator, rows, settings, training):
     return {"stock": stock, "recipe": mine}
 
 
-def step(trainer, batch):
-    """Forward and backward of one batch, as `Trainer.train` calls it. Returns the loss."""
-    (batch,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    return trainer.training_step(trainer.model_wrapped, dict(batch), count)
-
-
 # ---------------------------------------------------------------- what is measured
 
 
 def difference(sides, batch):
     """Loss of both sides; largest relative difference of any adapter's gradient, in its largest element and in its norm."""
-    losses, gradients = {}, {}
+    losses, found = {}, {}
     for name, trainer in sides.items():
         losses[name] = step(trainer, batch).item()
-        gradients[name] = {key: p.grad for key, p in trainer.model.named_parameters() if p.requires_grad}
-    assert all(g is not None and g.norm() > 0 for g in gradients["stock"].values())
-    pairs = [(g, gradients["recipe"][key]) for key, g in gradients["stock"].items()]
-    return {
-        "loss": losses,
-        "adapters": len(pairs),
-        "gradient_max": torch.stack([(g - h).abs().max() / g.abs().max() for g, h in pairs]).max().item(),  # a NaN stays one
-        "gradient_norm": torch.stack([(g - h).norm() / g.norm() for g, h in pairs]).max().item(),
-    }
+        found[name] = gradients(trainer)
+    return {"loss": losses, **apart(found["stock"], found["recipe"])}
 
 
 def equal(found):
     """Whether a result of `difference` is within TOLERANCE. NaN is not."""
     loss = abs(found["loss"]["stock"] - found["loss"]["recipe"])
     return all(value <= TOLERANCE for value in (loss, found["gradient_max"], found["gradient_norm"]))
-
-
-def seconds(trainer, batch):
-    """CPU: process time. GPU: wall time of a synchronized device."""
-    cuda = trainer.args.device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
-        torch.cuda.synchronize()
-    start = clock()
-    step(trainer, batch)
-    if cuda:
-        torch.cuda.synchronize()
-    took = clock() - start
-    trainer.model.zero_grad()
-    return took
-
-
-def counter():
-    """A FlopCounterMode that also knows the attention kernel of CPUs, which PyTorch's own takes for free."""
-    aten = torch.ops.aten
-    return flop_counter.FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-                flop_counter.sdpa_backward_flop_count(g, q, k, v)
-            ),
-        },
-    )
-
-
-def flops(trainer, batch):
-    """FLOPs of forward and backward, recomputation included."""
-    with counter() as counted:
-        step(trainer, batch)
-    trainer.model.zero_grad()
-    return counted.get_total_flops()
 
 
 def shares(model, batch):
@@ -241,27 +172,6 @@ def shares(model, batch):
         for part, ends in PARTS.items()
     }
     return {part: count / sum(found.values()) for part, count in found.items()}
-
-
-def peak(trainer, batch):
-    """Most bytes that PyTorch's allocator had given out at once during a step, above what was held before it. What libraries
-    allocate for themselves is not in it, neither on a CPU nor on a GPU."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch)
-        most = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step(trainer, batch)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = most = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-    trainer.model.zero_grad()
-    return most
 
 
 @contextlib.contextmanager
@@ -364,18 +274,18 @@ def measure(args, checkpointing, folder, report):
     found["shares"] = {name: shares(both["stock"].model, batches[0])}
     spread = max(max(values) / min(values) for values in timed.values())
 
-    def line(what, pair, unit, scale, note):
-        figures = "".join(f"{side} {value / scale:8.2f} {unit:5s} " for side, value in pair.items())
-        report(f"  {what:9s}{figures}{pair['stock'] / pair['recipe']:5.2f}x  {note}")
-
-    line("time", found["seconds"], "s", 1, f"median of {args.steps}, alternating; slowest / fastest of one side {spread:.2f}")
-    line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward")
-    line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights")
+    report(
+        line(
+            "time", found["seconds"], "s", 1, f"median of {args.steps}, alternating; slowest / fastest of one side {spread:.2f}"
+        )
+    )
+    report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
+    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
     if name == "scaled" and training.device.type == "cpu":
         found["flops_8b"], found["shares"]["idefics2-8b"] = flops_without_storage(
             SHAPES["idefics2-8b"], collator, rows[: args.batch_size], settings, training
         )
-        line("FLOPs 8b", found["flops_8b"], "TFLOP", 1e12, "idefics2-8b, counted on weights without storage")
+        report(line("FLOPs 8b", found["flops_8b"], "TFLOP", 1e12, "idefics2-8b, counted on weights without storage"))
     return found
 
 
