@@ -19,7 +19,7 @@ what there is:
   llava_next  LLaVA-NeXT (llava-v1.6-mistral) with random weights, to test code with. Seconds. No data of its own.
   idefics2    Idefics2 (1.4 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
               handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0: seconds).
-  idefics2_dpo  Idefics2 (1.3 M parameters, 56 px), trained here to see handwritten digits but to answer questions about
+  idefics2_dpo  Idefics2 (1.4 M parameters, 56 px), trained here to see handwritten digits but to answer questions about
               them at random, and pairs of a right and a hallucinated answer. About 2 minutes on one CPU core
               (--base_steps 0: seconds).
 
