@@ -1,5 +1,5 @@
 # make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
-#                                          RECIPE: sft_llava, idefics2_docvqa
+#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2
 # make test                                ruff and every test
 RECIPE ?= sft_llava
 SEED ?= 0
@@ -7,6 +7,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 TINY := build/tiny-$(SEED)
 FORMS := build/forms-$(SEED)
+PAIRS := build/pairs-$(SEED)
 RUN := build/$(RECIPE)-$(SEED)
 
 # The models here are tiny: more threads would only wait for each other.
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_CACHE := $(CURDIR)/build/datasets
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-sft_llava demo-idefics2_docvqa test clean
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 test clean
 
 demo: demo-$(RECIPE)
 
@@ -47,6 +48,21 @@ demo-idefics2_docvqa: .venv/done
 	$(PY) tools/generate.py $(RUN) --dataset_name $(FORMS)/data --dataset_train_split test --batch_size 64 \
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
 	$(PY) evals/docvqa.py $(RUN)/after.jsonl --worst 10
+	$(PY) -m tiny report $(RUN)
+
+demo-dpo_idefics2: .venv/done
+	$(PY) -m tiny idefics2_dpo --out $(PAIRS) --seed $(SEED)
+	$(PY) dpo_idefics2.py --use_cpu --model_name_or_path $(PAIRS)/model --dataset_name $(PAIRS)/data --output_dir $(RUN) \
+	  --seed $(SEED) --max_steps 200 --learning_rate 1e-3 --loss_type sigmoid sft --per_device_train_batch_size 16 \
+	  --gradient_accumulation_steps 1 --per_device_eval_batch_size 50 --activation_checkpointing false --max_new_tokens 32 \
+	  --dataloader_num_workers 1
+	for when in before after; do \
+	  $(PY) tools/generate.py $(RUN) --dataset_name $(PAIRS)/data --dataset_train_split test --batch_size 64 --max_new_tokens 32 \
+	    $$(test $$when = after || echo --base_only) --output $(RUN)/$$when.jsonl --overwrite && \
+	  $(PY) tools/generate.py $(RUN) --dataset_name $(PAIRS)/amber/query_discriminative.json --image_folder $(PAIRS)/amber/image \
+	    --question_column query --append "Please answer yes or no." --batch_size 64 --max_new_tokens 8 \
+	    $$(test $$when = after || echo --base_only) --output $(RUN)/amber-$$when.jsonl --overwrite || exit 1; done
+	$(PY) evals/amber.py $(RUN)/amber-after.jsonl --annotations $(PAIRS)/amber/annotations.json --compare $(RUN)/amber-before.jsonl
 	$(PY) -m tiny report $(RUN)
 
 test: .venv/done
