@@ -186,6 +186,14 @@ def test_generation_stops_at_what_is_learnt_last(models, pair_collate, pictures)
         assert len(last) == 1 and last[0] in collator.stop
 
 
+def test_what_a_template_puts_behind_the_first_end_is_not_learnt(pair_collate, pictures, tmp_path):
+    processor = preferences.processor()
+    processor.chat_template = idefics2.CHAT_TEMPLATE.replace("<end_of_utterance>", "<end_of_utterance></s>")
+    processor.save_pretrained(tmp_path / "model")
+    collator = pair_collate(model_name_or_path=tmp_path / "model")
+    assert learnt(collator(ROWS), collator.processor.tokenizer) == [f" {answer}{END}" for answer in ANSWERS]
+
+
 def test_white_space_around_texts_is_taken_off(pair_collate, pictures):
     collator = pair_collate()
     plain = collator([prefers("Which?", "a seven", "a\ntwo")])
