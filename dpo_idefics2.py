@@ -17,7 +17,7 @@ one 24 GB GPU or several, with prompt and image computed once for each pair.
 
 Stock DPO sends each image through the vision tower and each prompt through the language model twice for the policy and twice
 for the reference. Here a pair is one sequence, prompt | chosen | rejected, in which the answers do not see each other: the
-same losses and gradients, from half the work. Every setting is a flag; every metric: docs/dpo_idefics2.md."""
+same losses and gradients, 1.5 times as fast or more. Every setting is a flag; every metric: docs/dpo_idefics2.md."""
 
 import functools
 import hashlib
@@ -56,7 +56,7 @@ class Settings:
 
     model_name_or_path: str = field(default="HuggingFaceM4/idefics2-8b", metadata={"help": "Idefics2, LLaVA-1.5, PaliGemma (or another, on TRL's stock path): hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated."})
-    shared_prompt: bool = field(default=True, metadata={"help": "Compute prompt and image once for each pair. false: TRL's stock path, the same losses, about half as fast."})
+    shared_prompt: bool = field(default=True, metadata={"help": "Compute prompt and image once for each pair. false: TRL's stock path, the same losses, slower."})
     dataset_name: str = field(default="openbmb/RLAIF-V-Dataset", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set that has several."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
@@ -592,7 +592,7 @@ def why_stock(model, ref_model=None):
 
 class SharedPromptDPOTrainer(DPOTrainer):
     """A DPOTrainer that runs a pair as one sequence, prompt | chosen | rejected, and its image once: the stock trainer's losses,
-    gradients and logs (of every TRL loss) for about half the work. Used like DPOTrainer, with the same batches.
+    gradients and logs (of every TRL loss) for less work. Used like DPOTrainer, with the same batches.
 
     Positions restart behind the prompt, and a 4-D mask keeps the answers from seeing each other, so that every token is computed from
     the very ones that it sees in the stock trainer's two sequences. Where vision tower and connector hold nothing trainable,
