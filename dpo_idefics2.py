@@ -642,7 +642,7 @@ class SharedPromptDPOTrainer(DPOTrainer):
             wide[name] = torch.cat([values[:n], values[n:]], dim=1)
         order = wide["real"].long().argsort(dim=1, descending=True, stable=True)[:, : int(wide["real"].sum(1).max())]
         real, part, ids, position, following, prompt = (values.gather(1, order) for values in wide.values())
-        ids, following = ids.masked_fill(~real, self._tokenizer.pad_token_id), following.masked_fill(~real, -100)  # what a shorter row is filled up with
+        ids = ids.masked_fill(~real, self._tokenizer.pad_token_id)  # what a shorter row is filled up with; nothing is said there
         text = self.model.config.get_text_config()
         if (window := getattr(text, "sliding_window", None)) and (longest := int(position[real].max()) + 1) > window:
             raise ValueError(f"a row of {longest} tokens is longer than the model's sliding window of {window}, which a shared prompt does not know")

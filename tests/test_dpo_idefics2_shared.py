@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import short_run
 from datasets import Dataset
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
@@ -408,6 +408,17 @@ def test_pictures_and_prompts_are_there_once(both, family, adapters, checkpointi
         with Watch(shared, family) as watch:
             step(shared, shared.data_collator(ROWS[n : n + 1]))
         assert watch.sequences == [(1, length)] * 2
+
+
+@pytest.mark.parametrize("family, where, seen", [("idefics2", "vision_model", [3, 3]), ("llava", "vision_tower", [3, 3]), ("idefics2", "connector", [3])])
+def test_an_adapter_in_one_part_alone(make, family, where, seen):
+    """Behind a tower that is trained, the connector has a graph although it is frozen; before a trained connector, the tower has none."""
+    config = lambda base, own: {"peft_config": LoraConfig(r=4, target_modules=rf"model\.{where}\..*(proj|fc1|fc2)", exclude_modules=r".*layers\.2\..*")}
+    stock, shared = (make(cls, family, config) for cls in (DPOTrainer, SharedPromptDPOTrainer))
+    batch = shared.data_collator(ROWS[:3])
+    with Watch(shared, family) as watch:
+        same(step(stock, batch), step(shared, batch))
+    assert watch.pictures == seen and watch.graphs[0] == (where != "connector")
 
 
 def test_what_a_frozen_tower_gave_is_forgotten_after_the_step(both):
