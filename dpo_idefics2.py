@@ -764,7 +764,10 @@ def main(argv=None):
         training.eval_strategy, training.load_best_model_at_end = "no", False
     processor = load_processor(settings)
     collator = Collator(processor, settings, training)
-    config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+    try:
+        config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+    except (OSError, ValueError) as e:
+        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
     window = getattr(config.get_text_config(), "sliding_window", None)
     if settings.shared_prompt and config.model_type in SHARED and window and collator.max_length > window:
         fail(f"--max_length {training.max_length}: this model attends to {window} tokens back, which a shared prompt does not know: --max_length {window}, "

@@ -511,6 +511,13 @@ def test_a_tokenizer_without_its_words_knows_no_answers(stops, write, odd_images
     assert re.search(r"2 of 2 rows(?s:.*)row 0: equal answers: to the tokenizer 'It is a seven\.' and 'It is a two\.' are the same", message)
 
 
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "of_tomorrow"}'], ids=["missing", "damaged", "empty", "unknown"])
+def test_a_config_that_cannot_be_read_is_one_message(text, tiny_pairs, stops, write, odd_images, tmp_path):
+    shutil.copytree(tiny_pairs / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink() if text is None else (tmp_path / "model" / "config.json").write_text(text)
+    assert stops(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD])).startswith(f"error: --model_name_or_path {tmp_path / 'model'}: ")
+
+
 def test_damaged_weights_are_one_message(tiny_pairs, pair_flags, write, odd_images, tmp_path):
     shutil.copytree(tiny_pairs / "model", tmp_path / "model")
     whole = (tmp_path / "model" / "model.safetensors").read_bytes()
