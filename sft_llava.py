@@ -114,15 +114,16 @@ class Training(SFTConfig):
 # activation_checkpointing); and those that may change when a run is taken up again without making it another run.
 REFUSED = """packing padding_free eval_packing assistant_only_loss completion_only_loss dataset_text_field truncation_mode
 shuffle_dataset pad_to_multiple_of chat_template_path eos_token pad_token model_init_kwargs trust_remote_code save_only_model
-remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs dataset_kwargs deepspeed fsdp do_train do_eval do_predict""".split()
+remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs dataset_kwargs deepspeed fsdp do_train do_eval do_predict
+dataloader_drop_last""".split()
 FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
 dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens logging_steps
 save_total_limit per_device_eval_batch_size""".split()
 
 
 def fail(message):
-    """End the program with one message and exit status 1."""
-    sys.exit(f"error: {message}")
+    """End the program with one message, of the first process where there are several, and exit status 1."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def parse(argv=None):
@@ -146,7 +147,7 @@ def parse(argv=None):
     try:
         given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
         if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe (gradient_checkpointing is now activation_checkpointing)")
+            fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused))
         settings, training = parser.parse_dict(given)
     except (OSError, ValueError, TypeError) as e:
         fail(e)
@@ -517,11 +518,11 @@ class Trainer(SFTTrainer):
 def is_whole(folder):
     """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        json.loads((folder / "trainer_state.json").read_text())["global_step"]
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        state = [zipfile.is_zipfile(folder / name) for name in ("optimizer.pt", "scheduler.pt")]
-        return all([weights, *state, list(folder.glob("rng_state*"))])
-    except (OSError, ValueError, SafetensorError):
+        state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
+        return bool(weights) and all(map(zipfile.is_zipfile, state))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 
 

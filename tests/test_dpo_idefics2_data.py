@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -462,6 +463,23 @@ def test_what_is_evaluated_on_can_be_said(settings, expected, saved, pair_parse,
 def test_rows_trained_on_are_not_held_out_by_default(saved, pair_parse, tmp_path):
     train, held_out = recipe.load_data(*pair_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
     assert not set(answers_of(train)) & set(answers_of(held_out)) and len(train) + len(held_out) == 5
+
+
+def test_two_ways_to_write_a_path_are_one_image(images, write, pair_parse, tmp_path):
+    rows = [prefers(f"q{n}", str(n), "no", image=f"{'./' * (n % 2)}{name}") for n, name in enumerate([name for name in images(5) for _ in "ab"])]
+    train, held_out = recipe.load_data(*pair_parse(dataset_name=write(rows), eval_fraction=0.4, image_folder=tmp_path))
+    assert len(held_out) == 4 and not {n // 2 for n in train["row"]} & {n // 2 for n in held_out["row"]}
+
+
+def test_an_image_that_changes_under_a_parquet_of_paths_is_read_again(images, pair_parse, tmp_path):
+    names = [str(tmp_path / name) for name in images(4)]
+    rows = {"image": [{"bytes": None, "path": name} for name in names], "question": ["q"] * 4, "chosen": ["a"] * 4, "rejected": ["b"] * 4}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    settings = pair_parse(dataset_name=tmp_path / "rows.parquet", eval_fraction=0)
+    assert len(recipe.load_data(*settings)[0]) == 4
+    Path(names[2]).write_bytes(b"x")
+    with pytest.raises(SystemExit, match="row 2: unreadable image"):
+        recipe.load_data(*settings)
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "parquet of lists", "saved"])

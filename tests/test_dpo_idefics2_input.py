@@ -63,7 +63,7 @@ TEXTS = {  # of a question or an answer: a cell, what the message says behind it
     "a message of an image": (message([{"type": "image"}]), NO_TEXT),
     "a message of bare texts": (message(["x"]), NO_TEXT + r"\['x'\]"),
     "a message of null and a part": (message([None, {"type": "text", "text": "x"}]), NO_TEXT),
-    "a message of two texts": (message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), NO_TEXT + r"\['x', 'y'\]"),
+    "a message of two texts": (message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), "of several texts: its message has 2; make them one"),
     "a message of a part of null": (message([{"type": "text", "text": None}]), NO_TEXT + "None"),
     "a message of a part without text": (message([{"type": "text"}]), NO_TEXT + "None"),
     "a message of the system": (message("x", "system"), "of another role: it is a message of 'system'.*columns"),
@@ -343,6 +343,8 @@ ELSEWHERE = "kto orpo cpo simpo grpo sigmoid_norms Sigmoid".split()
     [
         *(({"loss_type": loss}, f"--loss_type {loss}: .*sigmoid, hinge, .*kto, orpo, cpo, simpo and others have trainers of their own") for loss in ELSEWHERE),
         ({"loss_type": ["sigmoid", "kto", "nll"]}, "--loss_type kto nll: "),
+        ({"eval_steps": -5}, "--eval_steps, --save_steps, --logging_steps: above 0"),
+        ({"save_steps": -3}, "--eval_steps, --save_steps, --logging_steps: above 0"),
         ({"loss_type": "exo_pair"}, "exo_pair needs --label_smoothing above 0"),
         ({"loss_type": ["sft", "exo_pair"], "label_smoothing": 1}, "exo_pair needs --label_smoothing above 0 and below 1"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "robust and aot take --label_smoothing from 0 to below 0.5"),
@@ -511,11 +513,29 @@ def test_a_tokenizer_without_its_words_knows_no_answers(stops, write, odd_images
     assert re.search(r"2 of 2 rows(?s:.*)row 0: equal answers: to the tokenizer 'It is a seven\.' and 'It is a two\.' are the same", message)
 
 
+def test_a_question_with_two_images_is_refused(stops, write, odd_images):
+    asked = message([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}], "user")
+    assert "row 0: images in the question: 2 parts of its message are no text" in stops(dataset_name=write([GOOD | {"question": asked}]))
+
+
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "of_tomorrow"}'], ids=["missing", "damaged", "empty", "unknown"])
 def test_a_config_that_cannot_be_read_is_one_message(text, tiny_pairs, stops, write, odd_images, tmp_path):
     shutil.copytree(tiny_pairs / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink() if text is None else (tmp_path / "model" / "config.json").write_text(text)
     assert stops(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD])).startswith(f"error: --model_name_or_path {tmp_path / 'model'}: ")
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        recipe.fail("too much")
+    assert end.value.code == 1
+
+
+def test_an_answer_with_an_image_is_refused(stops, write, odd_images):
+    said = message([{"type": "image"}, {"type": "text", "text": "It is a seven."}], "assistant")
+    message_of = stops(dataset_name=write([GOOD | {"chosen": said}]))
+    assert "row 0: images in the chosen: 1 parts of its message are no text; a pair is about one image, in the question" in message_of
 
 
 def test_damaged_weights_are_one_message(tiny_pairs, pair_flags, write, odd_images, tmp_path):

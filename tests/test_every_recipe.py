@@ -25,7 +25,7 @@ VALUES = {  # of a refused setting, where "x" would not be read at all
     "completion_only_loss": "true",
     "truncation_mode": "keep_end",
     **dict.fromkeys(["precompute_ref_batch_size", "ref_model_sync_steps", "dataset_num_proc"], "3"),
-    **dict.fromkeys(["ref_model_mixup_alpha", "router_aux_loss_coef"], "0.5"),
+    **dict.fromkeys(["ref_model_mixup_alpha", "router_aux_loss_coef", "neftune_noise_alpha"], "0.5"),
     "gradient_checkpointing_kwargs": '{"use_reentrant": true}',
 }
 
