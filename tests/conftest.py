@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.mkdtemp(prefix="datasets-")  # nothing is left in the user's own cache, nothing is taken from it
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, HF_MODULES_CACHE=f"{CACHE}/modules", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
 sys.path.insert(0, str(ROOT))
 
@@ -33,9 +33,10 @@ from transformers import (  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 
 import dpo_idefics2  # noqa: E402
+import finetune_minicpm_lora  # noqa: E402
 import idefics2_docvqa  # noqa: E402
 import sft_llava  # noqa: E402
-from tiny import forms, idefics2, llava, preferences  # noqa: E402
+from tiny import forms, idefics2, llava, minicpm, minicpm26, preferences  # noqa: E402
 
 torch.set_num_threads(1)
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -140,6 +141,49 @@ def tiny_paligemma2(tmp_path_factory):
     return out
 
 
+def minicpm_folder(out, family):
+    """Write model/ (random weights) and 96 rows to train on and 24 to test on in json/*.json."""
+    if family == "minicpm26":
+        minicpm26.build(out)
+    else:
+        processor = minicpm.processor(family)
+        minicpm.model(processor.tokenizer, family=family).save_pretrained(out / "model")
+        processor.save_pretrained(out / "model")
+    for name, n in (("train", 96), ("test", 24)):
+        minicpm.write_data(out, name, minicpm.make_rows(0, train=name == "train", n=n))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_minicpm(tmp_path_factory):
+    """A folder as `python -m tiny minicpmv4_6` writes it: model/ (random weights), 96 rows to train on and 24 to test on in json/*.json."""
+    return minicpm_folder(tmp_path_factory.mktemp("tiny_minicpm"), "minicpmv4_6")
+
+
+@pytest.fixture(scope="session")
+def tiny_minicpm47(tmp_path_factory):
+    """The same of MiniCPM-V 4.7."""
+    return minicpm_folder(tmp_path_factory.mktemp("tiny_minicpm47"), "minicpmv4_7")
+
+
+@pytest.fixture(scope="session")
+def tiny_minicpm26(tmp_path_factory):
+    """The same of the stand-in for MiniCPM-V 2.6, which needs --trust_remote_code."""
+    return minicpm_folder(tmp_path_factory.mktemp("tiny_minicpm26"), "minicpm26")
+
+
+@pytest.fixture(scope="session", params=["tiny_minicpm", "tiny_minicpm47"])
+def native_minicpm(request):
+    """MiniCPM-V 4.6, then 4.7."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["tiny_minicpm", "tiny_minicpm47", "tiny_minicpm26"])
+def every_minicpm(request):
+    """Each of these in turn."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def learnt(tiny_forms, tmp_path_factory):
     """A folder with model/, a tiny Idefics2 whose random weights are as large as their width asks for, so that it learns
@@ -167,9 +211,10 @@ def learnt(tiny_forms, tmp_path_factory):
     return out
 
 
-def short_run(folder, out, **settings):
-    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them."""
-    own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, "dataset_name": folder / "data"}
+def short_run(folder, out, data=("dataset_name", "data"), **settings):
+    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them. `data`: the
+    flag that names the data, and where they are."""
+    own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, data[0]: folder / data[1]}
     settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
     lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
     return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
@@ -217,6 +262,36 @@ def pair_collate(pair_parse, tmp_path):
     def make(**settings):
         settings, training = pair_parse(**{"image_folder": tmp_path, **settings})
         return dpo_idefics2.Collator(dpo_idefics2.load_processor(settings), settings, training)
+
+    return make
+
+
+def minicpm_run(folder, out, **settings):
+    """The list of flags for a run of finetune_minicpm_lora.py on the CPU; 2.6 brings its own code."""
+    own = {"trust_remote_code": True} if (folder / "model" / "modeling_minicpmv.py").exists() else {}
+    own |= {"image_folder": folder / "json" / "images", "lora_r": 8}
+    return short_run(folder, out, ("data_path", "json/train.json"), **{**own, **settings})
+
+
+@pytest.fixture
+def minicpm_flags(tiny_minicpm, tmp_path):
+    """A function: settings as keywords -> the list of flags for a run of the tiny MiniCPM-V 4.6 on the CPU."""
+    return functools.partial(minicpm_run, tiny_minicpm, tmp_path / "out")
+
+
+@pytest.fixture
+def minicpm_parse(minicpm_flags):
+    """A function: settings as keywords -> (settings, training) of finetune_minicpm_lora.py."""
+    return lambda **settings: finetune_minicpm_lora.parse(minicpm_flags(**settings))
+
+
+@pytest.fixture
+def minicpm_collate(minicpm_parse, tmp_path):
+    """A function: settings as keywords -> a Collator of finetune_minicpm_lora.py; relative image paths start in tmp_path."""
+
+    def make(**settings):
+        settings, training = minicpm_parse(**{"image_folder": tmp_path, **settings})
+        return finetune_minicpm_lora.Collator(finetune_minicpm_lora.load_processor(settings), settings, training)
 
     return make
 
@@ -364,3 +439,9 @@ def asks(question, *answers, image="red.png", **more):
 def prefers(question, chosen, rejected, image="red.png", **more):
     """A question about an image, the better answer and the worse one -> a row of dpo_idefics2.py."""
     return {**more, "image": image, "question": question, "chosen": chosen, "rejected": rejected}
+
+
+def talks(*turns, image="red.png", **more):
+    """Texts of the user and the assistant by turns, and an image or {placeholder: image} -> a row of finetune_minicpm_lora.py."""
+    conversations = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    return {**more, **({} if image is None else {"image": image}), "conversations": conversations}

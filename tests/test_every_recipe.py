@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2"]
+RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora"]
 VALUES = {  # of a refused setting, where "x" would not be read at all
     "pad_to_multiple_of": "8",
     "model_init_kwargs": "{}",
@@ -68,7 +68,8 @@ def test_settings_that_would_be_ignored_are_refused_by_name(recipe, name):
 
 
 def test_settings_are_kept_as_given_and_read_back(recipe, tmp_path):
-    changed = {"lora_r": 4, "learning_rate": 1e-5, "load_in_4bit": False, "seed": 7, "eval_fraction": 0.1}
+    quantized = {"load_in_4bit": False, "q_lora": True}.items() & {(name, not getattr(recipe.Settings, name, None)) for name in every_name(recipe)}
+    changed = {"lora_r": 4, "learning_rate": 1e-5, "seed": 7, "eval_fraction": 0.1, **dict(quantized)}
     argv = ["--use_cpu", "--hub_token", "secret", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "tensorboard"]
     argv += [part for name, value in changed.items() for part in (f"--{name}", str(value))]
     settings, training = recipe.parse(argv)

@@ -22,13 +22,18 @@ what there is:
   idefics2_dpo  Idefics2 (1.4 M parameters, 56 px), trained here to see handwritten digits but to answer questions about
               them at random, and pairs of a right and a hallucinated answer. About 2 minutes on one CPU core
               (--base_steps 0: seconds).
+  minicpmv4_6  MiniCPM-V 4.6 (0.5 M parameters, 56 px, larger pictures in slices), trained here to caption scanned
+              handwritten digits, and conversations about them. About 2 minutes on one CPU core (--base_steps 0: seconds).
+  minicpmv4_7  MiniCPM-V 4.7, likewise
 
 what is written into DIR:
   model/                    model and processor, as save_pretrained writes them
   data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava), of
-                            nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo)
-  json/{train,test}.json    the same rows in LLaVA's own schema (llava), as plain question and answers (idefics2) or as
-                            question, chosen and rejected (idefics2_dpo); the pictures are in json/images/
+                            nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo);
+                            none of MiniCPM-V
+  json/{train,test}.json    the same rows in LLaVA's own schema (llava), as plain question and answers (idefics2), as
+                            question, chosen and rejected (idefics2_dpo) or in MiniCPM-V's own schema (minicpmv4_6,
+                            minicpmv4_7); the pictures are in json/images/
   amber/                    questions to be answered by yes or no, in AMBER's files (idefics2_dpo)
   built.json                what it was built from
 
@@ -37,8 +42,11 @@ A second call with the same arguments returns at once. The same seed gives the s
 """
 
 
-STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1500}  # of the base's own training
+# steps of the base's own training
+STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1500, "minicpmv4_6": 1000, "minicpmv4_7": 1000}
 SOURCES = {"idefics2": ["forms.py", "idefics2.py"], "idefics2_dpo": ["forms.py", "idefics2.py", "preferences.py"]}
+SOURCES |= dict.fromkeys(["minicpmv4_6", "minicpmv4_7"], ["forms.py", "idefics2.py", "llava.py", "minicpm.py"])
+FAMILIES = ["llava", "llava_next", "idefics2", "idefics2_dpo", "minicpmv4_6", "minicpmv4_7"]
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -62,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    families = parser.add_subparsers(dest="family", required=True, metavar="{llava,llava_next,idefics2,idefics2_dpo,report}")
-    for family in ("llava", "llava_next", "idefics2", "idefics2_dpo"):
+    families = parser.add_subparsers(dest="family", required=True, metavar=f"{{{','.join(FAMILIES)},report}}")
+    for family in FAMILIES:
         sub = families.add_parser(family, help=f"see above; {family} --help lists its flags", allow_abbrev=False)
         sub.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="folder to write; an older build is replaced"
@@ -97,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
     import torch
 
-    from . import idefics2, llava, preferences
+    from . import idefics2, llava, minicpm, preferences
 
     torch.set_num_threads(1)
     work = args.out.with_name(f"{args.out.name}.part-{os.getpid()}")
@@ -105,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.family == "llava_next":
             llava.build_next(work, args.seed)
+        elif args.family.startswith("minicpm"):
+            minicpm.build(work, args.seed, args.base_steps, family=args.family)
         else:
             built = {"llava": llava, "idefics2": idefics2, "idefics2_dpo": preferences}[args.family]
             built.build(work, args.seed, args.base_steps)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import forms, llava, preferences
+from . import forms, llava, minicpm, preferences
 
 
 def lines(path: Path) -> list[dict]:
@@ -48,16 +48,30 @@ def score_preferences(path: Path) -> dict[str, tuple[int, int, int]]:
     return {kind: counts[kind] for kind in [*preferences.QUESTIONS, "all"] if kind in counts}
 
 
+def score_conversations(path: Path) -> dict[str, tuple[int, int]]:
+    """{kind: (right, asked)} of a predictions file about `minicpm`'s conversations, the kind being read off the row's id;
+    "held out" sums up the single questions on one picture. Right is a prediction equal to the reference."""
+    counts: dict[str, list[int]] = {}
+    for line in lines(path):
+        kind = minicpm.kind(line["id"])
+        for name in [kind] + ["held out"] * (kind in minicpm.ONE_PICTURE):
+            right, asked = counts.setdefault(name, [0, 0])
+            counts[name] = [right + (line["prediction"].strip() == line["reference"].strip()), asked + 1]
+    return {kind: tuple(n) for kind, n in counts.items()}
+
+
 def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
-    """Draw values over steps, training and held out, from a log history; -> `run/curves.png`. `names`: what is logged,
+    """Draw values over steps, training and held out, from a log history; -> `run/curves.png`. `names`: what may be logged,
     held out as eval_NAME -> its title."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained")
-    for axis, (name, title) in zip(axes, names.items(), strict=True):
+    logged = {key.removeprefix("eval_") for entry in log for key in entry}
+    names = {name: title for name, title in names.items() if name in logged}
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained", squeeze=False)
+    for axis, (name, title) in zip(axes[0], names.items(), strict=True):
         for key, label, style in ((name, "training", "-"), (f"eval_{name}", "held out", "o-")):
             points = [(entry["step"], entry[key]) for entry in log if key in entry]
             if points:
@@ -71,10 +85,25 @@ def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
 
 def report_digits(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of a run on questions about digits. Returns {kind: (before, after)}: exact match."""
-    before, after = score(run / "before.jsonl"), score(run / "after.jsonl")
     names = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}
     names |= {"held out": "all of these", "several turns": "several turns on one picture"}
     names |= {"two pictures": "two pictures at once", "text only": "no picture"}
+    return report_exact(score(run / "before.jsonl"), score(run / "after.jsonl"), names)
+
+
+def report_conversations(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a run on conversations about digits. Returns {kind: (before, after)}: exact match."""
+    single = {kind: minicpm.KINDS[kind] for kind in minicpm.ONE_PICTURE}
+    names = single | {"held out": "all of these"} | minicpm.KINDS
+    shares = report_exact(score_conversations(run / "before.jsonl"), score_conversations(run / "after.jsonl"), names)
+    if (run / "shuffled.jsonl").exists():
+        blind = {kind: right / asked for kind, (right, asked) in score_conversations(run / "shuffled.jsonl").items()}
+        print("with the picture of another row: " + ", ".join(f"{title} {blind[kind]:.3f}" for kind, title in single.items()))
+    return shares
+
+
+def report_exact(before: dict, after: dict, names: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Print a table of scores {kind: (right, asked)}; `names` are the kinds' titles. Returns {kind: (before, after)}: shares."""
     print("\nExact match on pictures that neither the base model nor the fine-tuning has seen")
     print(f"{'question':<32}{'asked':>6}{'before':>9}{'after':>9}")
     shares = {}
@@ -124,6 +153,8 @@ def report(run: Path) -> dict[str, tuple[float, float]]:
         table, drawn = report_preferences, {"rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
     elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS)):
         table, drawn = report_forms, {"anls": "ANLS", "exact_match": "exact match"}
+    elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in minicpm.KINDS)):
+        table, drawn = report_conversations, {"exact_match": "exact match"}
     else:
         table, drawn = report_digits, {"mean_token_accuracy": "token accuracy"}
     shares = table(run)

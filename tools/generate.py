@@ -73,7 +73,7 @@ def parse(argv=None):
         fail("--append is blank")
     if args.image and args.question is None:
         fail("--image needs a --question about it")
-    if args.question is not None and any(flag.startswith("--dataset_name") for flag in rest):
+    if args.question is not None and any(flag.startswith(("--dataset_name", "--data_path")) for flag in rest):
         fail("--question and --dataset_name: one of them")
     if args.output and not args.output.absolute().parent.is_dir():
         fail(f"--output {args.output}: there is no such folder")
@@ -91,7 +91,7 @@ def load(recipe, args, rest):
         base = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
         flags += ["--model_name_or_path", base]
     elif not adapter:  # a whole model, in 16 bits unless 4 are asked for
-        flags += ["--load_in_4bit", "false"]
+        flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
         if not (args.base_only and config.exists()):  # trained in full: what it was trained from is in its settings
             flags += ["--model_name_or_path", args.run]
     settings, training = recipe.parse([*flags, *rest])
@@ -151,7 +151,7 @@ def answer(model, collator, conversations, args):
         sampling["eos_token_id"] = collator.stop
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
         out = model.generate(**batch, max_new_tokens=args.max_new_tokens, max_length=None, **sampling)
-    return [text.strip() for text in collator.processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [text.strip() for text in collator.processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
 def main(argv=None):
@@ -173,13 +173,14 @@ def main(argv=None):
         asked = [({}, [*system, turn], 0, recipe.text_of(turn), None)]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
-        own = "dataset_name" not in given
+        own = not given & {"dataset_name", "data_path"}
         if not own:  # none of what the run says of its own data goes for another data set
             for field in dataclasses.fields(settings):
-                about_data = field.name.startswith(("dataset_", "eval_dataset")) or field.name.endswith("_column") or field.name == "image_folder"
+                about_data = field.name.startswith(("dataset_", "eval_data", "data_path")) or field.name.endswith("_column") or field.name == "image_folder"
                 if about_data and field.name not in given:
                     setattr(settings, field.name, field.default)
-        rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+        source = (settings.data_path, None) if hasattr(settings, "data_path") else (settings.dataset_name, settings.dataset_train_split)
+        rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(*source, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --dataset_name")
         rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
