@@ -1,5 +1,5 @@
 # make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
-#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2
+#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora
 # make test                                ruff and every test
 RECIPE ?= sft_llava
 SEED ?= 0
@@ -8,6 +8,7 @@ PY := .venv/bin/python
 TINY := build/tiny-$(SEED)
 FORMS := build/forms-$(SEED)
 PAIRS := build/pairs-$(SEED)
+TALKS := build/minicpm-$(SEED)
 RUN := build/$(RECIPE)-$(SEED)
 
 # The models here are tiny: more threads would only wait for each other.
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_CACHE := $(CURDIR)/build/datasets
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 test clean
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora test clean
 
 demo: demo-$(RECIPE)
 
@@ -63,6 +64,19 @@ demo-dpo_idefics2: .venv/done
 	    --question_column query --append "Please answer yes or no." --batch_size 64 --max_new_tokens 8 \
 	    $$(test $$when = after || echo --base_only) --output $(RUN)/amber-$$when.jsonl --overwrite || exit 1; done
 	$(PY) evals/amber.py $(RUN)/amber-after.jsonl --annotations $(PAIRS)/amber/annotations.json --compare $(RUN)/amber-before.jsonl
+	$(PY) -m tiny report $(RUN)
+
+demo-finetune_minicpm_lora: .venv/done
+	$(PY) -m tiny minicpmv4_6 --out $(TALKS) --seed $(SEED)
+	$(PY) finetune_minicpm_lora.py --use_cpu --model_name_or_path $(TALKS)/model --data_path $(TALKS)/json/train.json \
+	  --image_folder $(TALKS)/json/images --eval_data_path $(TALKS)/json/test.json --output_dir $(RUN) --seed $(SEED) --max_steps 300 \
+	  --learning_rate 2e-3 --lora_r 16 --lora_alpha 32 --lora_dropout 0 --per_device_train_batch_size 32 --per_device_eval_batch_size 50 \
+	  --gradient_accumulation_steps 1 --activation_checkpointing false --load_best_model_at_end false --sample_tokens 16 \
+	  --dataloader_num_workers 1
+	for what in before after shuffled; do \
+	  $(PY) tools/generate.py $(RUN) --data_path $(TALKS)/json/$$(test $$what = shuffled && echo shuffled || echo test).json \
+	    --image_folder $(TALKS)/json/images --batch_size 64 --max_new_tokens 16 $$(test $$what != before || echo --base_only) \
+	    --output $(RUN)/$$what.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
 
 test: .venv/done
