@@ -192,6 +192,7 @@ def check(settings, training):
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
         (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: TRL gives the choice no other metric than loss"),
+        (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
         (not losses or losses - set(LOSSES), f"--loss_type {' '.join(sorted(losses - set(LOSSES)))}: a loss here is one over the log-probabilities of a chosen and a "
          f"rejected answer under policy and reference: {', '.join(LOSSES)} (kto, orpo, cpo, simpo and others have trainers of their own in TRL)"),
         (min(weights) < 0 or not 0 < sum(weights) < math.inf, "--loss_weights: none below 0, and not all 0"),
@@ -719,7 +720,8 @@ class Trainer(SharedPromptDPOTrainer):
 def is_whole(folder):
     """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
         state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
         return bool(weights) and all(map(zipfile.is_zipfile, state))
@@ -813,7 +815,7 @@ def main(argv=None):
         fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end:
+    if training.load_best_model_at_end and trainer.state.best_metric is not None:
         say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 

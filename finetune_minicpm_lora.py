@@ -220,8 +220,10 @@ def check(settings, training):
         (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
+        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
         (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: there is no other than loss"),
+        (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
     ):
         if wrong:
             fail(message)
@@ -354,6 +356,8 @@ def read_rows(name, split, settings):
             raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
         if not any("conversations" in row for row in rows):
             raise ValueError(f"no row has 'conversations'; the first one has {', '.join(rows[0]) or 'nothing'}")
+        if odd := [(n, key) for n, row in enumerate(rows) for key in row if key.lower() in ("image", "images", "system") and key != "image"]:
+            raise ValueError(f"row {odd[0][0]} has a key {odd[0][1]!r}: images go under 'image', a system message is the first turn")
         if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
             raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
         keys = ("id", "image", "conversations")
@@ -633,9 +637,11 @@ def lora_config(settings):
 
 def adapted(model, settings):
     """The model with a new adapter, or with that of lora_weight_path. Raises SystemExit where that one is of another shape than the flags say."""
-    wanted = lora_config(settings)
+    wanted, names = lora_config(settings), [name for name, _ in model.named_modules()]
     if wanted is None:
         return model
+    if missing := [part for part in wanted.modules_to_save or () if not any(f".{name}".endswith(f".{part}") for name in names)]:
+        fail(f"--lora_modules_to_save {' '.join(missing)}: the model has no module of that name")
     try:
         if settings.lora_weight_path is None:
             return get_peft_model(model, wanted)
@@ -725,7 +731,8 @@ class Trainer(transformers.Trainer):
 def is_whole(folder):
     """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
         state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
         return bool(weights) and all(map(zipfile.is_zipfile, state))
@@ -807,9 +814,11 @@ def main(argv=None):
     try:
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
         if state and state.global_step >= steps:  # killed when it had only to save the result: train() would take a step more
-            trainer.state = state
-            best = training.load_best_model_at_end and state.best_model_checkpoint
-            trainer._load_best_model() if best else trainer._load_from_checkpoint(checkpoint)
+            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
+            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
+            if not is_whole(wanted):
+                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
+            trainer._load_from_checkpoint(str(wanted))
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
@@ -818,7 +827,7 @@ def main(argv=None):
         fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end:
+    if training.load_best_model_at_end and trainer.state.best_metric is not None:
         say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 

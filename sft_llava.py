@@ -518,7 +518,8 @@ class Trainer(SFTTrainer):
 def is_whole(folder):
     """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        state = json.loads((folder / "trainer_state.json").read_text())
+        state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
         state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
         return bool(weights) and all(map(zipfile.is_zipfile, state))
@@ -605,7 +606,7 @@ def main(argv=None):
         fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
     trainer.save_model()  # pushes to the hub, too, where asked
     trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end:
+    if training.load_best_model_at_end and trainer.state.best_metric is not None:
         say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 

@@ -294,6 +294,9 @@ FILES = {  # name, what is in it, what the message says beside its name
     "jsonl with a slip": ("x.jsonl", f'{ROW}\n\n{ROW}\n{{"image": \n{ROW}', r"line 4: Expecting value.*\(a .jsonl file has one row a line\)"),
     "jsonl cut off": ("x.jsonl", f"{ROW}\n{ROW[:-9]}", "line 2: "),
     "other keys": ("x.json", '[{"image": "a", "messages": []}] ', "no row has 'conversations'; the first one has image, messages"),
+    "images": ("x.json", '[{"conversations": []}, {"images": ["a"], "conversations": []}]', "row 1 has a key 'images': images go under 'image'"),
+    "Image": ("x.json", '[{"Image": "a", "conversations": []}]', "row 0 has a key 'Image': images go under 'image'"),
+    "a system key": ("x.json", '[{"system": "a", "conversations": []}]', "row 0 has a key 'system': .*a system message is the first turn"),
     "no keys": ("x.json", "[{}]", "no row has 'conversations'; the first one has nothing"),
     "nested too deep": ("x.json", "[" * 100000, "recursion"),
     "latin-1": ("x.json", json.dumps([asks("é", "a")], ensure_ascii=False).encode("latin-1"), "utf-8"),
@@ -335,6 +338,8 @@ RATES = "learning rates: from 0, which means frozen, to below 10"
 @pytest.mark.parametrize(
     "settings, expected",
     [
+        ({"greater_is_better": True}, "--greater_is_better true would keep the checkpoint with the highest loss"),
+        ({"fp16": True}, "--fp16 needs a GPU"),
         ({"tune_llm": True}, "--use_lora adapts the language model, --tune_llm trains all of it: one of them, --use_lora false"),
         ({**FULL, "q_lora": True}, "--q_lora: 4-bit weights cannot be trained themselves.*--use_lora true"),
         ({"use_lora": False, "q_lora": True}, "--q_lora: "),

@@ -864,6 +864,21 @@ def test_killed_before_the_end_was_written(whole, command, tmp_path, family, var
     assert stopped.value.code in (0, None)
 
 
+@pytest.mark.slow
+def test_a_best_checkpoint_that_is_gone_is_named(whole, command, tmp_path):
+    out = Path(shutil.copytree(whole("4.6").out, tmp_path / "out"))
+    (out / "trainer_state.json").unlink()
+    state = json.loads((out / "checkpoint-11" / "trainer_state.json").read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}
+    (out / "checkpoint-11" / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(SystemExit, match=f"^error: {out / 'checkpoint-1'}, the best checkpoint, is missing or damaged"):
+        run(command("4.6", out, **LONG))
+
+
+def test_a_misspelt_module_to_save_is_named(command, tmp_path):
+    with pytest.raises(SystemExit, match="^error: --lora_modules_to_save embed_token: the model has no module of that name"):
+        run(command("4.6", tmp_path / "out", lora_modules_to_save="embed_token"))
+
+
 def test_a_longer_run_is_not_finished_by_an_earlier_end(trained, command, tmp_path, monkeypatch):
     out = Path(shutil.copytree(trained("4.6").out, tmp_path / "out"))
     longer = {"max_steps": 6, "resume_from_checkpoint": out / "checkpoint-4"}

@@ -74,7 +74,7 @@ def parse(argv=None):
     if args.image and args.question is None:
         fail("--image needs a --question about it")
     if args.question is not None and any(flag.startswith(("--dataset_name", "--data_path")) for flag in rest):
-        fail("--question and --dataset_name: one of them")
+        fail("--question and a data set: one of them")
     if args.output and not args.output.absolute().parent.is_dir():
         fail(f"--output {args.output}: there is no such folder")
     if min(args.batch_size, args.max_new_tokens) < 1 or args.temperature < 0:
@@ -182,7 +182,7 @@ def main(argv=None):
         source = (settings.data_path, None) if hasattr(settings, "data_path") else (settings.dataset_name, settings.dataset_train_split)
         rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(*source, settings)
         if rows is None:
-            fail(f"the run in {args.run} held no rows out: give --dataset_name")
+            fail(f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}")
         rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
         asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row, args.append))
 
