@@ -396,7 +396,7 @@ def test_types_may_differ_between_rows_and_texts_stay_texts(parse, write, tmp_pa
     texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \r\n / \\", "[{'role': 'user'}]"]
     images = ["7", "red.png", None, {}, {"<image_1>": "7"}, ""]
     rows = [talks(text, text, image=images[n % 6], id=[n, text, None, [n], {"a": n}, 0.5, 10**30][n % 7]) for n, text in enumerate(texts)]
-    rows += [{**talks("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "problem": "p", "system": 5} for text in texts]
+    rows += [{**talks("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "problem": "p"} for text in texts]
     for name in ("x.json", "x.jsonl"):
         settings, training = parse(data_path=write(rows, name), eval_fraction=0)
         train, _ = recipe.load_data(settings, training)
