@@ -578,7 +578,7 @@ def marked(batch, processor):
             out += f"<image> x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
             shown = text
         texts.append(out)
-    start = len(os.path.commonprefix(texts)) if "«" not in texts[0] else texts[0].index("«")
+    start = texts[0].index("«")  # the prompt is the same
     return f"{texts[0][:start]}\n  chosen:   {texts[0][start:]}\n  rejected: {texts[1][start:]}"
 
 
@@ -723,8 +723,8 @@ def is_whole(folder):
         state = json.loads((folder / "trainer_state.json").read_text())
         state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, state))
+        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
+        return bool(weights) and all(map(zipfile.is_zipfile, files))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 

@@ -312,8 +312,8 @@ def load_image(path):
             raise BadRow(f"{frames} images: {where} holds several, and only the first would be seen; give each its own file")
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
-        if max(image.size) > 20 * min(image.size):  # a side is at least one patch high, and the grid of slices at most as long as max_slice_nums
-            raise BadRow(f"image too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 it is stretched beyond recognition; crop it")
+        if max(image.size) > 20 * min(image.size):  # a cut gone wrong
+            raise BadRow(f"image too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 there is little to be seen in it; crop it")
         if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
             if not 0 < (most := image.getextrema()[1]) < math.inf:
                 raise ValueError(f"its brightest value is {most}")
@@ -610,8 +610,8 @@ def load_model(settings, training):
     if not settings.use_lora:
         for part, rate in zip((vision, projector, language), rates(settings, training)):
             model.get_submodule(part).requires_grad_(rate > 0)
-        if settings.tune_llm:
-            model.get_output_embeddings().requires_grad_(True) if config.model_type != "minicpmv" else None  # 2.6's llm holds its own
+        if settings.tune_llm and config.model_type != "minicpmv":  # 2.6's llm holds its own
+            model.get_output_embeddings().requires_grad_(True)
         # The names of the files are those that Trainer resumes by.
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     return model
@@ -675,12 +675,11 @@ class Trainer(transformers.Trainer):
     question of a few held-out rows, greedily, into samples.md."""
 
     def __init__(self, settings, parts, model, args, *more, **kwargs):
-        self.settings, self.parts = settings, parts
+        self.settings, self.parts, self.rates = settings, parts, rates(settings, args)
         args.label_names = ["labels"]  # 2.6's forward() has no name for them, and eval_loss would silently be missing
         super().__init__(model, args, *more, **kwargs)
-        every = rates(settings, args)
         for name, p in self.model.named_parameters():
-            p.requires_grad &= self.rate(name, *every) > 0  # --lora_bias all would train those of frozen parts, too
+            p.requires_grad &= self.rate(name) > 0  # --lora_bias all would train those of frozen parts, too
             if p.requires_grad:  # in 16 bits small steps round to nothing, and fp16 could not be unscaled
                 p.data = p.data.float()
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -692,17 +691,17 @@ class Trainer(transformers.Trainer):
         """AdamW, or --optim, with the rate of the part that a weight belongs to; biases and norms do not decay."""
         if self.optimizer is None:
             groups, decay, named = [], set(self.get_decay_parameter_names(self.model)), dict(self.model.named_parameters())
-            every = rates(self.settings, self.args)
-            kind = lambda n: (self.rate(n, *every) != every[2], self.rate(n, *every), n in decay)  # the first group's rate is the one logged
+            kind = lambda n: (self.rate(n) != self.rates[2], self.rate(n), n in decay)  # the first group's rate is the one logged
             for (_, rate, decays), some in itertools.groupby(sorted((n for n, p in named.items() if p.requires_grad), key=kind), key=kind):
                 groups.append({"params": [named[n] for n in some], "lr": rate, "weight_decay": self.args.weight_decay * decays})
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **settings)
         return self.optimizer
 
-    def rate(self, name, vision, projector, language):
+    def rate(self, name):
         """The learning rate of a weight, by the part that its name belongs to; adapters, wherever they are, have the language model's."""
-        return language if ".lora_" in name else vision if f".{self.parts[0]}." in f".{name}" else projector if f".{self.parts[1]}." in f".{name}" else language
+        inside = [".lora_" not in name and f".{part}." in f".{name}" for part in self.parts[:2]]
+        return next((rate for rate, there in zip(self.rates, inside) if there), self.rates[2])
 
     def evaluate(self, *args, **kwargs):
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
@@ -734,8 +733,8 @@ def is_whole(folder):
         state = json.loads((folder / "trainer_state.json").read_text())
         state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, state))
+        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
+        return bool(weights) and all(map(zipfile.is_zipfile, files))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 
@@ -793,11 +792,11 @@ def main(argv=None):
         fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
     base, model = model, adapted(model, settings)
     trainer = Trainer(settings, PARTS[config.model_type], model, training, collator, train, held_out, processor)
-    parts, every = PARTS[config.model_type], rates(settings, training)
+    parts = PARTS[config.model_type]
     for part in parts:  # a matrix of its own that writes words belongs to the language model
         named = [(n, p) for n, p in base.named_parameters() if "original_module." not in n
                  and part == next((other for other in parts if n.startswith(f"{other}.")), parts[2])]
-        rate = max((trainer.rate(n, *every) for n, p in named if p.requires_grad), default=0)
+        rate = max((trainer.rate(n) for n, p in named if p.requires_grad), default=0)
         own = [(p, type(p).__name__ == "Params4bit") for _, p in named]
         packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
         count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte

@@ -591,8 +591,8 @@ def is_whole(folder):
         state = json.loads((folder / "trainer_state.json").read_text())
         state["global_step"] + state["train_batch_size"]  # fails where one is missing
         weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        state = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, state))
+        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
+        return bool(weights) and all(map(zipfile.is_zipfile, files))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
 

@@ -15,14 +15,19 @@ def score(path: Path) -> dict[str, tuple[int, int]]:
     from conversations of several turns count as a kind of their own. Right is a prediction equal to the reference."""
     said = lines(path)
     turns = {line["row"]: line["turn"] + 1 for line in said}  # the last line of a row has its last turn
-    counts: dict[str, list[int]] = {}
-    for line in said:
-        several = turns[line["row"]] > 1
-        kind = "several turns" if several else llava.kind(line["question"], line["images"])
-        for name in [kind] + ["held out"] * (kind in llava.ONE_PICTURE):
-            right, asked = counts.setdefault(name, [0, 0])
-            counts[name] = [right + (line["prediction"].strip() == line["reference"].strip()), asked + 1]
-    return {kind: tuple(n) for kind, n in counts.items()}
+    several = {row for row, count in turns.items() if count > 1}
+    kinds = ["several turns" if line["row"] in several else llava.kind(line["question"], line["images"]) for line in said]
+    return exact(said, kinds, llava.ONE_PICTURE)
+
+
+def exact(said: list[dict], kinds: list[str], single: list[str]) -> dict[str, tuple[int, int]]:
+    """{kind: (right, asked)} of predictions and the kind of each, and of those of a kind in `single` together as "held out"."""
+    counts: dict[str, tuple[int, int]] = {}
+    for line, kind in zip(said, kinds, strict=True):
+        for name in [kind] + ["held out"] * (kind in single):
+            right, asked = counts.get(name, (0, 0))
+            counts[name] = right + (line["prediction"].strip() == line["reference"].strip()), asked + 1
+    return counts
 
 
 def score_forms(path: Path) -> dict[str, tuple[float, float, int]]:
@@ -51,13 +56,8 @@ def score_preferences(path: Path) -> dict[str, tuple[int, int, int]]:
 def score_conversations(path: Path) -> dict[str, tuple[int, int]]:
     """{kind: (right, asked)} of a predictions file about `minicpm`'s conversations, the kind being read off the row's id;
     "held out" sums up the single questions on one picture. Right is a prediction equal to the reference."""
-    counts: dict[str, list[int]] = {}
-    for line in lines(path):
-        kind = minicpm.kind(line["id"])
-        for name in [kind] + ["held out"] * (kind in minicpm.ONE_PICTURE):
-            right, asked = counts.setdefault(name, [0, 0])
-            counts[name] = [right + (line["prediction"].strip() == line["reference"].strip()), asked + 1]
-    return {kind: tuple(n) for kind, n in counts.items()}
+    said = lines(path)
+    return exact(said, [minicpm.kind(line["id"]) for line in said], minicpm.ONE_PICTURE)
 
 
 def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
