@@ -25,15 +25,22 @@ what there is:
   minicpmv4_6  MiniCPM-V 4.6 (0.5 M parameters, 56 px, larger pictures in slices), trained here to caption scanned
               handwritten digits, and conversations about them. About 2 minutes on one CPU core (--base_steps 0: seconds).
   minicpmv4_7  MiniCPM-V 4.7, likewise
+  llava_two_stage
+              a CLIP vision tower (0.5 M parameters, 56 px), trained here to tell scanned handwritten digits apart, and a
+              Llama (0.4 M parameters), trained here on text alone; captions and conversations to join them with, in
+              LLaVA's two stages. About 2 minutes on one CPU core (--base_steps 0: seconds).
 
 what is written into DIR:
-  model/                    model and processor, as save_pretrained writes them
+  model/                    model and processor, as save_pretrained writes them; of llava_two_stage:
+  vision/, language/        tower and image processor, language model and tokenizer
   data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava), of
                             nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo);
-                            none of MiniCPM-V
-  json/{train,test}.json    the same rows in LLaVA's own schema (llava), as plain question and answers (idefics2), as
+                            none of MiniCPM-V and llava_two_stage
+  json/{train,test}.json    the same rows in LLaVA's own schema (llava, llava_two_stage), as plain question and answers (idefics2), as
                             question, chosen and rejected (idefics2_dpo) or in MiniCPM-V's own schema (minicpmv4_6,
                             minicpmv4_7); the pictures are in json/images/
+  json/captions{,-test}.json
+                            captions in the schema of LLaVA-Pretrain (llava_two_stage)
   amber/                    questions to be answered by yes or no, in AMBER's files (idefics2_dpo)
   built.json                what it was built from
 
@@ -44,9 +51,11 @@ A second call with the same arguments returns at once. The same seed gives the s
 
 # steps of the base's own training
 STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1500, "minicpmv4_6": 1000, "minicpmv4_7": 1000}
+STEPS |= {"llava_two_stage": 1500}
 SOURCES = {"idefics2": ["forms.py", "idefics2.py"], "idefics2_dpo": ["forms.py", "idefics2.py", "preferences.py"]}
 SOURCES |= dict.fromkeys(["minicpmv4_6", "minicpmv4_7"], ["forms.py", "idefics2.py", "llava.py", "minicpm.py"])
-FAMILIES = ["llava", "llava_next", "idefics2", "idefics2_dpo", "minicpmv4_6", "minicpmv4_7"]
+SOURCES |= {"llava_two_stage": ["forms.py", "idefics2.py", "llava.py", "two_stage.py"]}
+FAMILIES = ["llava", "llava_next", "idefics2", "idefics2_dpo", "minicpmv4_6", "minicpmv4_7", "llava_two_stage"]
 
 
 def recipe(args: argparse.Namespace) -> dict:
@@ -105,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
     import torch
 
-    from . import idefics2, llava, minicpm, preferences
+    from . import idefics2, llava, minicpm, preferences, two_stage
 
     torch.set_num_threads(1)
     work = args.out.with_name(f"{args.out.name}.part-{os.getpid()}")
@@ -116,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         elif args.family.startswith("minicpm"):
             minicpm.build(work, args.seed, args.base_steps, family=args.family)
         else:
-            built = {"llava": llava, "idefics2": idefics2, "idefics2_dpo": preferences}[args.family]
-            built.build(work, args.seed, args.base_steps)
+            built = {"llava": llava, "idefics2": idefics2, "idefics2_dpo": preferences, "llava_two_stage": two_stage}
+            built[args.family].build(work, args.seed, args.base_steps)
         (work / "built.json").write_text(json.dumps(wanted, indent=1))  # last: what is cut off before is not a build
         if args.out.exists():
             shutil.rmtree(args.out)

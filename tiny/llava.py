@@ -167,12 +167,9 @@ def processor(family: str = "llava", tok: LlamaTokenizer | None = None) -> Llava
     return LlavaNextProcessor(images, chat_template=template, **common)
 
 
-def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int = 128):
-    """A random model of a `family` in float32: 3 vision layers (the last unused, as in LLaVA: the feature is taken at
-    layer -2), a two-layer projector, 2 Llama layers. Widths are multiples of 64, bitsandbytes' 4-bit block.
-
-    The usual initial std of 0.02 is kept on purpose: 0.1 captions as well, but LoRA then learns far more slowly."""
-    vision = CLIPVisionConfig(
+def vision_config(hidden: int = 128) -> CLIPVisionConfig:
+    """CLIP's vision tower for pictures of 56 px. Widths are multiples of 64, bitsandbytes' 4-bit block."""
+    return CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=3,
@@ -181,8 +178,15 @@ def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int
         patch_size=PATCH,
         projection_dim=hidden,
     )
-    ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
-    text = LlamaConfig(
+
+
+def special_ids(tok: LlamaTokenizer) -> dict[str, int]:
+    return {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
+
+
+def text_config(tok: LlamaTokenizer, hidden: int = 128) -> LlamaConfig:
+    """A Llama that knows the tokens of `tok`."""
+    return LlamaConfig(
         vocab_size=len(tok),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -190,8 +194,16 @@ def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
-        **ids,
+        **special_ids(tok),
     )
+
+
+def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int = 128):
+    """A random model of a `family` in float32: 3 vision layers (the last unused, as in LLaVA: the feature is taken at
+    layer -2), a two-layer projector, 2 Llama layers.
+
+    The usual initial std of 0.02 is kept on purpose: 0.1 captions as well, but LoRA then learns far more slowly."""
+    vision, text = vision_config(hidden), text_config(tok, hidden)
     image = {"image_token_index": tok.convert_tokens_to_ids("<image>"), "image_seq_length": (SIZE // PATCH) ** 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -201,7 +213,7 @@ def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int
             pinpoints = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
             config = LlavaNextConfig(vision_config=vision, text_config=text, image_grid_pinpoints=pinpoints, **image)
             net = LlavaNextForConditionalGeneration(config)
-    net.generation_config = GenerationConfig(**ids)
+    net.generation_config = GenerationConfig(**special_ids(tok))
     return net
 
 
@@ -278,6 +290,16 @@ def caption_accuracy(net, proc: LlavaProcessor, shown: torch.Tensor) -> float:
 # ---------------------------------------------------------------- the data for fine-tuning
 
 
+def text_questions(train: bool = True) -> list[str]:
+    """The questions without a picture that are trained on, or those that are held out."""
+    return [
+        question.format(word)
+        for p, question in enumerate(QUESTIONS["text only"])
+        for d, word in enumerate(WORDS)
+        if ((d + 3 * p) % 4 == 0) != train  # every digit and every phrasing is trained on, these pairs are not
+    ]
+
+
 def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
     """Questions and answers, as rows {"id", "pictures": [(56, 56) uint8, ...], "turns": [(question, answer), ...]}.
 
@@ -289,12 +311,7 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
     rng = np.random.default_rng([seed, 2 if train else 3])
     ink, truth = digits.load()
     mine = digits.split(seed)["tune" if train else "held_out"].numpy()
-    text_only = [
-        question.format(word)
-        for p, question in enumerate(QUESTIONS["text only"])
-        for d, word in enumerate(WORDS)
-        if ((d + 3 * p) % 4 == 0) != train  # every digit and every phrasing is trained on, these pairs are not
-    ]
+    text_only = text_questions(train)
 
     def one(name: str) -> str:
         return str(rng.choice(QUESTIONS[name]))
@@ -345,12 +362,14 @@ def to_messages(row: dict) -> dict:
 
 
 def to_conversations(row: dict) -> dict:
-    """A row in LLaVA's JSON schema: {"id", "image" (a file name, a list of them, or absent), "conversations"}."""
+    """A row in LLaVA's JSON schema: {"id", "image" (a file name, a list of them, or absent), "conversations"}. `<image>` marks
+    stand first, unless the first question says where."""
     names = [f"{row['id']}-{k}.png" for k in range(len(row["pictures"]))]
     said = [
         {"from": who, "value": text} for turn in row["turns"] for who, text in zip(("human", "gpt"), turn, strict=True)
     ]
-    said[0]["value"] = "<image>\n" * len(names) + said[0]["value"]
+    if "<image>" not in said[0]["value"]:
+        said[0]["value"] = "<image>\n" * len(names) + said[0]["value"]
     image = {"image": names[0] if len(names) == 1 else names} if names else {}
     return {"id": row["id"], **image, "conversations": said}
 
@@ -375,18 +394,23 @@ FEATURES = datasets.Features(
 
 
 def write_data(out: Path, name: str, rows: list[dict]) -> None:
-    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`."""
+    """Write rows as `out/data/NAME.parquet` and once more as `write_json` does."""
+    messages = [to_messages(row) for row in rows]
+    table = {column: [row[column] for row in messages] for column in FEATURES}
+    (Path(out) / "data").mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(table, features=FEATURES).to_parquet(Path(out) / "data" / f"{name}.parquet")
+    write_json(out, name, rows)
+
+
+def write_json(out: Path, name: str, rows: list[dict]) -> None:
+    """Write rows as `out/json/NAME.json`, their pictures as `out/json/images/*.png`."""
     images = Path(out) / "json" / "images"
     images.mkdir(parents=True, exist_ok=True)
-    messages = [to_messages(row) for row in rows]
     conversations = [to_conversations(row) for row in rows]
-    table = {column: [row[column] for row in messages] for column in FEATURES}
-    (Path(out) / "data").mkdir(exist_ok=True)
-    datasets.Dataset.from_dict(table, features=FEATURES).to_parquet(Path(out) / "data" / f"{name}.parquet")
-    for row, said in zip(messages, conversations, strict=True):
+    for row, said in zip(rows, conversations, strict=True):
         names = said.get("image", [])
-        for file, image in zip([names] if isinstance(names, str) else names, row["images"], strict=True):
-            (images / file).write_bytes(image["bytes"])
+        for file, picture in zip([names] if isinstance(names, str) else names, row["pictures"], strict=True):
+            (images / file).write_bytes(digits.png(picture))
     (images.parent / f"{name}.json").write_text(json.dumps(conversations, indent=1))
 
 

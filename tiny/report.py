@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import yaml
+
 from . import forms, llava, minicpm, preferences
 
 
@@ -60,6 +62,12 @@ def score_conversations(path: Path) -> dict[str, tuple[int, int]]:
     return exact(said, [minicpm.kind(line["id"]) for line in said], minicpm.ONE_PICTURE)
 
 
+def score_two_stage(run: Path, when: str) -> dict[str, tuple[int, int]]:
+    """{kind: (right, asked)} of a two-stage run "before" or "after": its captions, of stage 1, and its questions, of stage 2."""
+    said = lines(run / f"captions-{when}.jsonl")
+    return exact(said, ["captions"] * len(said), []) | score(run / f"{when}.jsonl")
+
+
 def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
     """Draw values over steps, training and held out, from a log history; -> `run/curves.png`. `names`: what may be logged,
     held out as eval_NAME -> its title."""
@@ -83,12 +91,33 @@ def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
     return run / "curves.png"
 
 
+DIGITS = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}  # kind -> its title
+DIGITS |= {"held out": "all of these", "several turns": "several turns on one picture"}
+DIGITS |= {"two pictures": "two pictures at once", "text only": "no picture"}
+
+
 def report_digits(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of a run on questions about digits. Returns {kind: (before, after)}: exact match."""
-    names = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}
-    names |= {"held out": "all of these", "several turns": "several turns on one picture"}
-    names |= {"two pictures": "two pictures at once", "text only": "no picture"}
-    return report_exact(score(run / "before.jsonl"), score(run / "after.jsonl"), names)
+    return report_exact(score(run / "before.jsonl"), score(run / "after.jsonl"), DIGITS)
+
+
+def report_two_stage(run: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a two-stage run, of stage 2's folder. Returns {kind: (before, after)}: exact match."""
+    names = {"captions": "captions, stage 1"} | DIGITS
+    shares = report_exact(score_two_stage(run, "before"), score_two_stage(run, "after"), names)
+    print("captions: before and after stage 1, the projector alone; questions: before and after stage 2")
+    return shares
+
+
+def stage_1(run: Path) -> list[dict]:
+    """The loss in the log history of the run that stage 2 in `run` started from, named "align"; nothing where that is gone."""
+    settings = run / "settings.yaml"
+    state = Path(yaml.safe_load(settings.read_text())["model_name_or_path"]) / "trainer_state.json" if settings.exists() else settings
+    if not state.exists():
+        return []
+    log = json.loads(state.read_text())["log_history"]
+    keys = {"step": "step", "loss": "align", "eval_loss": "eval_align"}
+    return [{keys[key]: value for key, value in entry.items() if key in keys} for entry in log]
 
 
 def report_conversations(run: Path) -> dict[str, tuple[float, float]]:
@@ -148,8 +177,12 @@ def report(run: Path) -> dict[str, tuple[float, float]]:
     """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them, draw the curves. Returns
     {kind: (before, after)}: exact match of questions about digits, ANLS of questions about forms, right answers where
     it was trained on pairs."""
-    first = lines(run / "after.jsonl")[0]
-    if str(first.get("question")).strip() in preferences.KIND:
+    first, stages = lines(run / "after.jsonl")[0], {"loss": "loss"}
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    if (run / "captions-after.jsonl").exists():
+        table, drawn, stages = report_two_stage, {}, {"align": "stage 1: loss", "loss": "stage 2: loss"}
+        log = stage_1(run) + log
+    elif str(first.get("question")).strip() in preferences.KIND:
         table, drawn = report_preferences, {"rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
     elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS)):
         table, drawn = report_forms, {"anls": "ANLS", "exact_match": "exact match"}
@@ -158,9 +191,8 @@ def report(run: Path) -> dict[str, tuple[float, float]]:
     else:
         table, drawn = report_digits, {"mean_token_accuracy": "token accuracy"}
     shares = table(run)
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     print(f"fine-tuning took {next(entry['train_runtime'] for entry in log[::-1] if 'train_runtime' in entry):.0f} s")
-    print(f"learning curve: {curves(run, log, {'loss': 'loss'} | drawn)}")
+    print(f"learning curve: {curves(run, log, stages | drawn)}")
     if (run / "samples.md").exists():
         print(f"answers while it trained: {run / 'samples.md'}")
     return shares
