@@ -35,8 +35,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import dpo_idefics2  # noqa: E402
 import finetune_minicpm_lora  # noqa: E402
 import idefics2_docvqa  # noqa: E402
+import llava_two_stage  # noqa: E402
 import sft_llava  # noqa: E402
-from tiny import forms, idefics2, llava, minicpm, minicpm26, preferences  # noqa: E402
+from tiny import forms, idefics2, llava, minicpm, minicpm26, preferences, two_stage  # noqa: E402
 
 torch.set_num_threads(1)
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -185,6 +186,20 @@ def every_minicpm(request):
 
 
 @pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory):
+    """A folder as `python -m tiny llava_two_stage` writes it: vision/ and language/ (random weights), in json/*.json 96 captions and 96
+    conversations to train on, and 24 of each to test on. And align/, what the first stage made of the two in three steps."""
+    out = tmp_path_factory.mktemp("tiny_parts")
+    tokenizer = two_stage.tokenizer()
+    two_stage.save(out, two_stage.vision(), tokenizer, two_stage.language(tokenizer))
+    for name, n in (("train", 96), ("test", 24)):
+        two_stage.write_data(out, name, two_stage.make_rows(0, train=name == "train", n=n))
+        two_stage.write_data(out, "captions" + "-test" * (name == "test"), two_stage.make_captions(0, train=name == "train", n=n))
+    llava_two_stage.main(two_stage_run(out, out / "align", max_steps=3, eval_fraction=0, save_strategy="no"))
+    return out
+
+
+@pytest.fixture(scope="session")
 def learnt(tiny_forms, tmp_path_factory):
     """A folder with model/, a tiny Idefics2 whose random weights are as large as their width asks for, so that it learns
     fast; run/, what the recipe made of it: it knows the answers to 16 forms by heart; train.json, these, held_out.json,
@@ -212,11 +227,11 @@ def learnt(tiny_forms, tmp_path_factory):
 
 
 def short_run(folder, out, data=("dataset_name", "data"), **settings):
-    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them. `data`: the
-    flag that names the data, and where they are."""
+    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them, or with None take one away.
+    `data`: the flag that names the data, and where they are."""
     own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, data[0]: folder / data[1]}
     settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items() if value is not None}
     return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
 
 
@@ -292,6 +307,39 @@ def minicpm_collate(minicpm_parse, tmp_path):
     def make(**settings):
         settings, training = minicpm_parse(**{"image_folder": tmp_path, **settings})
         return finetune_minicpm_lora.Collator(finetune_minicpm_lora.load_processor(settings), settings, training)
+
+    return make
+
+
+def two_stage_run(folder, out, stage="align", **settings):
+    """The list of flags for a run of llava_two_stage.py on the CPU: of the two parts in align, of align/ in instruct unless parts are named."""
+    joined = stage == "align" and "model_name_or_path" not in settings or "pretrain_mm_mlp_adapter" in settings
+    parts = {"vision_tower": folder / "vision", "language_model": folder / "language"} if joined else {}
+    own = {"stage": stage, "model_name_or_path": None if joined else folder / "align", **parts, "image_folder": folder / "json" / "images"}
+    own |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    data = "json/captions.json" if stage == "align" else "json/train.json"
+    return short_run(folder, out, ("data_path", data), **{**own, **settings})
+
+
+@pytest.fixture
+def stage_flags(tiny_parts, tmp_path):
+    """A function: stage, and settings as keywords -> the list of flags for a run of llava_two_stage.py on the CPU."""
+    return functools.partial(two_stage_run, tiny_parts, tmp_path / "out")
+
+
+@pytest.fixture
+def stage_parse(stage_flags):
+    """A function: stage, and settings as keywords -> (settings, training) of llava_two_stage.py."""
+    return lambda stage="align", **settings: llava_two_stage.parse(stage_flags(stage, **settings))
+
+
+@pytest.fixture
+def stage_collate(stage_parse, tmp_path):
+    """A function: stage, and settings as keywords -> a Collator of llava_two_stage.py; relative image paths start in tmp_path."""
+
+    def make(stage="align", **settings):
+        settings, training = stage_parse(stage, **{"image_folder": tmp_path, **settings})
+        return llava_two_stage.Collator(llava_two_stage.load_processor(settings), settings, training)
 
     return make
 

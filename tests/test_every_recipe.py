@@ -14,13 +14,14 @@ import torch
 import yaml
 from conftest import ROOT
 
-RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora"]
+RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
 VALUES = {  # of a refused setting, where "x" would not be read at all
     "pad_to_multiple_of": "8",
     "model_init_kwargs": "{}",
     "fsdp": "full_shard",
     "label_smoothing_factor": "0.1",
     "gradient_checkpointing": "true",
+    "train_sampling_strategy": "group_by_length",
     "eval_packing": "true",
     "completion_only_loss": "true",
     "truncation_mode": "keep_end",

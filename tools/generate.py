@@ -92,11 +92,15 @@ def load(recipe, args, rest):
         flags += ["--model_name_or_path", base]
     elif not adapter:  # a whole model, in 16 bits unless 4 are asked for
         flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
-        if not (args.base_only and config.exists()):  # trained in full: what it was trained from is in its settings
-            flags += ["--model_name_or_path", args.run]
     settings, training = recipe.parse([*flags, *rest])
     recipe.check(settings, training)
     base, settings.model_name_or_path = settings.model_name_or_path, args.run
+    if not adapter and not (args.base_only and config.exists()):  # trained in full: what it was trained from is in its settings
+        base = args.run
+        if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
+            settings.pretrain_mm_mlp_adapter = None
+    elif adapter and base is None:  # on joined parts: the run holds them, wherever it is by now
+        base, settings.pretrain_mm_mlp_adapter = str(run / "base"), None
     processor = recipe.load_processor(settings)  # the one that was saved beside the adapter
     processor.tokenizer.padding_side = "left"
     settings.model_name_or_path = base
