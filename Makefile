@@ -1,5 +1,5 @@
 # make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
-#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora
+#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora, llava_two_stage
 # make test                                ruff and every test
 RECIPE ?= sft_llava
 SEED ?= 0
@@ -9,6 +9,7 @@ TINY := build/tiny-$(SEED)
 FORMS := build/forms-$(SEED)
 PAIRS := build/pairs-$(SEED)
 TALKS := build/minicpm-$(SEED)
+PARTS := build/parts-$(SEED)
 RUN := build/$(RECIPE)-$(SEED)
 
 # The models here are tiny: more threads would only wait for each other.
@@ -17,7 +18,11 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_CACHE := $(CURDIR)/build/datasets
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora test clean
+TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
+  --per_device_eval_batch_size 50 --eval_steps 100 --save_steps 100 --activation_checkpointing false --sample_tokens 16 \
+  --dataloader_num_workers 1
+
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test clean
 
 demo: demo-$(RECIPE)
 
@@ -77,6 +82,21 @@ demo-finetune_minicpm_lora: .venv/done
 	  $(PY) tools/generate.py $(RUN) --data_path $(TALKS)/json/$$(test $$what = shuffled && echo shuffled || echo test).json \
 	    --image_folder $(TALKS)/json/images --batch_size 64 --max_new_tokens 16 $$(test $$what != before || echo --base_only) \
 	    --output $(RUN)/$$what.jsonl --overwrite || exit 1; done
+	$(PY) -m tiny report $(RUN)
+
+demo-llava_two_stage: .venv/done
+	$(PY) -m tiny llava_two_stage --out $(PARTS) --seed $(SEED)
+	$(PY) llava_two_stage.py --use_cpu --stage align --vision_tower $(PARTS)/vision --language_model $(PARTS)/language \
+	  --data_path $(PARTS)/json/captions.json --image_folder $(PARTS)/json/images --eval_data_path $(PARTS)/json/captions-test.json \
+	  --output_dir $(RUN)-align $(TWO_STAGE) --projector_learning_rate 2e-3
+	$(PY) llava_two_stage.py --use_cpu --stage instruct --model_name_or_path $(RUN)-align --data_path $(PARTS)/json/train.json \
+	  --image_folder $(PARTS)/json/images --eval_data_path $(PARTS)/json/test.json --output_dir $(RUN) $(TWO_STAGE) \
+	  --learning_rate 5e-4 --projector_learning_rate 5e-4
+	for when in before after; do base=$$(test $$when = after || echo --base_only) && \
+	  $(PY) tools/generate.py $(RUN)-align --data_path $(PARTS)/json/captions-test.json --image_folder $(PARTS)/json/images \
+	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/captions-$$when.jsonl --overwrite && \
+	  $(PY) tools/generate.py $(RUN) --data_path $(PARTS)/json/test.json --image_folder $(PARTS)/json/images \
+	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/$$when.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
 
 test: .venv/done
