@@ -109,7 +109,7 @@ class Settings:
     vision_learning_rate: float = field(default=0.0, metadata={"help": "Of the vision tower. 0: frozen."})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector. 0: frozen. Default: 1e-3 in align, 2e-5 in instruct."})
     lora_r: int = field(default=0, metadata={"help": "Rank of adapters on the language model, 128 in LLaVA's script. 0: it is trained in full."})
-    lora_alpha: int = field(default=256, metadata={"help": "The adapter is scaled by alpha / r: keep it at twice r."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r. Default: twice r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
     load_in_4bit: bool = field(default=False, metadata={"help": "With adapters: language model, and nothing else, in 4-bit NF4 (QLoRA)."})
     sample_rows: int = field(default=8, metadata={"help": "Answer the last question of so many held-out rows at each evaluation, into samples.md. 0: none."})
@@ -172,9 +172,11 @@ def by_stage(given):
     filled, stage, processes = dict(given), given["stage"], int(os.environ.get("WORLD_SIZE", "1"))
     for name, value in DEFAULTS[stage].items():
         filled[name] = value if given[name] is None else given[name]
+    if given["lora_alpha"] is None:
+        filled["lora_alpha"] = max(1, 2 * given["lora_r"])
     if stage == "instruct" and given["learning_rate"] is None and given["lora_r"] > 0:
         filled["learning_rate"] = 2e-4
-    if stage == "instruct" and given["model_name_or_path"] is given["pretrain_mm_mlp_adapter"] is None:
+    if stage == "instruct" and given["model_name_or_path"] is None and given["pretrain_mm_mlp_adapter"] is None:
         filled["model_name_or_path"] = DEFAULTS["align"]["output_dir"]
     if given["gradient_accumulation_steps"] is None:
         rows = max(1, filled["per_device_train_batch_size"]) * processes
@@ -222,7 +224,7 @@ def rates(settings, training):
 def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
     gpus, out, align = training.n_gpu, Path(training.output_dir), settings.stage == "align"
-    adapter = [f"--{name}" for name in ("lora_alpha", "lora_dropout", "load_in_4bit") if getattr(settings, name) != getattr(Settings, name)]
+    adapter = [f"--{name}" for name in ("lora_alpha", "lora_dropout", "load_in_4bit") if training.given[name] != getattr(Settings, name)]
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (7B: 24 GB to align or for QLoRA, several GPUs in full); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} llava_two_stage.py. One: CUDA_VISIBLE_DEVICES=0"),
@@ -291,7 +293,7 @@ def load_config(settings):
              f"{text.model_type}, tested are {', '.join(LANGUAGE_MODELS)}")
     config = found[0] if whole else LlavaConfig(
         vision_config=vision, text_config=text, image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        projector_hidden_act="linear" if settings.projector_type == "linear" else "gelu")  # linear: no activation, see load_model
+        projector_hidden_act="linear" if settings.projector_type == "linear" else "gelu")  # linear: no activation, see join
     kind = "linear" if config.projector_hidden_act == "linear" else "mlp2x_gelu"
     if settings.projector_type not in (None, kind):
         fail(f"--projector_type {settings.projector_type}: {whole} has a projector of type {kind}")
@@ -541,8 +543,10 @@ class Collator:
         self.processor, self.stage, self.folder, self.max_length = processor, settings.stage, settings.image_folder or "", settings.model_max_length
         tokens = processor.tokenizer.added_tokens_decoder.values()
         self.control = {token.content for token in tokens if token.special} | {processor.image_token}
-        eos = [processor.tokenizer.eos_token_id]
-        self.stop = eos + processor.tokenizer("a\n", add_special_tokens=False)["input_ids"][-1:] * (self.stage == "align")  # where generation ends
+        self.stop = [processor.tokenizer.eos_token_id]  # where generation ends; a caption, at any token that ends in a newline (Llama 3 has many)
+        if self.stage == "align":
+            newlines = [n for token, n in processor.tokenizer.get_vocab().items() if token.endswith(("<0x0A>", "\u010a", "\n"))]
+            self.stop += sorted(n for n in newlines if processor.tokenizer.decode([n]).endswith("\n"))
 
     def ask(self, question, images):
         """The user's turn: images, question."""
@@ -630,7 +634,7 @@ def gathered(parameters):
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)  # what is changed there is kept
 
 
-def whole(cls, name, **kwargs):
+def complete(cls, name, **kwargs):
     """cls.from_pretrained, that fails where weights are missing instead of making them up with a warning. Raises ValueError."""
     model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
@@ -646,8 +650,8 @@ def precision(training):
 def join(settings, config, seed, **kwargs):
     """Vision encoder + new projector + language model, whose new rows of embeddings (of <image>, and what pads them to a multiple of 64)
     are the mean of the old ones. The projector begins as torch begins linear layers, like the original's."""
-    vision = whole(CLIPVisionModel, settings.vision_tower, revision=settings.vision_tower_revision, **kwargs)
-    language = whole(AutoModelForCausalLM, settings.language_model, revision=settings.language_model_revision, **kwargs)
+    vision = complete(CLIPVisionModel, settings.vision_tower, revision=settings.vision_tower_revision, **kwargs)
+    language = complete(AutoModelForCausalLM, settings.language_model, revision=settings.language_model_revision, **kwargs)
     processor = load_processor(settings)
     old = processor.image_token_id  # it is the last one, so all before it
     language.resize_token_embeddings(max(old + 1, language.config.vocab_size), pad_to_multiple_of=64, mean_resizing=False)
@@ -703,7 +707,7 @@ def load_model(settings, training):
         nf4 = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", *PARTS[:2]])  # replaces bitsandbytes' own list, so lm_head is named again
-        model = whole(LlavaForConditionalGeneration, name, revision=revision, quantization_config=nf4 if settings.load_in_4bit else None, **kwargs)
+        model = complete(LlavaForConditionalGeneration, name, revision=revision, quantization_config=nf4 if settings.load_in_4bit else None, **kwargs)
     if settings.model_name_or_path and settings.pretrain_mm_mlp_adapter:
         with gathered(model.model.multi_modal_projector.parameters()):
             model.model.multi_modal_projector.load_state_dict(projector_weights(settings, config))
@@ -773,7 +777,7 @@ class ByModalityAndLength(torch.utils.data.Sampler):
                 steps += [order[n : n + self.rows] for n in range(0, full, self.rows)]
                 rest += order[full:]
         steps = [steps[n] for n in torch.randperm(len(steps), generator=random)]
-        if steps:  # where it does not fit, it should not fit at once
+        if steps:  # if memory runs out, then in the first step
             longest = max(range(len(steps)), key=lambda step: max(self.lengths[n] for n in steps[step]))
             steps[0], steps[longest] = steps[longest], steps[0]
         return itertools.chain(*steps, rest)

@@ -13,7 +13,7 @@ import torch
 from conftest import COLOURS, fresh, said, two_stage_run
 from PIL import Image
 from test_sft_llava_data import MODES, RED, WHITE, same
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -129,12 +129,17 @@ def byte_level(folder, bos=True, eos="</s>"):
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = (
         normalizers.NFC(),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
         decoders.ByteLevel(),
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", eos], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([SYSTEM, " USER: ASSISTANT: seven odd digit"] * 20, trainer)
+    bpe.train_from_iterator([SYSTEM, " USER: ASSISTANT: seven odd digit", "a digit.\n", "it is odd\n"] * 20, trainer)
     if bos:
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>" if bos else None, eos_token=eos).save_pretrained(folder)
@@ -797,3 +802,21 @@ def test_loader_workers_make_the_same_batches(stage_parse):
     some = recipe.read_rows(settings.data_path, None, settings).select(range(6))
     one, other = (list(torch.utils.data.DataLoader(some, 2, collate_fn=collator, num_workers=n)) for n in (0, 2))
     assert len(one) == 3 and all(map(same, one, other))
+
+
+def test_a_caption_ends_at_any_token_that_ends_its_line(kind):
+    """Llama 3's tokenizer has one for a full stop and a newline together; with "\\n" alone generation would run on."""
+    collator, _, eos = kind
+    align = collator("align")
+    tokenizer, stop = align.processor.tokenizer, set(align.stop)
+    ends = {n for n in range(len(tokenizer)) if tokenizer.decode([n]).endswith("\n")}
+    assert stop == ends | {tokenizer.convert_tokens_to_ids(eos)}
+    for caption in ("a digit.", "it is odd", "seven"):
+        assert tokenizer(f" {caption}\n", add_special_tokens=False)["input_ids"][-1] in stop
+    if "Ġ" in "".join(tokenizer.get_vocab()):
+        assert len(ends) > 1  # the point of it
+
+
+def test_adapters_are_scaled_by_two_unless_told_otherwise(stage_parse):
+    alphas = [stage_parse("instruct", lora_r=8, **more)[0].lora_alpha for more in ({}, {"lora_alpha": 4})]
+    assert alphas == [16, 4] and stage_parse("instruct")[1].given["lora_alpha"] is None
