@@ -101,7 +101,7 @@ demo-llava_two_stage: .venv/done
 
 test: .venv/done
 	.venv/bin/ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one
 
 clean:
 	rm -rf build
