@@ -61,6 +61,7 @@ from transformers import (
     LlavaProcessor,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
@@ -156,7 +157,7 @@ class Training(TrainingArguments):
 # activation_checkpointing); and those that may change when a run is taken up again without making it another run.
 REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel train_sampling_strategy
 save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval
-do_predict neftune_noise_alpha torch_compile dataloader_drop_last""".split()
+do_predict neftune_noise_alpha torch_compile dataloader_drop_last auto_find_batch_size accelerator_config optim_target_modules""".split()
 FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
 push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens logging_steps
 save_total_limit per_device_eval_batch_size""".split()
@@ -210,7 +211,7 @@ def parse(argv=None):
             fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused)
                  + ": accelerate launch --config_file configs/zero3.yaml" * ("--deepspeed" in refused))
         settings, training = parser.parse_dict(by_stage(given))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, OverflowError) as e:
         fail(e)
     training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
     return settings, training
@@ -225,7 +226,12 @@ def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
     gpus, out, align = training.n_gpu, Path(training.output_dir), settings.stage == "align"
     adapter = [f"--{name}" for name in ("lora_alpha", "lora_dropout", "load_in_4bit") if training.given[name] != getattr(Settings, name)]
+    odd = [f"--{name} {value}" for name, value in training.given.items() if isinstance(value, float) and not math.isfinite(value)]
+    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
+    below = [f"--{name}" for name in ("weight_decay", "max_grad_norm", "warmup_steps", "data_seed") if (getattr(training, name) or 0) < 0]
     for wrong, message in (
+        (below, f"{', '.join(below)}: 0 or more"),
+        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (7B: 24 GB to align or for QLoRA, several GPUs in full); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} llava_two_stage.py. One: CUDA_VISIBLE_DEVICES=0"),
         (align and training.learning_rate != 0, f"--learning_rate {training.learning_rate:g} is the language model's, which is frozen in --stage align; "
@@ -238,15 +244,18 @@ def check(settings, training):
          f"--vision_tower and --language_model are joined, --model_name_or_path {settings.model_name_or_path} is whole: one of them"
          + ("; to join them in --stage instruct give --pretrain_mm_mlp_adapter, the projector from stage 1" if not align else "")),
         (not all(0 <= rate < 10 for rate in rates(settings, training)), "learning rates: from 0, which means frozen, to below 10"),
+        (odd, f"{', '.join(odd)}: no number to train with"),
         (not any(rates(settings, training)), "nothing would be trained: every part is frozen"),
         (settings.lora_alpha <= 0 or not 0 <= settings.lora_dropout < 1 or not 0 <= settings.eval_fraction < 1,
          "--lora_alpha must be above 0, --lora_dropout and --eval_fraction from 0 to below 1"),
-        (min(settings.lora_r, settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or training.seed >= 2**32,
+        (min(settings.lora_r, settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or max(training.seed, training.data_seed or 0) >= 2**32,
          "--lora_r, --sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
         (min(settings.max_eval_rows, settings.sample_tokens, settings.model_max_length, training.per_device_train_batch_size,
              training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
          "batch sizes, accumulation steps, --max_eval_rows, --sample_tokens, --model_max_length: at least 1"),
-        (training.max_steps == 0 or not 0 < training.num_train_epochs < math.inf, "--max_steps and --num_train_epochs must be above 0"),
+        (training.max_steps == 0 or training.max_steps < -1 or not 0 < training.num_train_epochs, "--max_steps and --num_train_epochs must be above 0"),
+        (training.debug, "--debug: not used by this recipe"),
+        (not training.output_dir, "--output_dir: a folder is needed"),
         (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
@@ -257,9 +266,14 @@ def check(settings, training):
     ):
         if wrong:
             fail(message)
-    for name in ("model_name_or_path", "pretrain_mm_mlp_adapter"):  # the end would overwrite the beginning
-        if (start := getattr(settings, name)) and os.path.realpath(start) == os.path.realpath(out):
-            fail(f"--output_dir {out} is --{name}: choose another --output_dir")
+    for name in ("model_name_or_path", "pretrain_mm_mlp_adapter", "vision_tower", "language_model"):  # the end would overwrite the beginning
+        if (start := getattr(settings, name)) and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(out)):
+            fail(f"--output_dir {out} is {'' if os.path.realpath(start) == os.path.realpath(out) else 'around '}--{name}: choose another --output_dir")
+    try:
+        cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
+        get_scheduler(training.lr_scheduler_type, cls([torch.nn.Parameter(torch.zeros(1))], **kwargs), 1, 2, training.lr_scheduler_kwargs)
+    except Exception as e:
+        fail(f"--optim, --adam_... or --lr_scheduler_...: {e}")
     try:  # what would fail only after the weights are loaded
         for callback in get_reporting_integration_callbacks(training.report_to):
             callback()
@@ -277,10 +291,17 @@ def load_config(settings):
     for name, revision in places.items():
         try:
             found.append(AutoConfig.from_pretrained(getattr(settings, name), revision=revision))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            files = [*Path(getattr(settings, name)).glob("*.safetensors"), *Path(getattr(settings, name)).glob("*.bin")]
+            if Path(getattr(settings, name)).is_dir() and not files:
+                raise ValueError("there are no weights in it")
+            for file in files:
+                if file.suffix == ".safetensors":
+                    safe_open(file, "pt")  # fails where the end is missing
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
             hint = "; it holds an adapter, needed is a whole LLaVA" if whole and Path(whole, "adapter_config.json").exists() else (
                 "; --stage align makes one" if whole and settings.stage == "instruct" and not Path(whole, "config.json").exists() else "")
-            fail(f"--{name} {getattr(settings, name)}: {' '.join(str(e).split())}{hint}")
+            here = "" if Path(getattr(settings, name)).exists() else "there is no such folder, and as a hub id: "
+            fail(f"--{name} {getattr(settings, name)}: {here}{' '.join(str(e).split()):.400}{hint}")
     if whole and found[0].model_type != "llava":
         fail(f"--model_name_or_path {whole} is {found[0].model_type}; needed is a whole LLaVA (llava)")
     vision, text = (found[0].vision_config, found[0].text_config) if whole else (
@@ -366,7 +387,7 @@ def load_processor(settings):
             processor = LlavaProcessor(images, tokenizer, patch_size=load_config(settings).vision_config.patch_size, vision_feature_select_strategy="default",
                                        num_additional_image_tokens=1)  # CLIP's CLS, which "default" then drops
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        fail(f"{whole or f'{settings.language_model} and {settings.vision_tower}'}: no processor: {' '.join(str(e).split())}")
+        fail(f"{whole or f'{settings.language_model} and {settings.vision_tower}'}: no processor: {' '.join(str(e).split()):.400}")
     if type(processor).__name__ != "LlavaProcessor":
         fail(f"--model_name_or_path {whole} has a {type(processor).__name__}; needed is LLaVA's processor")
     tokenizer = processor.tokenizer
@@ -409,7 +430,7 @@ def load_image(path):
             raise ValueError("it is no file")  # a pipe would be waited for
         image = Image.open(path)
         if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
-            raise BadRow(f"{frames} images: {where} holds several, and only the first would be seen; give each its own file")
+            raise BadRow(f"several images: {where} holds {frames}, and only the first would be seen; give each its own file")
         image.load()  # verify() passes a truncated JPEG
         image = ImageOps.exif_transpose(image)
         if max(image.size) > 200 * min(image.size):  # a processor scales the short side to its size first
@@ -431,9 +452,9 @@ def load_image(path):
 
 
 def braces(pairs):
-    """A JSON object -> dict; what stands there twice becomes a list of both, which no check lets pass as a text or a path."""
+    """A JSON object -> dict; what stands there twice becomes an object of both, which no check lets pass as a text or a path."""
     named = dict(pairs)
-    return named if len(named) == len(pairs) else {key: some[0] if len(some := [v for k, v in pairs if k == key]) == 1 else some for key in named}
+    return named if len(named) == len(pairs) else {key: some[0] if len(some := [v for k, v in pairs if k == key]) == 1 else {"twice": some} for key in named}
 
 
 def read_rows(name, split, settings):
@@ -441,7 +462,7 @@ def read_rows(name, split, settings):
     path = Path(name)
     try:
         if path.suffix.lower() not in (".json", ".jsonl"):
-            raise ValueError("read are .json and .jsonl files in LLaVA's own schema: see the README")
+            raise ValueError("read are .json and .jsonl files in LLaVA's own schema: see docs/llava_two_stage.md")
         text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
         if lines:
             rows = []
@@ -453,11 +474,11 @@ def read_rows(name, split, settings):
         else:
             rows = json.loads(text, object_pairs_hook=braces)
         if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
+            raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see docs/llava_two_stage.md")
         if not any("conversations" in row or "caption" in row for row in rows):
             raise ValueError(f"no row has 'conversations'; the first one has {', '.join(rows[0]) or 'nothing'}")
-        if odd := [(n, key) for n, row in enumerate(rows) for key in row if key.lower() in ("image", "images", "system") and key != "image"]:
-            raise ValueError(f"row {odd[0][0]} has a key {odd[0][1]!r}: images go under 'image', a system message is the first turn")
+        if odd := [(n, key) for n, row in enumerate(rows) for key in row if key.lower() in ("image", "images", "system", "video", "videos") and key != "image"]:
+            raise ValueError(f"row {odd[0][0]} has a key {odd[0][1]!r}: images go under 'image', a system message is the first turn, there are no videos")
         if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
             raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
         keys = ("id", "image", "conversations", "caption")
@@ -500,7 +521,7 @@ def check_rows(data, name, collator, settings, training):
     report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
     stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
     if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
+        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(data) > len(bad) > counts["too long"])
         report += ["Raise --model_max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
         fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
     if bad:
@@ -555,7 +576,9 @@ class Collator:
     def read(self, row):
         """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
         cells, turns, messages, seen = image_cells(row, self.folder), row.get("conversations"), [], 0
-        if row.get("caption") is not None and turns is None and self.stage == "align":  # short for a conversation
+        if row.get("caption") is not None and turns is not None:
+            raise BadRow("caption and conversations: the row has both; one of them")
+        if row.get("caption") is not None and self.stage == "align":  # short for a conversation
             turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": row["caption"]}]
         if not isinstance(turns, list) or not turns:
             raise BadRow("no conversation: conversations must be a list of turns, {from, value}")
@@ -579,6 +602,8 @@ class Collator:
             raise BadRow(f"no caption: --stage align takes one image and one caption, not {len(messages)} turns and {len(cells)} images; conversations are for instruct")
         if self.stage == "align" and (said := re.search(r"(?m)^\s*((USER|ASSISTANT|Human|Assistant)\s?:|###)", text_of(messages[1]))):
             raise BadRow(f"roles in a caption: {said[0].strip()!r} begins a line of it; captions have none, conversations are for --stage instruct")
+        if self.stage == "align" and "\n" in text_of(messages[1]):
+            raise BadRow("several lines: a newline ends a caption, what follows would never be said; write it on one line")
         for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
             part["image"] = load_image(part["image"])
         return messages

@@ -22,6 +22,7 @@ VALUES = {  # of a refused setting, where "x" would not be read at all
     "label_smoothing_factor": "0.1",
     "gradient_checkpointing": "true",
     "train_sampling_strategy": "group_by_length",
+    "accelerator_config": '{"split_batches": true}',
     "eval_packing": "true",
     "completion_only_loss": "true",
     "truncation_mode": "keep_end",

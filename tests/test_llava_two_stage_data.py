@@ -213,9 +213,9 @@ def test_conversations_are_the_tokens_of_llava(kind):
 def test_captions_are_the_tokens_of_llava(kind):
     make, tokenizer, _ = kind
     collator = make("align")
-    for caption in [*TEXTS, "</im_end>", "The user: a\nlong story", "Human skeleton", "Assistant coach", "USER manual"]:
-        if caption == "ASSISTANT:":
-            continue  # is taken for a conversation
+    for caption in [*TEXTS, "</im_end>", "The user: a long story", "Human skeleton", "Assistant coach", "USER manual"]:
+        if caption == "ASSISTANT:" or "\n" in caption:
+            continue  # is taken for a conversation; has lines that would never be said
         for row in (
             said("<image>\nDescribe it.", caption, image="red.png"),
             said("Describe it.\n<image>", caption, image="lime.png"),

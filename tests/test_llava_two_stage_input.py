@@ -109,9 +109,9 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "image empty": (shows("empty.png"), NO_IMAGE + ".*empty.png"),
     "image truncated": (shows("truncated.jpg"), NO_IMAGE + ".*truncated.jpg.*truncated"),
     "image no picture": (shows("text.png"), NO_IMAGE + ".*text.png"),
-    "several images in one file": (shows("pages.tiff"), "3 images: .*pages.tiff holds several.*its own file"),
-    "a moving picture": (shows("film.gif"), "3 images: .*film.gif"),
-    "a moving picture, too": (shows("film.webp"), "3 images: .*film.webp"),
+    "several images in one file": (shows("pages.tiff"), "several images: .*pages.tiff holds 3.*its own file"),
+    "a moving picture": (shows("film.gif"), "several images: .*film.gif holds 3"),
+    "a moving picture, too": (shows("film.webp"), "several images: .*film.webp holds 3"),
     "image of no numbers": (shows("nan.tiff"), NO_IMAGE + ".*nan.tiff .its brightest value is nan"),
     "image of infinities": (shows("inf.tiff"), NO_IMAGE + ".*inf.tiff .its brightest value is inf"),
     "image below black": (shows("negative.tiff"), NO_IMAGE + ".*negative.tiff"),
@@ -138,6 +138,9 @@ BAD_CAPTIONS = {
     "several turns": (said("<image>", "a", "q", "b", image="red.png"), NO_CAPTION.format(4, 1)),
     "no image": (said("q", "a"), NO_CAPTION.format(2, 0)),
     "two images": (said("<image><image>", "a", image=TWO), NO_CAPTION.format(2, 2)),
+    "two lines": ({"image": "red.png", "caption": "a digit\nan odd one"}, "several lines: a newline ends a caption.*on one line"),
+    "an empty line behind it": ({"image": "red.png", "caption": "a digit\n"}, "several lines: "),
+    "a caption and a conversation": ({**GOOD_CAPTION, "caption": "a"} | {"conversations": GOOD["conversations"]}, "caption and conversations: .*one of them"),
     "a system turn": (turns(("system", "s"), ("human", "<image>"), ("gpt", "a"), image="red.png"), NO_CAPTION.format(3, 1)),
     "a question only": (turns(("human", "<image>"), image="red.png"), NO_CAPTION.format(1, 1)),
     "an answer only": (turns(("gpt", "a"), image="red.png"), ORDER + "0 must be the human's"),
@@ -227,10 +230,10 @@ def test_a_key_given_twice_does_not_lose_a_picture(stops, tmp_path):
     )
     message = stops(data_path=tmp_path / "x.json")
     assert re.search(
-        r"2 of 2 rows(?s:.*)row 0: malformed image: (?s:.*)row 1: empty answer: turn 1, the gpt's, says \['a', 'b'\]", message
+        r"2 of 2 rows(?s:.*)row 0: malformed image: (?s:.*)row 1: empty answer: turn 1, the gpt's, says \{'twice': \['a', 'b'\]\}", message
     ), message
-    (tmp_path / "x.json").write_text(f"[{json.dumps(GOOD)[:-1]}, " + '"image": "lime.png"}]')  # two images, one <image>
-    assert "row 0: images do not match: 1 <image> in what the human says, 2 images" in stops(data_path=tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(f"[{json.dumps(GOOD)[:-1]}, " + '"image": "lime.png"}]')
+    assert "row 0: malformed image: {'twice': ['red.png', 'lime.png']}" in stops(data_path=tmp_path / "x.json")
 
 
 # --------------------------------------------------------------------------------------------------------- skipping
@@ -382,6 +385,23 @@ LORA = {"lora_r": 4}
         ({"gradient_checkpointing": True}, "--gradient_checkpointing: not used .*activation_checkpointing"),
         ({"remove_unused_columns": True}, "--remove_unused_columns: not used"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: not used"),
+        ({"weight_decay": "nan"}, "--weight_decay nan: no number to train with"),
+        ({"max_grad_norm": "nan", "warmup_steps": "inf"}, "--max_grad_norm nan"),
+        ({"weight_decay": -1}, "--weight_decay: 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"eval_steps": -1}, "--eval_steps: above 0; --eval_strategy no"),
+        ({"save_steps": -1}, "--save_steps: above 0"),
+        ({"logging_steps": "inf"}, "infinity"),
+        ({"max_steps": -5}, "--max_steps and --num_train_epochs must be above 0"),
+        ({"data_seed": 10**20}, "--seed: 0 or more, and a seed below 2"),
+        ({"data_seed": -3}, "--data_seed: 0 or more"),
+        ({"adam_beta1": 2}, "--adam_.*beta"),
+        ({"adam_epsilon": -1}, "--adam_.*epsilon"),
+        ({"optim": "lomo"}, "--optim.*lomo"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_.*min_lr"),
+        ({"debug": "underflow_overflow"}, "--debug: not used"),
+        ({"output_dir": ""}, "--output_dir"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size: not used"),
         ({"gradient_accumulation_steps": None, "per_device_train_batch_size": 3},
          "3 rows at once on 1 processes do not make up a step of .*--gradient_accumulation_steps"),
     ],
@@ -504,6 +524,19 @@ def test_the_result_does_not_overwrite_the_beginning(stage, flag, stops, tiny_pa
     for out in (tiny_parts / "align", f"{tiny_parts}/align/", tmp_path / "link"):
         message = stops(stage=stage, output_dir=out, **{flag: tiny_parts / "align"})
         assert re.match(rf"error: --output_dir .* is --{flag}: choose another --output_dir$", message), message
+    message = stops(stage=stage, output_dir=tiny_parts, **{flag: tiny_parts / "align"})  # as are checkpoints, which are cleared away
+    assert re.match(rf"error: --output_dir .* is around --{flag}: choose another --output_dir$", message), message
+
+
+@pytest.mark.parametrize("flag, folder", [("vision_tower", "vision"), ("language_model", "language")])
+def test_the_result_does_not_overwrite_the_parts(flag, folder, stops, tiny_parts):
+    message = stops(stage="align", output_dir=tiny_parts / folder)
+    assert re.match(rf"error: --output_dir .* is --{flag}: choose another --output_dir$", message), message
+
+
+@pytest.mark.parametrize("flag", ["vision_tower", "language_model", "model_name_or_path"])
+def test_a_path_that_does_not_exist_is_said_to(flag, stops):
+    assert f"error: --{flag} no/where: there is no such folder, and as a hub id: " in stops(stage="align", **{flag: "no/where"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -599,6 +632,7 @@ def test_parts_that_cannot_be_joined_are_named(part, spoil, expected, stage, tin
 def test_a_whole_clip_is_a_vision_tower(tiny_parts, stage_parse, tmp_path):
     config = recipe.AutoConfig.from_pretrained(tiny_parts / "vision")
     CLIPConfig(vision_config=config.to_dict()).save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "pytorch_model.bin").touch()  # the weights are not looked at yet
     joined = recipe.load_config(stage_parse("align", vision_tower=tmp_path / "clip")[0])
     assert (
         joined.vision_config.hidden_size == config.hidden_size and joined.vision_config.image_size == 56 and joined.image_seq_length == 16
@@ -786,7 +820,7 @@ WEIGHTS = {  # which model, how to spoil it, what the message says
     "a layer of another size": ("language", narrower("0.self_attn.q_proj"), "mismatch"),
     "cut off": ("align", lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]), ""),
     "empty": ("language", lambda folder: (folder / "model.safetensors").write_bytes(b""), ""),
-    "missing": ("vision", without("*.safetensors"), "model.safetensors"),
+    "missing": ("vision", without("*.safetensors"), "there are no weights in it"),
 }  # fmt: skip
 
 
@@ -796,7 +830,7 @@ def test_weights_that_are_missing_are_not_made_up(part, spoil, expected, tiny_pa
     flag = {"align": "model_name_or_path", "vision": "vision_tower", "language": "language_model"}[part]
     stage, row = ("instruct", GOOD) if part == "align" else ("align", GOOD_CAPTION)
     message = refusal(recipe.main, stage_flags(stage, **{flag: folder}, data_path=write([row]), eval_fraction=0, image_folder=tmp_path))
-    assert message.startswith("error: cannot load the weights of ") and str(folder) in message and expected in message, message
+    assert message.startswith(("error: cannot load the weights of ", f"error: --{flag} {folder}: ")) and str(folder) in message and expected in message, message
     assert not (tmp_path / "out").exists()
 
 

@@ -528,7 +528,7 @@ def test_it_has_the_published_sizes(tiny_parts, tmp_path, monkeypatch):
             return cls(config) if cls is CLIPVisionModel else cls.from_config(config)
 
     words = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    monkeypatch.setattr(recipe, "whole", whole)
+    monkeypatch.setattr(recipe, "complete", whole)
     monkeypatch.setattr(recipe, "load_processor", lambda settings: SimpleNamespace(image_token_id=32000, tokenizer=words))
     flags = {"vision_tower": tmp_path / "vision", "language_model": tmp_path / "language"}
     model = recipe.load_model(*recipe.parse(two_stage_run(tiny_parts, "out", "align", **flags)))
