@@ -44,7 +44,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.trainer.utils import flush_left
@@ -808,7 +808,15 @@ def main(argv=None):
         os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
         Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
+        if state and state.global_step >= steps:  # killed when it had only to save the result: train() would take a step more
+            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
+            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
+            if not is_whole(wanted):
+                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
+            trainer._load_from_checkpoint(str(wanted))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except BadRow as e:  # out of a loader's process it comes with a traceback before it
         fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
     except KeyboardInterrupt:

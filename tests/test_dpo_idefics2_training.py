@@ -77,7 +77,7 @@ def run(argv, train=True):
         with contextlib.nullcontext() if train else pytest.raises(SystemExit):
             dpo_idefics2.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0], text=text.getvalue(), weights=weights.seen)
+    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen)
 
 
 def plain(name):
@@ -649,15 +649,28 @@ def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
 
 
 @pytest.mark.slow
-def test_killed_before_the_end_was_written(uninterrupted, several, tmp_path):
-    """All steps are done, the result is not saved: started again it is, without another step."""
-    out = Path(shutil.copytree(uninterrupted.out, tmp_path / "out"))
+@pytest.mark.parametrize("more, best", [({}, True), (DORA | FLOAT, False)])
+def test_killed_before_the_end_was_written(several, tmp_path, more, best):
+    """All steps are done, the last one in the middle of an epoch, and the result is not saved: started again it is, without another step."""
+    settings = LONG | more | {"max_steps": 11, "load_best_model_at_end": best}
+    first = run(command(several, tmp_path / "first", **settings))
+    out = Path(shutil.copytree(first.out, tmp_path / "out"))
+    weights = next(out.glob("*model.safetensors"))
     (out / "trainer_state.json").unlink()
-    (out / "adapter_model.safetensors").unlink()
-    again = run(command(several, out, **LONG))
-    assert len(again.weights) == 1 and list(log(out)) == list(range(1, 13))
-    saved = [load_file(folder / "adapter_model.safetensors") for folder in (uninterrupted.out, out)]
-    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    weights.unlink()
+    again = run(command(several, out, **settings))
+    assert not again.weights and list(log(out)) == list(range(1, 12)) and log(out) == log(first.out)
+    saved, wanted = load_file(weights), load_file(first.out / weights.name)
+    assert saved.keys() == wanted.keys() and all(torch.equal(saved[key], wanted[key]) for key in saved)
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()):
+        dpo_idefics2.main(command(several, out, **settings))
+    assert stopped.value.code in (0, None)
+    if best:  # one that is gone is named
+        (out / "trainer_state.json").unlink()
+        state = out / "checkpoint-11" / "trainer_state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}))
+        gone = refusal(dpo_idefics2.main, command(several, out, **settings))
+        assert gone.startswith(f"error: {out / 'checkpoint-1'}, the best checkpoint, is missing or damaged")
 
 
 def test_interrupted_by_the_keyboard(several, tmp_path, monkeypatch):
