@@ -178,6 +178,67 @@ def test_a_text_after_every_question(run, tmp_path, ask, calls):
     assert (one["question"], one["prediction"]) == (found[0]["question"], found[0]["prediction"])
 
 
+# -------------------------------------------------------------------------------------------------------- resume
+@pytest.mark.parametrize("kept, cut", [(0, 0), (1, 30), (4, 0), (7, 12), (10, 1), (-1, 0), (-1, 5), (None, 0)])
+def test_a_file_half_written_is_gone_on_with(run, tiny_llava, ask, tmp_path, calls, kept, cut):
+    """After whole lines, and a part of one; the batches are the same, so are the answers. None: there is no file yet."""
+    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    whole = ask(*flags, name="whole.jsonl")
+    text, out = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True), tmp_path / "half.jsonl"
+    kept = len(text) + kept + (cut == 0) if (kept or 0) < 0 else kept  # -1: all of them, or all but the last
+    if kept is not None:
+        out.write_bytes(b"".join(text[:kept]) + (text[kept][:cut] if cut else b""))
+    whole_calls = len(calls)
+    calls.clear()
+    generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(out), "--resume"])
+    assert out.read_bytes() == b"".join(text) and len(whole) == len(text) > 25
+    left = 0 if kept == len(text) else len(text) - (kept or 0) // 4 * 4
+    assert len(calls) == -(-left // 4) <= whole_calls
+
+
+def test_the_bar_counts_rows(run, tiny_llava, ask, tmp_path, monkeypatch):
+    """Those that are answered, of all; after a restart it begins where the file ended."""
+    bars = []
+
+    class Bar(generate.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.seen = [self.n]
+            bars.append(self)
+
+        def update(self, n=1):
+            super().update(n)
+            self.seen.append(self.n)
+
+    monkeypatch.setattr(generate, "tqdm", Bar)
+    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    found = ask(*flags)
+    over = [len({x["row"] for x in found[:n]}) - (n < len(found) and found[n]["row"] == found[n - 1]["row"]) for n in range(0, len(found), 4)]
+    answering = lambda: next(bar for bar in reversed(bars) if bar.desc and bar.desc.startswith("Answering"))
+    assert answering().total == 24 and answering().seen == [0, *over[1:], 24]
+    text = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text("".join(text[:14]))
+    generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"), "--resume"])
+    assert answering().seen == [over[3], *over[4:], 24]
+
+
+def test_a_file_of_other_questions_is_not_gone_on_with(run, tiny_llava, ask, tmp_path, monkeypatch):
+    data = ["--dataset_name", str(tiny_llava / "data"), "--dataset_train_split", "test"]
+    ask(run, *data)
+    text, out = (tmp_path / "out.jsonl").read_text(), tmp_path / "other.jsonl"
+    monkeypatch.setattr(generate, "load_recipe", lambda *_: sft_llava)
+    monkeypatch.setattr(sft_llava, "load_model", None)  # it is found before weights load
+    rows = [json.loads(line) for line in text.splitlines()]
+    other = json.dumps(rows[1] | {"question": "What is it?"})
+    for start, line in (("\n".join(text.splitlines()[:1] + [other]), 2), (text + text.splitlines()[0], len(rows) + 1), ("no json\n" + text, 1), ("[]\n", 1)):
+        out.write_text(start.removesuffix("\n") + "\n")
+        with pytest.raises(SystemExit, match=f"^error: --resume .*other.jsonl: line {line} is no answer"):
+            generate.main([str(run), *data, "--output", str(out), "--resume"])
+        assert out.read_text() == start.removesuffix("\n") + "\n"
+    with pytest.raises(SystemExit, match="^error: .*--resume it"):
+        generate.main([str(run), *data, "--output", str(out)])
+
+
 @pytest.mark.slow
 def test_whole_models(tiny_llava, tmp_path, ask):
     """Trained in full, or merged: a folder without an adapter."""
@@ -220,6 +281,8 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
         (["RUN", "--image", "x.png"], "--question"),
         (["RUN", "--image", "x.png", "--question", "x"], "x.png"),
         (["RUN", "--output", "TAKEN"], "--overwrite"),
+        (["RUN", "--resume"], "an --output"),
+        (["RUN", "--output", "TAKEN", "--resume", "--overwrite"], "one of them"),
         (["RUN", "--recipe", "no.py"], "no.py"),
         (["RUN", "--datset_name", "x"], "--datset_name"),
         (["RUN", "--dataset_name", "BAD"], "row 1: empty answer"),

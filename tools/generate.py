@@ -4,12 +4,14 @@
     python tools/generate.py llava-lora --dataset_name test.json --image_folder images --output after.jsonl
     python tools/generate.py llava-lora --dataset_name test.json --output before.jsonl --base_only
     python tools/generate.py llava-lora --output held_out.jsonl     # the rows that the run itself held out
+    python tools/generate.py llava-lora --dataset_name test.json --output after.jsonl --resume   # it was killed: ask the rest
     python tools/generate.py merged-model --image cat.jpg --question "What is this?"
     python tools/generate.py model-of-mine --recipe idefics2_docvqa.py --image page.png --question "What is the total?"
     python tools/generate.py RUN --dataset_name query_discriminative.json --image_folder image --question_column query \\
         --append "Please answer yes or no." --output amber.jsonl     # on to evals/amber.py
 
-RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), or any model that a recipe can load.
+RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), what tools/merge_adapter.py made of it, or any model that a
+recipe can load.
 A row of several turns gives one prediction for each: asked with the right answers to the turns before it. Every other flag
 is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). A line of the output has: row, id, turn, images
 (how many), question, reference (a list where several answers are accepted, null where the row has none), prediction.
@@ -20,6 +22,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +61,7 @@ def parse(argv=None):
     parser.add_argument("--append", metavar="TEXT", help="put TEXT after every question, with a space between")
     parser.add_argument("--output", type=Path, help="the .jsonl to write; without it, answers are only printed")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
+    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT ends, with the flags that it was begun with")
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out: the untouched model")
     parser.add_argument("--batch_size", type=int, default=8, help="questions at once (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
@@ -65,8 +69,10 @@ def parse(argv=None):
     parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
-    if args.output and args.output.exists() and not args.overwrite:
-        fail(f"{args.output} exists: choose another --output, or --overwrite it")
+    if args.resume and (args.overwrite or not args.output):
+        fail("--resume goes on with an --output, --overwrite begins it anew: one of them, and an --output")
+    if args.output and args.output.exists() and not args.overwrite and not args.resume:
+        fail(f"{args.output} exists: choose another --output, --overwrite it, or --resume it")
     if args.question is not None and not args.question.strip():
         fail("--question is blank")
     if args.append is not None and not args.append.strip():
@@ -158,6 +164,37 @@ def answer(model, collator, conversations, args):
     return [text.strip() for text in collator.processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
+def lines(asked):
+    """Questions -> (line of the output, without its prediction, messages, how many rows are over with it)."""
+    for row, messages, turn, question, reference, over in asked:
+        images = sum(part["type"] == "image" for m in messages for part in m["content"])
+        yield {"row": row.get("row"), "id": row.get("id"), "turn": turn, "images": images, "question": question,
+               "reference": reference}, messages, over
+
+
+def unanswered(path, asked, size):
+    """A file of answers, the questions and the size of a batch -> (its bytes that stay, lines in them, rows over with them, the questions that are left or None).
+    What is left begins with a whole batch, so that the answers are those of a run that nothing interrupted. Raises SystemExit where the file is no
+    beginning of answers to these questions."""
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # behind the last line end: nothing, or half a line
+    stay, count, rows, again, end = 0, 0, 0, [], 0
+    for n, text in enumerate(whole, start=1):
+        item = next(asked, None)
+        try:
+            found = json.loads(text)
+            found.pop("prediction")
+        except (ValueError, AttributeError, KeyError, TypeError):  # no JSON, or another one
+            found = None
+        if item is None or found != json.loads(json.dumps(item[0])):
+            fail(f"--resume {path}: line {n} is no answer to the question that would be asked there: give the flags that the file was begun with, or choose another --output")
+        again, end = [*again, item], end + len(text) + 1
+        if len(again) == size:
+            stay, count, rows, again = end, n, item[2], []
+    if (item := next(asked, None)) is None:
+        return end, len(whole), again[-1][2] if again else rows, None
+    return stay, count, rows, itertools.chain(again, [item], asked)
+
+
 def main(argv=None):
     """Parse, load, ask, write."""
     args, rest = parse(argv)
@@ -174,7 +211,7 @@ def main(argv=None):
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
         turn = add(args.append, turn)
-        asked = [({}, [*system, turn], 0, recipe.text_of(turn), None)]
+        asked, rows = [({}, [*system, turn], 0, recipe.text_of(turn), None, 1)], [{}]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
         own = not given & {"dataset_name", "data_path"}
@@ -188,7 +225,15 @@ def main(argv=None):
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}")
         rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
-        asked = ((row, *question) for row in tqdm(rows, desc="Answering") for question in questions(recipe, collator, row, args.append))
+        found = ((n, row, questions(recipe, collator, row, args.append)) for n, row in enumerate(rows))
+        asked = ((row, *one, n + (k == len(every))) for n, row, every in found for k, one in enumerate(every, start=1))
+    asked, stay, count, over = lines(asked), 0, 0, 0
+    if args.resume:
+        stay, count, over, asked = unanswered(args.output, asked, args.batch_size)
+        if asked is None:
+            os.truncate(args.output, stay)
+            print(f"{count} answers in {args.output}; nothing is left to ask")
+            return
 
     try:
         model = recipe.load_model(settings, training)
@@ -197,14 +242,18 @@ def main(argv=None):
     except (OSError, ValueError) as e:
         fail(f"cannot load {settings.model_name_or_path} (another place: --model_name_or_path): {e}")
     model.eval()
-    out, count, asked = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout, 0, iter(asked)
+    if args.resume:
+        with open(args.output, "ab") as file:
+            file.truncate(stay)
+    out = open(args.output, "a" if args.resume else "w", encoding="utf-8") if args.output else sys.stdout
+    bar = tqdm(total=len(rows), initial=over, desc="Answering rows", disable=args.question is not None)
     while some := list(itertools.islice(asked, args.batch_size)):
-        for (row, messages, turn, question, reference), said in zip(some, answer(model, collator, [x[1] for x in some], args)):
-            images = sum(part["type"] == "image" for m in messages for part in m["content"])
-            line = {"row": row.get("row"), "id": row.get("id"), "turn": turn, "images": images, "question": question,
-                    "reference": reference, "prediction": said}
-            print(said if args.question is not None and not args.output else json.dumps(line, ensure_ascii=False), file=out, flush=True)
+        for (line, *_), said in zip(some, answer(model, collator, [messages for _, messages, _ in some], args)):
+            text = json.dumps({**line, "prediction": said}, ensure_ascii=False)
+            print(said if args.question is not None and not args.output else text, file=out, flush=True)
             count += 1
+        bar.update(some[-1][2] - bar.n)
+    bar.close()
     if args.output:
         out.close()
         print(f"{count} answers in {args.output}")
