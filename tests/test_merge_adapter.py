@@ -40,6 +40,7 @@ RUNS = {
     "dpo, llava": (dpo_idefics2, "tiny_llava", "tiny_pairs", FLOAT),
     "dpo, paligemma": (dpo_idefics2, "tiny_paligemma", "tiny_pairs", FLOAT),
     "minicpm 4.6": (finetune_minicpm_lora, "tiny_minicpm", None, {"lora_modules_to_save": "embed_tokens"}),  # tied
+    "minicpm 4.6, biases": (finetune_minicpm_lora, "tiny_minicpm", None, {"lora_bias": "all"}),
     "minicpm 4.7": (finetune_minicpm_lora, "tiny_minicpm47", None, {"q_lora": True, "tune_vision": True}),
     "minicpm 2.6": (finetune_minicpm_lora, "tiny_minicpm26", None, {}),
     "two stages": (llava_two_stage, "tiny_parts", None, {"lora_r": 8, "projector_learning_rate": 1e-2}),
@@ -282,6 +283,13 @@ def test_what_does_not_agree_is_not_kept(runs, tmp_path, monkeypatch, where):
         monkeypatch.setattr(merge_adapter, "save", save)
     message = refused([runs("llava"), tmp_path / "model", "--use_cpu"], tmp_path / "model")
     assert {"merged": "do not agree", "saved": "is not what was merged", "written": "No space left on device"}[where] in message
+
+
+def test_an_adapter_on_a_tied_matrix_is_refused(tiny_minicpm, tmp_path):
+    """Merged into lm_head it would change the embeddings, too."""
+    more = {"lora_target_modules": r"lm_head|.*\.q_proj", "projector_learning_rate": 0}
+    quietly(finetune_minicpm_lora.main, minicpm_run(tiny_minicpm, tmp_path / "run", **SHORT, **more))
+    assert "do not agree" in refused([tmp_path / "run", tmp_path / "model", "--use_cpu"], tmp_path / "model")
 
 
 def test_a_base_in_four_bits_is_refused(runs, tmp_path, tiny_llava):
