@@ -291,13 +291,7 @@ def load_config(settings):
     for name, revision in places.items():
         try:
             found.append(AutoConfig.from_pretrained(getattr(settings, name), revision=revision))
-            files = [*Path(getattr(settings, name)).glob("*.safetensors"), *Path(getattr(settings, name)).glob("*.bin")]
-            if Path(getattr(settings, name)).is_dir() and not files:
-                raise ValueError("there are no weights in it")
-            for file in files:
-                if file.suffix == ".safetensors":
-                    safe_open(file, "pt")  # fails where the end is missing
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
             hint = "; it holds an adapter, needed is a whole LLaVA" if whole and Path(whole, "adapter_config.json").exists() else (
                 "; --stage align makes one" if whole and settings.stage == "instruct" and not Path(whole, "config.json").exists() else "")
             here = "" if Path(getattr(settings, name)).exists() else "there is no such folder, and as a hub id: "
@@ -321,6 +315,21 @@ def load_config(settings):
     if not isinstance(config.vision_feature_layer, int):
         fail(f"{whole} takes features from several layers, {config.vision_feature_layer}: tested is one")
     return config
+
+
+def check_weights(settings, config):
+    """Stop where a folder has no weights, or some that were cut off, and not after all rows are read. Raises SystemExit."""
+    for name in ("model_name_or_path",) if settings.model_name_or_path else ("vision_tower", "language_model"):
+        folder = Path(getattr(settings, name))
+        try:
+            if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+                raise ValueError("there are no weights in it")
+            for file in folder.glob("*.safetensors"):
+                safe_open(file, "pt")  # fails where the end is missing
+        except (OSError, ValueError, SafetensorError) as e:
+            fail(f"--{name} {folder}: {e}")
+    if settings.pretrain_mm_mlp_adapter:
+        projector_weights(settings, config)
 
 
 def projector_weights(settings, config):
@@ -963,9 +972,7 @@ def main(argv=None):
     check(settings, training)
     checkpoint, say = checkpoint_to_resume(training), PartialState().print
     set_seed(training.seed)
-    config = load_config(settings)
-    if settings.pretrain_mm_mlp_adapter:
-        projector_weights(settings, config)
+    check_weights(settings, load_config(settings))
     train, held_out = load_data(settings, training)
     if held_out is None:
         training.eval_strategy, training.load_best_model_at_end = "no", False
