@@ -26,9 +26,10 @@ TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --g
 
 demo: demo-$(RECIPE)
 
-.venv/done: requirements.txt requirements-dev.txt
+.venv/done: requirements.txt requirements-dev.txt requirements-compare.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q --no-deps -r requirements-compare.txt
 	touch $@
 
 # The best checkpoint is not looked for: it would be chosen by the very pictures that the table is about.
