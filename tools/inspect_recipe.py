@@ -1,0 +1,446 @@
+"""Before a run: will it work, will it fit, what exactly will be trained? Data, examples, parameters, memory, plan; no weights loaded.
+
+    python tools/inspect_recipe.py sft_llava.py --dataset_name train.json --image_folder images
+    python tools/inspect_recipe.py sft_llava.py --config llava-lora/settings.yaml --rows 1000     # a quick look at large data
+    python tools/inspect_recipe.py dpo_idefics2.py --load_in_4bit false --per_device_train_batch_size 4
+    python tools/inspect_recipe.py llava_two_stage.py --stage instruct --gpus 8 --strategy zero3
+    python tools/inspect_recipe.py sft_llava.py --no-color > before.txt
+    python tools/inspect_recipe.py sft_llava.py --json > before.json
+
+Every other flag is the recipe's own. It needs no GPU: without --use_cpu everything is reckoned for one with bf16 (--fp16 true: for an older one). Of
+the model only the configuration and the processor are read. The recipe's own main() then builds its model and its trainer out of
+tensors that have a shape and no content, and its own training step is run on those; what that allocates is counted. What each figure
+is, and how far off it can be: docs/inspect.md. Tables are drawn by rich, which comes with transformers (else: pip install rich).
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import warnings
+import weakref
+from pathlib import Path
+from unittest.mock import patch
+
+import bitsandbytes
+import datasets
+import peft
+import torch
+import transformers
+import transformers.quantizers.auto
+import trl.trainer.utils
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+CONTRACT = ("Settings", "Training", "parse", "check", "load_processor", "load_data", "check_rows", "BadRow", "load_image", "Collator", "load_model", "main")
+STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
+CARDS = (16, 24, 40, 80)
+# Of a card's memory: CUDA's own context, and what its allocator cannot use because it is in pieces.
+CONTEXT, PIECES = 1e9, 0.05
+# NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256 scales four bytes.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# What an optimizer keeps for each trained parameter, in bytes: AdamW has two moments; 8-bit ones have scales for each 256.
+STATES = {"8bit": 2 * (1 + 4 / 256), "lion_8bit": 1 + 4 / 256, "lion": 4, "sgd": 0, "adagrad": 4, "adafactor": 0.01, "rmsprop": 4}
+
+
+def fail(message):
+    """End the program with one message and exit status 1."""
+    sys.exit(f"error: {message}")
+
+
+def parse(argv=None):
+    """-> (own arguments, the recipe's flags)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe's file: sft_llava.py, or a copy of it")
+    parser.add_argument("--rows", type=int, help="look at so many rows only, evenly drawn (default: all, as the recipe itself does)")
+    parser.add_argument("--examples", type=int, default=2, help="rows to show as the model sees them (default 2)")
+    parser.add_argument("--gpus", type=int, default=1, help="reckon for so many GPUs (default 1)")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)")
+    parser.add_argument("--no-color", action="store_true", help="plain text: what is trained on in «»")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    parser.error = fail
+    args, rest = parser.parse_known_args(argv)
+    if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
+        fail("--rows and --gpus must be at least 1, --examples 0 or more")
+    return args, rest
+
+
+def load_recipe(path):
+    """A recipe's file as a module. Raises SystemExit where it is none."""
+    if not path.is_file():
+        fail(f"{path}: no such file")
+    name = f"recipe_{path.stem}"
+    try:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as e:  # whatever its author's file does, AttributeError (no .py) among it
+        fail(f"{path} cannot be loaded as a recipe: {type(e).__name__}: {e}")
+    if missing := [part for part in CONTRACT if not hasattr(module, part)]:
+        fail(f"{path} is not a recipe: it has no {', '.join(missing)}")
+    return module
+
+
+def asked_for(flag, rest):
+    """Whether a flag of true or false is given, on the command line or in --config: True, False, or None where it is not."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config")
+    own.add_argument(f"--{flag}", nargs="?", const="true")
+    given, said = own.parse_known_args(rest)[0], None
+    if given.config:
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # the recipe's own parse() has a message for that
+            said = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get(flag)
+    said = getattr(given, flag) or said
+    return None if said is None else str(said).lower() in ("true", "1", "yes", "y", "t")
+
+
+def read_flags(recipe, rest, gpus):
+    """The recipe's flags -> (settings, training, dtype of what is frozen). They are read as on a CPU, so that they are understood where there is no
+    GPU, and then set to 16 bits, which is what a run without --use_cpu has. Raises SystemExit, as the recipe does."""
+    cpu, bf16, fp16 = (asked_for(flag, rest) for flag in ("use_cpu", "bf16", "fp16"))
+    half = not cpu and (bf16 or fp16 or bf16 is None)
+    with contextlib.ExitStack() as stack:
+        if by_stage := getattr(recipe, "by_stage", None):  # makes up its step of the number of processes
+
+            def for_these_gpus(given):
+                with patch.dict(os.environ, {"WORLD_SIZE": str(gpus)}):
+                    return by_stage(given)
+
+            stack.enter_context(patch.object(recipe, "by_stage", for_these_gpus))
+        settings, training = recipe.parse([*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"])
+        recipe.check(settings, training)
+    training.bf16 = bool(half)  # fp16 has the same sizes, but no CPU runs it
+    return settings, training, (torch.float16 if fp16 else torch.bfloat16) if half else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+
+class Seen(Exception):
+    """Carries what was looked for out of a recipe's own function."""
+
+
+def shape_of(batch):
+    """A collator's batch -> (token ids, whether trained on, whether real), each (B, L)."""
+    inputs = batch.get("data", batch)  # MiniCPM-V 2.6 wants its inputs together
+    trained = batch["completion_mask"].bool() if "completion_mask" in batch else batch["labels"] != -100
+    return inputs["input_ids"], trained, batch["attention_mask"].bool()
+
+
+def look_at(rows, collator, recipe):
+    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height])}; length 0 where it is not known."""
+    found, sizes, load_image = [], [], recipe.load_image
+
+    def remember(cell):
+        image = load_image(cell)
+        sizes.append(list(image.size))
+        return image
+
+    with patch.object(recipe, "load_image", remember):
+        for row in rows:
+            sizes.clear()
+            try:
+                ids, trained, real = shape_of(collator([row]))
+                found.append({"problem": None, "length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum()), "images": list(sizes)})
+            except recipe.BadRow as e:
+                problem = str(e).split(": ", 1)[1]
+                length = re.match(r"too long: (\d+) tokens", problem)
+                found.append({"problem": problem, "length": int(length[1]) if length else 0, "trained": 0, "tokens": 0, "images": list(sizes)})
+    return found
+
+
+class Data:
+    """Stands in for a recipe's check_rows: the same rows are left over, but nothing stops at a bad one, and what is seen is kept in `looked`,
+    [(name, row numbers, what look_at found)], one for the training rows and one for others."""
+
+    def __init__(self, recipe, most):
+        self.recipe, self.most, self.looked = recipe, most, []
+
+    def __call__(self, data, name, collator, settings, training):
+        if len(data) == 0:
+            fail(f"{name} is empty: there is nothing to train on")
+        whole = len(data)
+        if self.most and whole > self.most:
+            data = data.select([n * whole // self.most for n in range(self.most)])
+        found = look_at(data, collator, self.recipe)
+        limit = max_length(settings, training) or math.inf
+        for one in found:
+            if one["problem"] is None and one["length"] > limit:  # some recipes look at the length after the collator
+                one["problem"] = f"too long: {one['length']} tokens, --max_length is {limit}"
+        self.looked.append((str(name), whole, list(data["row"]), found))
+        good = [n for n, one in enumerate(found) if one["problem"] is None]
+        if not good:
+            raise Seen
+        columns = datasets.Dataset.from_dict({"length": [one["length"] for one in found], "images_": [len(one["images"]) for one in found]})
+        columns = columns.rename_column("images_", "images") if "images" not in data.column_names else columns.remove_columns("images_")
+        return datasets.concatenate_datasets([data, columns], axis=1).select(good)
+
+
+def max_length(settings, training):
+    """The longest row that the recipe takes, in tokens; None for any."""
+    for holder, name in ((settings, "max_length"), (settings, "model_max_length"), (training, "max_length")):
+        if hasattr(holder, name):
+            return getattr(holder, name)
+    return None
+
+
+def quantile(values, share):
+    """The value below which so large a share of the values is."""
+    values = sorted(values)
+    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)] if values else 0
+
+
+def about_data(looked, limit, per_row):
+    """One entry of Data.looked -> the report's section on it."""
+    name, whole, numbers, found = looked
+    bad = collections.defaultdict(list)
+    for number, one in zip(numbers, found):
+        if one["problem"]:
+            bad[one["problem"].split(":")[0]].append({"row": number, "why": one["problem"]})
+    lengths = [one["length"] for one in found if one["length"]]
+    images = collections.Counter(len(one["images"]) for one in found if not one["problem"])
+    sizes = [size for one in found for size in one["images"]]
+    good = [one for one in found if not one["problem"]]
+    middle = lambda n: statistics.median(size[n] for size in sizes) if sizes else None
+    return {
+        "name": name, "rows": whole, "looked_at": len(found), "good": len(good), "bad": dict(bad),
+        "images_per_row": dict(sorted(images.items())),
+        "image_sizes": {"smallest": min(sizes, key=math.prod), "median": [middle(0), middle(1)], "largest": max(sizes, key=math.prod),
+                        "different": len(set(map(tuple, sizes)))} if sizes else None,
+        "tokens_per_row": {"median": statistics.median(lengths), "p95": quantile(lengths, 0.95), "longest": max(lengths)} if lengths else None,
+        "max_length": limit, "too_long": len(bad["too long"]) if "too long" in bad else 0,
+        "trained_share": sum(one["trained"] for one in good) / max(1, sum(one["tokens"] for one in good)), "answers_per_row": per_row}
+
+
+def example(batch, processor, recipe):
+    """A batch of one row -> [{kind: text | trained | image, text, tokens}] for each of its sequences: DPO has two, the pair."""
+    token = getattr(recipe, "image_token_id", lambda processor: processor.image_token_id)(processor)
+    ids, trained, real = shape_of(batch)
+    shown = []
+    for row, learnt, there in zip(ids, trained, real):
+        row, learnt, pieces, said, end = row[there].tolist(), learnt[there].tolist(), [], "", 0
+        for kind, run in itertools.groupby(("image" if i == token else "trained" if one else "text") for i, one in zip(row, learnt)):
+            end += (count := len(list(run)))
+            text = processor.tokenizer.decode(row[:end])  # from the start: by itself a run would lose its leading space
+            mark = f"{processor.tokenizer.decode(row[end - 1 : end])} x {count}"
+            pieces.append({"kind": kind, "text": mark if kind == "image" else text[len(said) :], "tokens": count})
+            said = text
+        shown.append(pieces)
+    return shown
+
+
+# ------------------------------------------------------------------------------------- a model without content
+
+
+def without_weights(cls, name, *args, config=None, dtype=None, quantization_config=None, output_loading_info=False, revision=None, **kwargs):
+    """Stands in for from_pretrained: the model on the meta device, from its configuration, with 4-bit layers where the quantizer would put them."""
+    config = config if config is not None else cls.config_class.from_pretrained(name, revision=revision)
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype)
+        model.name_or_path = str(name)
+        if quantization_config is not None:
+            quantizer = transformers.quantizers.auto.AutoHfQuantizer.from_config(quantization_config)
+            quantizer.preprocess_model(model=model, device_map={"": "meta"}, dtype=dtype)
+            model.hf_quantizer, model.is_loaded_in_4bit, model.is_4bit_serializable = quantizer, True, True
+            model.config.quantization_config = quantization_config
+    return (model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}) if output_loading_info else model
+
+
+def build(recipe, settings, training, train, held_out):
+    """The recipe's own trainer, as its main() makes it, up to the moment when it would train; all that it would train and load is on the
+    meta device. Nothing is written outside a folder that is gone afterwards."""
+    made = peft.PeftModel.__init__
+
+    def on_meta(self, *args, **kwargs):
+        with torch.device("meta"):
+            made(self, *args, **kwargs)
+
+    def stop(trainer, *args, **kwargs):
+        raise Seen(trainer)
+
+    stand_ins = {
+        "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training: None,
+        "load_data": lambda *args: (train, held_out),
+        # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
+        "save": lambda model, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
+        "untrained": lambda projector: False}
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
+        training.output_dir, training.report_to, training.push_to_hub = out, [], False
+        training.logging_dir = out
+        for name in stand_ins.keys() & vars(recipe).keys():
+            stack.enter_context(patch.object(recipe, name, stand_ins[name]))
+        stack.enter_context(patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights)))
+        stack.enter_context(patch.object(peft.PeftModel, "__init__", on_meta))
+        stack.enter_context(patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model))
+        stack.enter_context(patch.object(transformers.Trainer, "train", stop))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        try:
+            recipe.main([])
+        except Seen as seen:
+            return seen.args[0]
+        finally:
+            os.makedirs(out, exist_ok=True)
+    fail(f"{recipe.__file__}: its main() trains nothing by a Trainer")
+
+
+# ------------------------------------------------------------------------------------------------------ parameters
+
+KINDS = (("vision tower", r"vision|visual|vpm"), ("projector", r"projector|connector|merger|resampler|abstractor|aligner"),
+         ("language model", r"language|text_model|llm|lm_head|decoder|embed_tokens"))
+
+
+def kind_of(name):
+    """The full name of a weight -> vision tower, projector or language model (to which lm_head belongs), else where it is."""
+    path = name.split(".")
+    top = path[1] if path[0] == "model" and len(path) > 2 else path[0]
+    return next((kind for kind, words in KINDS if re.search(words, top)), top)
+
+
+def is_nf4(p):
+    return type(p).__name__ == "Params4bit"
+
+
+def about_parameters(model):
+    """A model without content, adapters in it -> one entry for each part: all parameters, trained ones, 4-bit ones, of how many the weights are
+    adapters; bytes of what is frozen and of what is trained."""
+    parts = {}
+    for name, p in model.named_parameters():
+        plain = name.removeprefix("base_model.model.").replace("original_module.", "").replace("modules_to_save.default.", "")
+        part = parts.setdefault(kind_of(plain), dict.fromkeys(("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes"), 0))
+        size = p.numel() * (NF4 if is_nf4(p) else p.element_size())
+        part["total"] += p.numel()
+        part["four_bit"] += p.numel() * is_nf4(p)
+        part["trainable"] += p.numel() * p.requires_grad
+        part["adapters"] += p.numel() * ("lora_" in name)
+        part["trained_bytes" if p.requires_grad else "frozen_bytes"] += size
+    order = [kind for kind, _ in KINDS]
+    return dict(sorted(parts.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+class Dequantized(torch.autograd.Function):
+    """What bitsandbytes does with a 4-bit layer, as far as memory goes: 16-bit weights for the time of each product, never kept."""
+
+    @staticmethod
+    def forward(ctx, x, out_features, in_features):
+        ctx.sizes = out_features, in_features
+        return x @ x.new_empty(out_features, in_features).t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ grad.new_empty(*ctx.sizes), None, None
+
+
+def four_bit_forward(layer, x):
+    """Stands in for Linear4bit.forward, on tensors without content."""
+    kept, dtype = x.dtype, layer.compute_dtype or x.dtype
+    y = Dequantized.apply(x.to(dtype), layer.out_features, layer.in_features)
+    return (y if layer.bias is None else y + layer.bias.to(dtype)).to(kept)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make within it, alive (`now`) and at most (`peak`), real ones and those of tensors
+    without content. For the latter it answers what depends on content: a mask of known content picks as many elements as it has, a number
+    that nobody knows is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakValueDictionary()
+
+    def watch(self, *trees):
+        """Count these tensors, too; or, where they are known, nothing."""
+        for tensor in tree_iter(trees):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known[storage._cdata] = storage
+                    self.now += (size := storage.nbytes())
+                    weakref.finalize(storage, self.gone, size)
+        self.peak = max(self.peak, self.now)
+
+    def gone(self, size):
+        self.now -= size
+
+    def ignore(self, *trees):
+        """What was there before is not counted."""
+        for tensor in tree_iter(trees):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        unknown = any(isinstance(x, FakeTensor) for x in tree_iter((args, kwargs)))
+        if unknown and func in (aten._local_scalar_dense.default, aten.item.default):
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+        if unknown and func is aten.equal.default:
+            return True
+        if unknown and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            places = []
+            for one in args[1]:  # a mask has as many places as it has ones
+                mask = one is not None and one.dtype in (torch.bool, torch.uint8) and not isinstance(one, FakeTensor)
+                places += one.nonzero(as_tuple=True) if mask else [one]
+            args = (args[0], places, *args[2:])
+        elif unknown and func is aten.masked_select.default and not isinstance(args[1], FakeTensor):
+            return args[0].new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum()))
+        out = func(*args, **kwargs)
+        self.watch(out)
+        return out
+
+
+def hollow(model):
+    """Weights on the meta device -> on the CPU, for all that the model can tell, and still without content. Some operators of
+    training look at real masks and positions, which a meta tensor would swallow."""
+    mode, seen = FakeTensorMode(allow_non_fake_inputs=True), {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.device.type == "meta":
+                if id(p) not in seen:
+                    with mode:
+                        empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                    seen[id(p)] = p, torch.nn.Parameter(empty, p.requires_grad)  # p is kept: another one could get its id
+                module._parameters[name] = seen[id(p)][1]
+        for name, b in module._buffers.items():
+            if b is not None and b.device.type == "meta":
+                with mode:
+                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+
+
+def step(trainer, rows, checkpointing):
+    """The bytes at most alive within one training step of the trainer on these rows, besides weights, gradients and optimizer states."""
+    model, collator = trainer.model, trainer.data_collator
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    else:
+        model.activation_checkpointing_disable()
+    batch, count = collator(rows), Allocations()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:  # the second of several accumulated batches: gradients are there
+        p.grad = torch.zeros_like(p)
+    count.ignore(list(model.parameters()), list(model.buffers()), [p.grad for p in trained])
+    inputs = {name: value for name, value in batch.items()}
+    items = sum(int(values.ne(-100).sum()) for name, values in inputs.items() if name == "labels") or None
+    with count:
+        count.watch(inputs)
+        trainer.training_step(model, inputs, items if items is None else torch.tensor(items))
+    for p in trained:
+        p.grad = None
+    return count.peak
