@@ -44,9 +44,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 CONTRACT = ("Settings", "Training", "parse", "check", "load_processor", "load_data", "check_rows", "BadRow", "load_image", "Collator", "load_model", "main")
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
@@ -356,72 +354,127 @@ def four_bit_forward(layer, x):
     return (y if layer.bias is None else y + layer.bias.to(dtype)).to(kept)
 
 
+class Hollow(torch.Tensor):
+    """A tensor that says it is on the CPU and has a shape, but no content: operators run on its `meta`, on the meta device. Of torch's own kind,
+    FakeTensor, a training step takes some ten times as long."""
+
+    @staticmethod
+    def __new__(cls, meta):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, meta.size(), strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device="cpu")
+        made.meta = meta
+        return made
+
+    def __repr__(self, **kwargs):
+        return f"Hollow({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return without_content(func, args, kwargs or {})
+
+
+ATEN = torch.ops.aten
+NUMBERS = {ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.default}
+INDEXED = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
+
+
+def without_content(func, args, kwargs):
+    """An operator on tensors, some of them Hollow -> what it gives, Hollow. What depends on content: a mask of known content picks as many
+    elements as it has, a number that nobody knows is 1."""
+    if func in NUMBERS:
+        return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+    if func is ATEN.equal.default:
+        return True
+    if func in INDEXED:
+        places = []
+        for one in args[1]:  # a mask has as many places as it has ones
+            mask = one is not None and one.dtype in (torch.bool, torch.uint8) and not isinstance(one, Hollow)
+            places += one.nonzero(as_tuple=True) if mask else [one]
+        args = (args[0], places, *args[2:])
+    elif func is ATEN.masked_select.default and not isinstance(args[1], Hollow):
+        return Hollow(args[0].meta.new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum())))
+    owners = {}
+    args, kwargs = [to_meta(x, owners) for x in args], {name: to_meta(x, owners) for name, x in kwargs.items()}
+    return from_meta(func(*args, **kwargs), owners)
+
+
+# Not closures: such that call themselves are alive until the garbage collector comes, and their tensors with them.
+def to_meta(x, owners):
+    """An operator's argument as it takes it on the meta device; `owners`: {id of a meta tensor: the Hollow one that it is of}."""
+    if isinstance(x, Hollow):
+        owners[id(x.meta)] = x
+        return x.meta
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    if isinstance(x, (list, tuple)):
+        return [to_meta(one, owners) for one in x]
+    return torch.device("meta") if isinstance(x, torch.device) else x
+
+
+def from_meta(x, owners):
+    """What it gave, Hollow; what it changed in place is the tensor that it was."""
+    if isinstance(x, torch.Tensor):
+        return owners[id(x)] if id(x) in owners else Hollow(x)
+    return type(x)([from_meta(one, owners) for one in x]) if isinstance(x, (list, tuple)) else x
+
+
+def tensors(tree):
+    """The tensors in lists, tuples and dicts of such."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple, dict)):
+        for one in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(one)
+
+
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make within it, alive (`now`) and at most (`peak`), real ones and those of tensors
-    without content. For the latter it answers what depends on content: a mask of known content picks as many elements as it has, a number
-    that nobody knows is 1."""
+    """Counts the bytes of all storages that operators make within it, alive (`now`) and at most (`peak`), real ones and hollow ones."""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, weakref.WeakValueDictionary()
 
-    def watch(self, *trees):
-        """Count these tensors, too; or, where they are known, nothing."""
-        for tensor in tree_iter(trees):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known[storage._cdata] = storage
-                    self.now += (size := storage.nbytes())
-                    weakref.finalize(storage, self.gone, size)
+    def storages(self, tree):
+        for tensor in tensors(tree):
+            storage = (tensor.meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
+            if storage._cdata not in self.known:
+                self.known[storage._cdata] = storage
+                yield storage
+
+    def watch(self, tree):
+        """Count these tensors, where they are new."""
+        for storage in self.storages(tree):
+            self.now += (size := storage.nbytes())
+            weakref.finalize(storage, self.gone, size)
         self.peak = max(self.peak, self.now)
 
     def gone(self, size):
         self.now -= size
 
-    def ignore(self, *trees):
+    def ignore(self, tree):
         """What was there before is not counted."""
-        for tensor in tree_iter(trees):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.known[storage._cdata] = storage
+        collections.deque(self.storages(tree), 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, aten = kwargs or {}, torch.ops.aten
-        unknown = any(isinstance(x, FakeTensor) for x in tree_iter((args, kwargs)))
-        if unknown and func in (aten._local_scalar_dense.default, aten.item.default):
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
-        if unknown and func is aten.equal.default:
-            return True
-        if unknown and func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
-            places = []
-            for one in args[1]:  # a mask has as many places as it has ones
-                mask = one is not None and one.dtype in (torch.bool, torch.uint8) and not isinstance(one, FakeTensor)
-                places += one.nonzero(as_tuple=True) if mask else [one]
-            args = (args[0], places, *args[2:])
-        elif unknown and func is aten.masked_select.default and not isinstance(args[1], FakeTensor):
-            return args[0].new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum()))
-        out = func(*args, **kwargs)
+        kwargs = kwargs or {}
+        hollow = any(isinstance(x, Hollow) for x in tensors((args, kwargs)))
+        out = without_content(func, args, kwargs) if hollow else func(*args, **kwargs)
         self.watch(out)
         return out
 
 
 def hollow(model):
-    """Weights on the meta device -> on the CPU, for all that the model can tell, and still without content. Some operators of
-    training look at real masks and positions, which a meta tensor would swallow."""
-    mode, seen = FakeTensorMode(allow_non_fake_inputs=True), {}
+    """Weights on the meta device -> Hollow ones. Some operators of training look at real masks and positions, which a meta tensor would swallow."""
+    seen = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.device.type == "meta":
                 if id(p) not in seen:
-                    with mode:
-                        empty = torch.empty(p.shape, dtype=p.dtype, device="cpu")
-                    seen[id(p)] = p, torch.nn.Parameter(empty, p.requires_grad)  # p is kept: another one could get its id
+                    seen[id(p)] = p, torch.nn.Parameter(Hollow(torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad)  # p is kept: another one could get its id
                 module._parameters[name] = seen[id(p)][1]
         for name, b in module._buffers.items():
             if b is not None and b.device.type == "meta":
-                with mode:
-                    module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+                module._buffers[name] = Hollow(b)
 
 
 def step(trainer, rows, checkpointing):
@@ -435,9 +488,10 @@ def step(trainer, rows, checkpointing):
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:  # the second of several accumulated batches: gradients are there
         p.grad = torch.zeros_like(p)
-    count.ignore(list(model.parameters()), list(model.buffers()), [p.grad for p in trained])
+    count.ignore([list(model.parameters()), list(model.buffers()), [p.grad for p in trained]])
     inputs = {name: value for name, value in batch.items()}
     items = sum(int(values.ne(-100).sum()) for name, values in inputs.items() if name == "labels") or None
+    trainer.current_gradient_accumulation_steps = 1
     with count:
         count.watch(inputs)
         trainer.training_step(model, inputs, items if items is None else torch.tensor(items))
