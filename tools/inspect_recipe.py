@@ -23,6 +23,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import statistics
@@ -498,3 +499,336 @@ def step(trainer, rows, checkpointing):
     for p in trained:
         p.grad = None
     return count.peak
+
+
+def measure(trainer, rows, batch):
+    """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows, over and over where they are too few.
+    The steps are independent of each other: where processes can be forked each has its own."""
+    global _job
+    every = [(checkpointing, size) for checkpointing in (True, False) for size in (batch, 2 * batch)]
+    rows = list(itertools.islice(itertools.cycle(rows), batch))
+
+    def _job(n):
+        checkpointing, size = every[n]
+        return step(trainer, rows * (size // batch), checkpointing)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    hollow(trainer.model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
+        if trainer.args.bf16:  # a GPU has Triton, and then TRL scores label positions only
+            stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if cores > 1 and sys.platform == "linux":
+            with multiprocessing.get_context("fork").Pool(min(cores, len(every))) as pool:
+                found = pool.map(_run_job, range(len(every)), chunksize=1)
+        else:
+            found = [_job(n) for n in range(len(every))]
+    found = dict(zip(every, found))
+    return {kind: (found[kind, batch], (found[kind, 2 * batch] - found[kind, batch]) / batch) for kind in (True, False)}
+
+
+def _run_job(n):
+    return _job(n)
+
+
+def state_bytes(optim):
+    """What an optimizer keeps for each trained parameter, in bytes."""
+    known = sorted((name for name in STATES if all(word in optim for word in name.split("_"))), key=len)
+    return STATES[known[-1]] if known else 8
+
+
+def per_gpu(parts, optim, strategy, gpus, half, layer, hidden):
+    """Bytes on each GPU, apart from activations: weights, trained (adapters, and parts that are trained in full), gradients, optimizer,
+    exchange (what the GPUs send each other); None where the strategy cannot do it.
+
+    DDP keeps everything everywhere; ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP the weights as well, of which they gather two layers
+    at a time. DeepSpeed trains in 16 bits and keeps a float32 copy with the optimizer's states; else what is trained is as the trainer has it."""
+    frozen, trained, count, nf4 = (sum(part[key] for part in parts.values()) for key in ("frozen_bytes", "trained_bytes", "trainable", "four_bit"))
+    states, wide = state_bytes(optim), 2 if half else 4
+    if nf4 and strategy in ("zero3", "fsdp"):
+        return None
+    if strategy == "ddp":
+        return {"weights": frozen, "trained": trained, "gradients": trained, "optimizer": count * states, "exchange": trained * (gpus > 1)}
+    if strategy == "fsdp":
+        return {"weights": frozen / gpus, "trained": trained / gpus, "gradients": trained / gpus, "optimizer": count * states / gpus, "exchange": 2 * layer}
+    share = gpus if strategy == "zero3" else 1
+    return {"weights": frozen / share, "trained": count * wide / share, "gradients": count * wide / gpus, "optimizer": count * (states + 4 * half) / gpus,
+            "exchange": 2 * wide * hidden**2 + 2 * layer * (strategy == "zero3")}
+
+
+def by_the_rule(parameters, trained, reference):
+    """The rule of thumb of the DPO post, in bytes: everything in float32, and 16 bits with an adapter; weights, reference, gradients, AdamW's states."""
+    table = {"all in float32": (4 * parameters, 4 * parameters * reference, 4 * parameters, 8 * parameters)}
+    if trained < parameters:
+        table["16 bits, adapter"] = (2 * parameters, 2 * parameters * reference, 2 * trained, 4 * trained)
+    return {name: dict(zip(("weights", "reference", "gradients", "optimizer"), row)) | {"sum": sum(row)} for name, row in table.items()}
+
+
+def about_memory(trainer, parts, rows, args):
+    """The trainer, its parts, the rows of the longest batch -> the report's section on memory."""
+    training, batch = trainer.args, trainer.args.per_device_train_batch_size
+    optim = getattr(training.optim, "value", training.optim)
+    hidden = trainer.model.config.get_text_config().hidden_size if hasattr(trainer.model, "config") else 0
+    layers = [sum(p.numel() * (NF4 if is_nf4(p) else p.element_size()) for p in layer.parameters())
+              for module in trainer.model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+    fixed = {name: per_gpu(parts, optim, name, args.gpus, training.bf16, max(layers, default=0), hidden) for name in STRATEGIES}
+    total = {key: sum(part[key] for part in parts.values()) for key in ("total", "trainable", "adapters")}
+    report = {"optim": optim, "batch": batch, "gpus": args.gpus, "strategy": args.strategy, "fixed": fixed, "checkpointing": training.activation_checkpointing,
+              "by_the_rule": by_the_rule(total["total"] - total["adapters"], total["trainable"], isinstance(trainer, trl.DPOTrainer)),
+              "activations": None, "fits": None}
+    try:
+        found = measure(trainer, rows, batch)
+    except Exception as e:  # a model that looks at content somewhere: the other figures hold all the same
+        return report | {"not_counted": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"}
+    names = {True: "with_checkpointing", False: "without_checkpointing"}
+    report["activations"] = {names[kind]: {"bytes": at, "for_each_row": more} for kind, (at, more) in found.items()}
+    if mine := fixed[args.strategy]:
+        report["fits"] = {}
+        for card in CARDS:
+            room = card * 1e9 * (1 - PIECES) - CONTEXT - sum(mine.values())
+            report["fits"][card] = {names[kind]: max(0, batch + math.floor((room - at) / more) if more > 0 else 0) for kind, (at, more) in found.items()}
+        report["sum"] = {names[kind]: sum(mine.values()) + at for kind, (at, _) in found.items()}
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def learning_rates(trainer):
+    """{part: the rate that its weights are trained at}, out of the trainer's own optimizer."""
+    names, found = {id(p): name for name, p in trainer.model.named_parameters()}, {}
+    for group in trainer.create_optimizer().param_groups:
+        for p in group["params"]:
+            name = names[id(p)]
+            plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            what = f"{kind_of(plain)}, {'adapters' if 'lora_' in name else 'in full'}"
+            found[what] = max(found.get(what, 0), group["lr"])
+    return found
+
+
+def usual(what, preferences):
+    """The lowest and the highest learning rate that one would not wonder at."""
+    if "adapters" in what:
+        return (5e-7, 2e-4) if preferences else (1e-5, 1e-3)
+    if what.startswith("projector"):
+        return (1e-6, 2e-3)
+    return (1e-8, 5e-6) if preferences else (1e-7, 1e-4)
+
+
+def about_plan(trainer, settings, training, data, train, held_out, parts, asked_to_evaluate, gpus):
+    """-> the report's section on steps, and a list of what is odd."""
+    main = data[-1]  # the training rows are looked at last
+    share = main["looked_at"] / main["rows"]
+    rows = round(len(train) / share)
+    batch = training.per_device_train_batch_size * gpus * training.gradient_accumulation_steps
+    a_pass = math.ceil(rows / batch)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
+    every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"]
+    every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
+    evaluations = math.floor(steps / every) + bool(training.eval_on_start) if every else 0
+    scored = len(held_out) if held_out is not None else 0
+    fields = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(settings)}
+    answered = scored if "answer" in fields.get("max_eval_rows", "").lower() else min(scored, getattr(settings, "sample_rows", 0))
+    tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
+    # In forward passes of a row: training takes three, four with checkpointing, and a generated token of a batch a fifth of one.
+    train_cost = steps * batch * (4 if training.activation_checkpointing else 3)
+    eval_cost = evaluations * (scored + math.ceil(answered / training.per_device_eval_batch_size) * tokens / 5)
+    warmup = training.warmup_steps * steps if training.warmup_steps < 1 else training.warmup_steps
+    try:
+        rates = learning_rates(trainer)
+    except Exception:  # an optimizer that wants a GPU even to be made
+        rates = {}
+    preferences, odd = isinstance(trainer, trl.DPOTrainer), []
+    for what, rate in rates.items():
+        low, high = usual(what, preferences)
+        if not low <= rate <= high:
+            odd.append(f"learning rate {rate:g} for {what}: unusually {'low' if rate < low else 'high'}, usual are {low:g} to {high:g}{' in DPO' * preferences}")
+    if not asked_to_evaluate:
+        odd.append("nothing will be evaluated: --eval_strategy no")
+    elif held_out is None:
+        odd.append("there is no evaluation split, and none is held out: nothing will tell when to stop")
+    elif evaluations == 0:
+        odd.append(f"no evaluation will happen: one comes every {every:g} steps, and there are {steps}")
+    if eval_cost > train_cost:
+        odd.append(f"evaluation takes longer than training: {evaluations} evaluations of {scored} rows, {answered} of them answered with up to {tokens} tokens")
+    if training.save_strategy.value == "steps" and 1 <= steps < training.save_steps:
+        odd.append(f"no checkpoint before the end: one comes every {training.save_steps:g} steps, and there are {steps}")
+    if warmup >= steps:
+        odd.append(f"the learning rate never comes up: {warmup:g} steps of warm-up, {steps} in all")
+    if training.max_steps > 0 and steps < a_pass:
+        odd.append(f"--max_steps {steps} is less than one pass: {1 - steps / a_pass:.0%} of the rows are never seen")
+    if rows < batch:
+        odd.append(f"a step takes {batch} rows, and there are {rows}")
+    if steps / a_pass > 10:
+        odd.append(f"{steps / a_pass:.0f} passes over the data")
+    for part in data:
+        stops = [reason for reason in part["bad"] if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"]
+        if stops:
+            odd.append(f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): mend them, or --on_bad_rows skip, --on_long_rows drop")
+        elif part["looked_at"] - part["good"] > 0.1 * part["looked_at"]:
+            odd.append(f"{1 - part['good'] / part['looked_at']:.0%} of the rows of {part['name']} are left out")
+    if not any(part["trainable"] for part in parts.values()):
+        odd.append("nothing is trained")
+    return {"rows": rows, "evaluation_rows": scored, "effective_batch": batch, "steps": steps, "epochs": steps / a_pass, "evaluations": evaluations,
+            "warmup_steps": round(warmup), "learning_rates": rates, "gpus": gpus}, odd
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def inspect(recipe, args, rest):
+    """A recipe, own arguments and the recipe's flags -> the report, a dict as --json prints it."""
+    settings, training, dtype = read_flags(recipe, rest, args.gpus)
+    data, batch = Data(recipe, args.rows), training.per_device_train_batch_size
+    asked_to_evaluate, train, held_out = training.eval_strategy != "no", None, None
+    with patch.object(recipe, "check_rows", data), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Seen):
+        train, held_out = recipe.load_data(settings, training)
+    report = {"recipe": str(args.recipe), "model": str(getattr(settings, "model_name_or_path", None)), "precision": str(dtype).removeprefix("torch.")}
+    report["data"] = [about_data(one, max_length(settings, training), 1) for one in data.looked]
+    if train is None:
+        return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
+    processor = recipe.load_processor(settings)
+    collator = recipe.Collator(processor, settings, training)
+    chosen = [train[n * len(train) // max(1, args.examples)] for n in range(min(args.examples, len(train)))]
+    report["examples"] = [{"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen]
+    for shown in report["examples"]:
+        pieces = [piece for pieces in shown["sequences"] for piece in pieces]
+        shown["tokens"] = sum(piece["tokens"] for piece in pieces)
+        shown["trained_share"] = sum(piece["tokens"] for piece in pieces if piece["kind"] == "trained") / shown["tokens"]
+    lengths = train["length"]
+    longest = sorted(range(len(train)), key=lambda n: -lengths[n])[:batch]
+    if held_out is None:
+        training.eval_strategy, training.load_best_model_at_end = transformers.trainer_utils.IntervalStrategy("no"), False
+    trainer = build(recipe, settings, training, train, held_out)
+    report["parts"] = about_parameters(trainer.model)
+    report["plan"], report["odd"] = about_plan(trainer, settings, training, report["data"], train, held_out, report["parts"], asked_to_evaluate, args.gpus)
+    report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)
+    report["memory"]["longest"] = lengths[longest[0]]
+    if (most := report["memory"].get("sum")) and (fits := report["memory"]["fits"]):
+        now = "with_checkpointing" if training.activation_checkpointing else "without_checkpointing"
+        if fits[CARDS[-1]][now] < batch:
+            report["odd"].append(f"{most[now] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
+    if report["memory"]["fixed"][args.strategy] is None:
+        report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
+    return report
+
+
+def show(report, console, colour):
+    """Print a report as tables."""
+    gb = lambda size: f"{size / 1e9:.2f}" if size < 1e11 else f"{size / 1e9:.0f}"
+    say = lambda text="": console.print(text, highlight=False, soft_wrap=True)
+    head = lambda text: say(f"\n[bold]{text}[/bold]" if colour else f"\n== {text}")
+
+    def table(*columns):
+        made = Table(box=None, pad_edge=False, header_style="dim" if colour else None)
+        for n, column in enumerate(columns):
+            made.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
+        return made
+
+    head("Data")
+    for part in report["data"]:
+        seen = "" if part["looked_at"] == part["rows"] else f", {part['looked_at']:,} of them looked at"
+        bad = part["looked_at"] - part["good"]
+        say(escape(f"{part['name']}: {part['rows']:,} rows{seen}, {bad:,} bad"))
+        for reason, rows in part["bad"].items():
+            say(f"  [red]{escape(reason)}[/red]: {len(rows)}")
+            for one in rows[:20]:
+                say(escape(f"    row {one['row']}: {one['why']}"))
+            if len(rows) > 20:
+                say(f"    ... and {len(rows) - 20} more")
+        if tokens := part["tokens_per_row"]:
+            limit = f", {part['too_long']} above max_length {part['max_length']}" if part["max_length"] else ", no max_length"
+            say(f"  tokens per row: median {tokens['median']:g}, 95 % up to {tokens['p95']}, longest {tokens['longest']}{limit}; {part['trained_share']:.1%} trained on")
+        if part["images_per_row"]:
+            say("  images per row: " + ", ".join(f"{n} in {count:,} rows" for n, count in part["images_per_row"].items()))
+        if sizes := part["image_sizes"]:
+            of = lambda size: f"{size[0]:g} x {size[1]:g}"
+            say(f"  image sizes: {of(sizes['smallest'])} to {of(sizes['largest'])}, median {of(sizes['median'])}" if sizes["different"] > 1 else f"  image sizes: all {of(sizes['median'])}")
+
+    for shown in report["examples"]:
+        head(f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens, {shown['trained_share']:.1%} trained on")
+        for n, pieces in enumerate(shown["sequences"]):
+            if len(shown["sequences"]) > 1:
+                say(f"[dim]{('chosen', 'rejected')[n % 2]}:[/dim]")
+            style = {"text": "{}", "trained": "[bold green]{}[/]" if colour else "«{}»", "image": "[cyan]{}[/]"}
+            say("".join(style[piece["kind"]].format(escape(piece["text"])) for piece in pieces))
+
+    if report["parts"]:
+        head(f"Parameters of {report['model']}, {report['precision']}")
+        rows = table("part", "all", "trained", "of it adapters", "in 4-bit", "GB")
+        parts = {**report["parts"], "all": {key: sum(part[key] for part in report["parts"].values()) for key in next(iter(report["parts"].values()))}}
+        for name, part in parts.items():
+            trained = f"{part['trainable']:,} ({part['trainable'] / part['total']:.2%})" if part["trainable"] else "frozen"
+            rows.add_row(name, f"{part['total']:,}", trained, f"{part['adapters']:,}", f"{part['four_bit']:,}", gb(part["frozen_bytes"] + part["trained_bytes"]))
+        console.print(rows)
+
+    if memory := report["memory"]:
+        shown = list(STRATEGIES) if memory["gpus"] > 1 else [memory["strategy"]]
+        head(f"Memory of each of {memory['gpus']} GPUs, in GB" if memory["gpus"] > 1 else "Memory of the GPU, in GB")
+        rows = table("", *(STRATEGIES[name] if memory["gpus"] > 1 else "" for name in shown))
+        for key, label in (("weights", "frozen weights"), ("trained", "what is trained"), ("gradients", "gradients"), ("optimizer", f"optimizer ({memory['optim']})"),
+                           ("exchange", "sent between GPUs")):
+            if any((memory["fixed"][name] or {}).get(key) for name in shown):
+                rows.add_row(label, *(gb(memory["fixed"][name][key]) if memory["fixed"][name] else "not in 4-bit" for name in shown))
+        for kind, found in (memory["activations"] or {}).items():
+            used = kind.startswith("with_") == bool(memory["checkpointing"])
+            rows.add_row(f"activations, {kind.replace('_', ' ')}{'' if used else ' (not chosen)'}", *([gb(found["bytes"])] * len(shown)))
+        for kind, found in (memory["activations"] or {}).items():
+            used = kind.startswith("with_") == bool(memory["checkpointing"])
+            rows.add_row(f"all, {kind.replace('_', ' ')}", *(gb(sum(memory["fixed"][name].values()) + found["bytes"]) if memory["fixed"][name] else "-" for name in shown),
+                         style="bold" if used and colour else None)
+        console.print(rows)
+        if memory["activations"]:
+            say(f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens. On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces.")
+        else:
+            say(escape(f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."))
+        if memory["fits"]:
+            head(f"Largest batch that fits, rows of {memory['longest']} tokens, {STRATEGIES[memory['strategy']]}")
+            rows = table("", *(f"{card} GB" for card in CARDS))
+            for kind in memory["activations"]:
+                rows.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
+            console.print(rows)
+        rule = "; ".join(f"{name} {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}"
+                         for name, row in memory["by_the_rule"].items())
+        dpo = memory["by_the_rule"]["all in float32"]["reference"]
+        say(f"By the rule of thumb, without activations (weights +{' reference model +' if dpo else ''} gradients + optimizer): {rule}"
+            + ("; the reference is the model without its adapter, and takes nothing" if dpo else ""))
+
+    if plan := report["plan"]:
+        head("Plan")
+        say(f"{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
+            f"{' on ' + str(plan['gpus']) + ' GPUs' if plan['gpus'] > 1 else ''}, {plan['epochs']:.2f} epochs; {plan['evaluations']} evaluations; {plan['warmup_steps']} steps of warm-up")
+        say("learning rate: " + (", ".join(f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()) or "not known"))
+    head("Odd" if report["odd"] else "Nothing odd")
+    for one in report["odd"]:
+        say(f"  [yellow]{escape(one)}[/yellow]")
+
+
+def main(argv=None):
+    """Parse, look, report."""
+    args, rest = parse(argv)
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    if args.json or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are forked after the tokenizer was used
+    recipe = load_recipe(args.recipe)
+    try:
+        report = inspect(recipe, args, rest)
+    except recipe.BadRow as e:
+        fail(f"the data changed while they were looked at: {e}")
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        plain = args.no_color or "NO_COLOR" in os.environ
+        console = Console(no_color=plain, highlight=False, width=None if sys.stdout.isatty() else 160, color_system=None if plain else "auto")
+        show(report, console, colour=not plain and console.is_terminal)
+    if not report["plan"]:
+        fail(report["odd"][0])
+
+
+if __name__ == "__main__":
+    main()
