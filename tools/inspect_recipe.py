@@ -684,7 +684,7 @@ def inspect(recipe, args, rest):
     asked_to_evaluate, train, held_out = training.eval_strategy != "no", None, None
     with patch.object(recipe, "check_rows", data), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Seen):
         train, held_out = recipe.load_data(settings, training)
-    report = {"recipe": str(args.recipe), "model": str(getattr(settings, "model_name_or_path", None)), "precision": str(dtype).removeprefix("torch.")}
+    report = {"recipe": str(args.recipe), "model": settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}", "precision": str(dtype).removeprefix("torch.")}
     report["data"] = [about_data(one, max_length(settings, training), 1) for one in data.looked]
     if train is None:
         return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
@@ -716,7 +716,7 @@ def inspect(recipe, args, rest):
 
 def show(report, console, colour):
     """Print a report as tables."""
-    gb = lambda size: f"{size / 1e9:.2f}" if size < 1e11 else f"{size / 1e9:.0f}"
+    gb = lambda size: f"{size / 1e9:.{4 if size < 1e8 else 2 if size < 1e11 else 0}f}"
     say = lambda text="": console.print(text, highlight=False, soft_wrap=True)
     head = lambda text: say(f"\n[bold]{text}[/bold]" if colour else f"\n== {text}")
 
