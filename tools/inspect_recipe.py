@@ -113,7 +113,7 @@ def read_flags(recipe, rest, gpus):
     """The recipe's flags -> (settings, training, dtype of what is frozen). They are read as on a CPU, so that they are understood where there is no
     GPU, and then set to 16 bits, which is what a run without --use_cpu has. Raises SystemExit, as the recipe does."""
     cpu, bf16, fp16 = (asked_for(flag, rest) for flag in ("use_cpu", "bf16", "fp16"))
-    half = not cpu and (bf16 or fp16 or bf16 is None)
+    half = bf16 or fp16 or not cpu and bf16 is None
     with contextlib.ExitStack() as stack:
         if by_stage := getattr(recipe, "by_stage", None):  # makes up its step of the number of processes
 
@@ -124,7 +124,7 @@ def read_flags(recipe, rest, gpus):
             stack.enter_context(patch.object(recipe, "by_stage", for_these_gpus))
         settings, training = recipe.parse([*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"])
         recipe.check(settings, training)
-    training.bf16 = bool(half)  # fp16 has the same sizes, but no CPU runs it
+    training.bf16, training.for_gpu = bool(half), not cpu  # fp16 has the same sizes, but no CPU runs it
     return settings, training, (torch.float16 if fp16 else torch.bfloat16) if half else torch.float32
 
 
@@ -516,7 +516,7 @@ def measure(trainer, rows, batch):
     hollow(trainer.model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
-        if trainer.args.bf16:  # a GPU has Triton, and then TRL scores label positions only
+        if trainer.args.for_gpu:  # a GPU has Triton, and then TRL scores label positions only
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if cores > 1 and sys.platform == "linux":
