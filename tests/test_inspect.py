@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +19,6 @@ import finetune_minicpm_lora
 import idefics2_docvqa
 import llava_two_stage
 import sft_llava
-from tiny import llava, preferences
 from tools import inspect_recipe
 
 LLAVA_7B = {
@@ -154,10 +152,10 @@ def middle(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("recipe, tiny, large, settings", [
     (sft_llava, "tiny_llava", False, {}),
     (sft_llava, "tiny_llava", True, {}),
+    (sft_llava, "tiny_llava", False, {"use_dora": True}),
     (sft_llava, "tiny_llava", True, {"load_in_4bit": False, "bf16": True, "use_dora": True}),
     (sft_llava, "tiny_llava", True, {"load_in_4bit": False, "lora_r": 0}),
     (sft_llava, "tiny_next", False, {"dataset_name": "tiny_llava"}),
@@ -171,18 +169,217 @@ def middle(tmp_path_factory):
     (llava_two_stage, "tiny_parts", False, {"stage": "align"}),
     (llava_two_stage, "tiny_parts", False, {"stage": "instruct", "vision_learning_rate": 1e-5}),
 ])
-def test_activations_are_those_of_a_step(recipe, tiny, large, settings, checkpointing, request, middle, tmp_path, report):
+def test_activations_are_those_of_a_step(recipe, tiny, large, settings, request, middle, tmp_path, report):
     folder = request.getfixturevalue(tiny)
     folder = middle(folder) if large else folder
-    own = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "activation_checkpointing": checkpointing, "eval_fraction": 0.1}
-    settings = {**own, **settings}
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "eval_fraction": 0.1, **settings}
     if settings.get("dataset_name"):
         settings["dataset_name"] = request.getfixturevalue(settings["dataset_name"]) / "data"
     run = {finetune_minicpm_lora: minicpm_run, llava_two_stage: two_stage_run}.get(recipe, short_run)
-    flags = run(folder, tmp_path / "out", **settings)
-    truth = measured(recipe, flags)
-    found = report(recipe, flags, "--examples", "0")["memory"]
+    found = report(recipe, run(folder, tmp_path / "out", **settings), "--examples", "0")["memory"]
     assert found["activations"], found["not_counted"]
-    estimate = found["activations"][f"{'with' if checkpointing else 'without'}_checkpointing"]["bytes"]
-    print(f"\n{recipe.__name__} {tiny} {settings}: measured {truth / 1e6:.2f} MB, counted {estimate / 1e6:.2f} MB, {estimate / truth - 1:+.1%}")
-    assert abs(estimate / truth - 1) < 0.15
+    for checkpointing in (True, False):
+        truth = measured(recipe, run(folder, tmp_path / f"out-{checkpointing}", **settings, activation_checkpointing=checkpointing))
+        counted = found["activations"][f"{'with' if checkpointing else 'without'}_checkpointing"]["bytes"]
+        print(f"\n{recipe.__name__} {tiny} {large} {settings} {checkpointing}: measured {truth / 1e6:.2f} MB, counted {counted / 1e6:.2f}, {counted / truth - 1:+.1%}")
+        assert abs(counted / truth - 1) < 0.15
+
+
+def test_a_larger_batch_takes_what_is_foretold(tiny_llava, middle, tmp_path, report):
+    """The largest batch that fits is reckoned from two: the line goes on straight."""
+    flags = {"load_in_4bit": False, "eval_fraction": 0, "activation_checkpointing": False}
+    one, six = (report(sft_llava, short_run(middle(tiny_llava), tmp_path / "out", per_device_train_batch_size=n, **flags))["memory"] for n in (1, 6))
+    for kind, found in one["activations"].items():
+        assert found["bytes"] + 5 * found["for_each_row"] >= 0.95 * six["activations"][kind]["bytes"]
+    room = 24e9 * 0.95 - 1e9 - sum(one["fixed"]["ddp"].values())
+    at, more = one["activations"]["without_checkpointing"].values()
+    assert one["fits"]["24"]["without_checkpointing"] == 1 + (room - at) // more
+    assert one["fits"]["16"]["without_checkpointing"] < one["fits"]["80"]["without_checkpointing"]
+
+
+def test_the_posts_table():
+    """Idefics2-8b by the DPO post: 32 + 32 + 32 + 64 = 160 GB; 16 bits and LoRA of rank 16: 16 + 16 + 0.1 + 0.2 = 32.3 GB."""
+    table = inspect_recipe.by_the_rule(8 * 10**9, 55_348_736, reference=True)
+    rounded = {name: [round(size / 1e9, 1) for size in row.values()] for name, row in table.items()}
+    assert rounded == {"all in float32": [32, 32, 32, 64, 160], "16 bits, adapter": [16, 16, 0.1, 0.2, 32.3]}
+
+
+def test_weights_gradients_and_optimizer_by_strategy():
+    parts = {"projector": {"total": 10**9, "trainable": 10**9, "four_bit": 0, "frozen_bytes": 0, "trained_bytes": 4 * 10**9},
+             "language model": {"total": 10**10, "trainable": 0, "four_bit": 0, "frozen_bytes": 2 * 10**10, "trained_bytes": 0}}
+    found = {name: inspect_recipe.per_gpu(parts, "adamw_torch", name, 4, True, 10**8, 4096) for name in inspect_recipe.STRATEGIES}
+    of = lambda name: [round(found[name][key] / 1e9, 2) for key in ("weights", "trained", "gradients", "optimizer")]
+    assert of("ddp") == [20, 4, 4, 8]
+    assert of("zero2") == [20, 2, 0.5, 3]  # 16 bits, and a float32 copy beside the two moments, in four shares
+    assert of("zero3") == [5, 0.5, 0.5, 3]
+    assert of("fsdp") == [5, 1, 1, 2]
+    assert inspect_recipe.per_gpu(parts, "adamw_torch", "ddp", 1, True, 0, 0)["exchange"] == 0
+    parts["language model"]["four_bit"] = 10**9
+    assert inspect_recipe.per_gpu(parts, "adamw_torch", "zero3", 4, True, 0, 0) is inspect_recipe.per_gpu(parts, "adamw_torch", "fsdp", 4, True, 0, 0) is None
+
+
+@pytest.mark.parametrize("optim, size", [("adamw_torch_fused", 8), ("paged_adamw_32bit", 8), ("paged_adamw_8bit", 2.03125), ("adamw_bnb_8bit", 2.03125),
+                                         ("lion_32bit", 4), ("paged_lion_8bit", 1.015625), ("sgd", 0), ("adafactor", 0.01)])
+def test_optimizer_states(optim, size):
+    assert inspect_recipe.state_bytes(optim) == size
+
+
+# --------------------------------------------------------------------------------------------------- data and examples
+
+
+def test_bad_rows_are_listed_and_do_not_stop(flags, write, odd_images, report, uncounted):
+    rows = [said("<image>\nWhat?", "one", image="red.png"), said("<image>\nWhat?", "two", image="truncated.jpg"), said("Who?", "three"),
+            said("<image>\nWhat?", "", image="red.png"), said("<image>\nWhat?", "five", image="none.png"), said("<image>\nWhat?", "six", image="wide.png"),
+            said("What?", "word " * 200)]
+    found = report(sft_llava, flags(dataset_name=write(rows), image_folder=None, eval_fraction=0, max_length=60))
+    (data,) = found["data"]
+    assert (data["rows"], data["good"], data["too_long"]) == (7, 3, 1)
+    assert {reason: [bad["row"] for bad in some] for reason, some in data["bad"].items()} == {"unreadable image": [1, 4], "empty answer": [3], "too long": [6]}
+    assert data["images_per_row"] == {"0": 1, "1": 2} and data["image_sizes"]["smallest"] == [56, 56] and data["image_sizes"]["largest"] == [1000, 49]
+    assert data["tokens_per_row"]["longest"] > 60 and data["max_length"] == 60
+    assert any("would stop at bad rows" in odd for odd in found["odd"])
+    assert found["plan"]["rows"] == 3 and any("no evaluation split" in odd for odd in found["odd"])
+
+
+def test_the_same_rows_are_left_as_in_the_recipe(flags, write, odd_images, report, uncounted):
+    rows = [said("<image>\nWhat?", f"number {n}", image=("red.png", "truncated.jpg")[n % 5 == 4]) for n in range(30)]
+    same = flags(dataset_name=write(rows), image_folder=None, eval_fraction=0.2, on_bad_rows="skip")
+    train, held_out = sft_llava.load_data(*sft_llava.parse(same))
+    plan = report(sft_llava, same)["plan"]
+    assert (plan["rows"], plan["evaluation_rows"]) == (len(train), len(held_out))
+
+
+@pytest.mark.parametrize("recipe, run, tiny", [(sft_llava, short_run, "tiny_llava"), (idefics2_docvqa, short_run, "tiny_forms"), (dpo_idefics2, short_run, "tiny_pairs"),
+                                               (finetune_minicpm_lora, minicpm_run, "tiny_minicpm47"), (llava_two_stage, two_stage_run, "tiny_parts")])
+def test_examples_are_what_is_trained_on(recipe, run, tiny, request, tmp_path, report, uncounted):
+    flags = run(request.getfixturevalue(tiny), tmp_path / "out")
+    found = report(recipe, flags, "--examples", "3")
+    settings, training = recipe.parse(flags)
+    processor = recipe.load_processor(settings)
+    rows, collator = recipe.load_data(settings, training)[0], recipe.Collator(processor, settings, training)
+    assert len(found["examples"]) == 3
+    for shown in found["examples"]:
+        batch = collator([next(row for row in rows if row["row"] == shown["row"])])
+        labels = batch["labels"] if "labels" in batch else batch["input_ids"].where(batch["completion_mask"].bool(), -100)
+        assert len(shown["sequences"]) == len(labels) == (2 if recipe is dpo_idefics2 else 1)
+        for pieces, ids, learnt in zip(shown["sequences"], batch["input_ids"], labels):
+            trained = [piece for piece in pieces if piece["kind"] == "trained"]
+            assert sum(piece["tokens"] for piece in trained) == (learnt != -100).sum() > 0
+            assert "".join(piece["text"] for piece in trained).split() == processor.tokenizer.decode(learnt[learnt != -100]).split()
+            images = [piece for piece in pieces if piece["kind"] == "image"]
+            assert sum(piece["tokens"] for piece in images) == (ids == processor.image_token_id).sum()
+            assert all(piece["text"].endswith(f" x {piece['tokens']}") for piece in images)
+
+
+def test_some_rows_only(flags, report, uncounted):
+    found = report(sft_llava, flags(dataset_test_split=None), "--rows", "10")
+    assert [(data["rows"], data["looked_at"]) for data in found["data"]] == [(24, 10), (96, 10)]
+    assert found["plan"]["rows"] == 96  # of all of them
+
+
+# --------------------------------------------------------------------------------------------------------- plan, output
+
+
+@pytest.mark.parametrize("settings, odd", [
+    ({"learning_rate": 2e-6}, "learning rate 2e-06 for language model, adapters: unusually low"),
+    ({"lora_r": 0, "load_in_4bit": False}, "learning rate 0.0002 for language model, in full: unusually high"),
+    ({"eval_steps": 1, "save_steps": 1, "sample_rows": 24, "sample_tokens": 256}, "evaluation takes longer than training"),
+    ({"max_steps": 2}, "less than one pass"),
+    ({"eval_strategy": "no"}, "nothing will be evaluated"),
+    ({"eval_steps": 1000, "save_steps": 1000}, "no evaluation will happen"),
+    ({"warmup_steps": 100}, "never comes up"),
+    ({"gradient_accumulation_steps": 1000}, "a step takes 1000 rows, and there are 96"),
+    ({"num_train_epochs": 40}, "40 passes over the data"),
+])
+def test_what_is_odd(settings, odd, flags, report, uncounted):
+    found = report(sft_llava, flags(**settings))
+    assert any(odd in one for one in found["odd"]), found["odd"]
+
+
+def test_a_sound_run_is_not_odd(flags, report, uncounted, tmp_path):
+    found = report(sft_llava, flags(eval_steps=12, save_steps=12, sample_rows=1, sample_tokens=4))
+    assert found["odd"] == []
+    assert found["plan"] | {"learning_rates": {}} == {"rows": 96, "evaluation_rows": 24, "effective_batch": 4, "steps": 24, "epochs": 1, "evaluations": 2, "warmup_steps": 1,
+                                                      "learning_rates": {}, "gpus": 1}
+    assert found["plan"]["learning_rates"] == {"language model, adapters": 2e-4}
+    assert not (tmp_path / "out").exists()  # nothing is written
+
+
+def test_a_finished_run_is_left_as_it_is(flags, report, uncounted, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_state.json").write_text("{}")
+    assert report(sft_llava, flags())["plan"]["steps"] == 24
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trainer_state.json"]
+
+
+def test_steps_of_several_gpus(tiny_parts, tmp_path, report, uncounted):
+    """llava_two_stage.py makes up its step of 128 rows of the number of GPUs."""
+    flags = two_stage_run(tiny_parts, tmp_path / "out", "instruct", gradient_accumulation_steps=None)
+    for gpus in (1, 8):
+        found = report(llava_two_stage, flags, "--gpus", str(gpus), "--strategy", "zero3")
+        assert found["plan"]["effective_batch"] == 128 and found["memory"]["strategy"] == "zero3"
+
+
+def test_joined_parts_with_adapters(tiny_parts, tmp_path, report):
+    flags = two_stage_run(tiny_parts, tmp_path / "out", "instruct", model_name_or_path=None, pretrain_mm_mlp_adapter=tiny_parts / "align", lora_r=8)
+    found = report(llava_two_stage, flags)
+    assert found["parts"]["language model"]["adapters"] == found["parts"]["language model"]["trainable"] > 0
+    assert 0 < found["parts"]["projector"]["trainable"] and found["memory"]["activations"] and not (tmp_path / "out").exists()
+
+
+def test_plain_text_and_colour(flags, uncounted, capsys):
+    inspect_recipe.main([sft_llava.__file__, "--no-color", *flags()])
+    plain = capsys.readouterr().out
+    assert "<image> x 16" in plain and "«" in plain and "\x1b[" not in plain
+    for section in ("Data", "as the model sees it", "Parameters of", "Memory of the GPU", "Largest batch that fits", "Plan", "24 GB", "no evaluation will happen"):
+        assert section in plain
+    found = {"data": [], "examples": [{"row": 0, "tokens": 3, "trained_share": 0.5, "sequences": [[{"kind": "text", "text": "[red]q"}, {"kind": "trained", "text": "yes"}]]}],
+             "parts": {}, "memory": None, "plan": None, "odd": []}
+    console = inspect_recipe.Console(force_terminal=True, color_system="standard", file=io.StringIO())
+    inspect_recipe.show(found, console, colour=True)
+    said = console.file.getvalue()
+    assert "\x1b[1;32myes" in said and "[red]q" in said and "«" not in said
+
+
+def test_a_model_that_cannot_be_run_without_content(flags, capsys, monkeypatch):
+    def measure(*args):
+        raise RuntimeError("it looks at content")
+
+    monkeypatch.setattr(inspect_recipe, "measure", measure)
+    inspect_recipe.main([sft_llava.__file__, "--no-color", *flags()])
+    said = capsys.readouterr().out
+    assert "Activations are not counted" in said and "it looks at content" in said and "frozen weights" in said
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("none.py", None, "no such file"), ("bare.py", "x = 1", "is not a recipe: it has no Settings, Training"), ("broken.py", "def", "cannot be loaded as a recipe: SyntaxError"),
+    ("raises.py", "1 / 0", "ZeroDivisionError"), ("notes.txt", "words", "cannot be loaded as a recipe")])
+def test_a_file_that_is_no_recipe(name, text, message, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=message) as end:
+        inspect_recipe.main([str(tmp_path / name)])
+    assert str(end.value.code).startswith("error: ") and "\n" not in end.value.code
+
+
+@pytest.mark.parametrize("own, settings, message", [
+    (["--gpus", "0"], {}, "--rows and --gpus must be at least 1"), (["--rows", "x"], {}, "--rows"), (["--strategy", "tensor"], {}, "invalid choice"),
+    ([], {"model_name_or_path": "nowhere"}, "nowhere"), ([], {"dataset_name": "nowhere.json"}, "cannot read nowhere.json"), ([], {"no_such": 1}, "no_such"),
+    ([], {"lora_r": 0}, "4-bit weights cannot be"), ([], {"max_length": 3}, "no row of .* can be trained on")])
+def test_flags_that_cannot_work(own, settings, message, flags):
+    with pytest.raises(SystemExit, match=message) as end:
+        inspect_recipe.main([sft_llava.__file__, *own, *flags(**settings)])
+    assert str(end.value.code).startswith("error: ")
+
+
+def test_from_the_shell(flags, tmp_path):
+    """One message and exit status 1; and a copy of a recipe, anywhere, is one."""
+    (tmp_path / "mine.py").write_text(Path(sft_llava.__file__).read_text())
+    command = [sys.executable, "tools/inspect_recipe.py", str(tmp_path / "mine.py"), "--json"]
+    good = subprocess.run([*command, *flags()], cwd=ROOT, capture_output=True, text=True)
+    assert good.returncode == 0 and json.loads(good.stdout)["memory"]["activations"], good.stderr[-2000:]
+    bad = subprocess.run([*command, *flags(model_name_or_path="nowhere")], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1 and "Traceback" not in bad.stderr and [line for line in bad.stderr.splitlines() if line.startswith("error: ")]

@@ -37,6 +37,7 @@ from unittest.mock import patch
 import bitsandbytes
 import datasets
 import peft
+import peft.tuners.lora.dora
 import torch
 import transformers
 import transformers.quantizers.auto
@@ -186,9 +187,7 @@ class Data:
         good = [n for n, one in enumerate(found) if one["problem"] is None]
         if not good:
             raise Seen
-        columns = datasets.Dataset.from_dict({"length": [one["length"] for one in found], "images_": [len(one["images"]) for one in found]})
-        columns = columns.rename_column("images_", "images") if "images" not in data.column_names else columns.remove_columns("images_")
-        return datasets.concatenate_datasets([data, columns], axis=1).select(good)
+        return datasets.concatenate_datasets([data, datasets.Dataset.from_dict({"length": [one["length"] for one in found]})], axis=1).select(good)
 
 
 def max_length(settings, training):
@@ -261,6 +260,13 @@ def without_weights(cls, name, *args, config=None, dtype=None, quantization_conf
     return (model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}) if output_loading_info else model
 
 
+def dequantized(layer, stock=peft.tuners.lora.dora.dequantize_module_weight):
+    """Stands in for the 16-bit weights of a layer, which DoRA asks for at the beginning and in each forward pass."""
+    if not isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return stock(layer)
+    return layer.weight.new_empty(layer.out_features, layer.in_features, dtype=layer.compute_dtype or torch.float32)
+
+
 def build(recipe, settings, training, train, held_out):
     """The recipe's own trainer, as its main() makes it, up to the moment when it would train; all that it would train and load is on the
     meta device. Nothing is written outside a folder that is gone afterwards."""
@@ -286,6 +292,7 @@ def build(recipe, settings, training, train, held_out):
             stack.enter_context(patch.object(recipe, name, stand_ins[name]))
         stack.enter_context(patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights)))
         stack.enter_context(patch.object(peft.PeftModel, "__init__", on_meta))
+        stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
         stack.enter_context(patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model))
         stack.enter_context(patch.object(transformers.Trainer, "train", stop))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -516,6 +523,7 @@ def measure(trainer, rows, batch):
     hollow(trainer.model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
+        stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
         if trainer.args.for_gpu:  # a GPU has Triton, and then TRL scores label positions only
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
