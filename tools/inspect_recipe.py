@@ -524,8 +524,9 @@ def measure(trainer, rows, batch):
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
         stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
-        if trainer.args.for_gpu:  # a GPU has Triton, and then TRL scores label positions only
+        if trainer.args.for_gpu:  # which has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
+            stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if cores > 1 and sys.platform == "linux":
             with multiprocessing.get_context("fork").Pool(min(cores, len(every))) as pool:
@@ -534,6 +535,11 @@ def measure(trainer, rows, batch):
             found = [_job(n) for n in range(len(every))]
     found = dict(zip(every, found))
     return {kind: (found[kind, batch], (found[kind, 2 * batch] - found[kind, batch]) / batch) for kind in (True, False)}
+
+
+def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
+    """F.dropout as it runs on a GPU; on a CPU its mask is as large as what it masks."""
+    return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
 
 
 def _run_job(n):
@@ -724,7 +730,7 @@ def inspect(recipe, args, rest):
 
 def show(report, console, colour):
     """Print a report as tables."""
-    gb = lambda size: f"{size / 1e9:.{4 if size < 1e8 else 2 if size < 1e11 else 0}f}"
+    gb = lambda size: f"{size / 1e9:.{4 if 0 < size < 5e6 else 2 if size < 1e11 else 0}f}"
     say = lambda text="": console.print(text, highlight=False, soft_wrap=True)
     head = lambda text: say(f"\n[bold]{text}[/bold]" if colour else f"\n== {text}")
 
