@@ -735,7 +735,7 @@ def show(report, console, colour):
     head = lambda text: say(f"\n[bold]{text}[/bold]" if colour else f"\n== {text}")
 
     def table(*columns):
-        made = Table(box=None, pad_edge=False, header_style="dim" if colour else None)
+        made = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim" if colour else None)
         for n, column in enumerate(columns):
             made.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
         return made
@@ -798,16 +798,17 @@ def show(report, console, colour):
         else:
             say(escape(f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."))
         if memory["fits"]:
-            head(f"Largest batch that fits, rows of {memory['longest']} tokens, {STRATEGIES[memory['strategy']]}")
+            head(f"Largest batch that fits, rows of {memory['longest']} tokens{', ' + STRATEGIES[memory['strategy']] if memory['gpus'] > 1 else ''}")
             rows = table("", *(f"{card} GB" for card in CARDS))
             for kind in memory["activations"]:
                 rows.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
             console.print(rows)
-        rule = "; ".join(f"{name} {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}"
-                         for name, row in memory["by_the_rule"].items())
         dpo = memory["by_the_rule"]["all in float32"]["reference"]
-        say(f"By the rule of thumb, without activations (weights +{' reference model +' if dpo else ''} gradients + optimizer): {rule}"
-            + ("; the reference is the model without its adapter, and takes nothing" if dpo else ""))
+        say(f"By the rule of thumb, without activations: weights +{' reference model +' if dpo else ''} gradients + optimizer")
+        for name, row in memory["by_the_rule"].items():
+            say(f"  {name}: {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}")
+        if dpo:
+            say("  here the reference is the model without its adapter, and takes nothing")
 
     if plan := report["plan"]:
         head("Plan")
