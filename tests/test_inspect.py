@@ -271,6 +271,18 @@ def test_examples_are_what_is_trained_on(recipe, run, tiny, request, tmp_path, r
             assert all(piece["text"].endswith(f" x {piece['tokens']}") for piece in images)
 
 
+def test_many_rows_are_looked_at_by_several_processes(flags, write, images, report, uncounted):
+    images(1)
+    rows = [said("<image>\nWhat?", f"number {n}" * (n % 400 != 3), image="red.png") for n in range(1200)]
+    (data,) = report(sft_llava, flags(dataset_name=write(rows), image_folder=None, eval_fraction=0))["data"]
+    assert [bad["row"] for bad in data["bad"]["empty answer"]] == [3, 403, 803] and data["good"] == 1197
+
+
+def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):
+    with pytest.raises(SystemExit, match="error: .*No modules were targeted"):
+        inspect_recipe.main([finetune_minicpm_lora.__file__, *minicpm_flags(lora_target_modules="nothing.like.this")])
+
+
 def test_some_rows_only(flags, report, uncounted):
     found = report(sft_llava, flags(dataset_test_split=None), "--rows", "10")
     assert [(data["rows"], data["looked_at"]) for data in found["data"]] == [(24, 10), (96, 10)]

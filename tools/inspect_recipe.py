@@ -165,6 +165,20 @@ def look_at(rows, collator, recipe):
     return found
 
 
+def apart(job, count):
+    """[job(0), job(1), ...], each in a process of its own where these can be forked."""
+    global _job
+    _job, cores = job, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if min(cores, count) == 1 or sys.platform != "linux":
+        return [job(n) for n in range(count)]
+    with multiprocessing.get_context("fork").Pool(min(cores, count)) as pool:
+        return pool.map(_run_job, range(count), chunksize=1)
+
+
+def _run_job(n):
+    return _job(n)
+
+
 class Data:
     """Stands in for a recipe's check_rows: the same rows are left over, but nothing stops at a bad one, and what is seen is kept in `looked`,
     [(name, row numbers, what look_at found)], one for the training rows and one for others."""
@@ -178,7 +192,9 @@ class Data:
         whole = len(data)
         if self.most and whole > self.most:
             data = data.select([n * whole // self.most for n in range(self.most)])
-        found = look_at(data, collator, self.recipe)
+        parts = min(os.cpu_count() or 1, 1 + len(data) // 500)  # decoding pictures is what takes the time
+        bounds = [n * len(data) // parts for n in range(parts + 1)]
+        found = sum(apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts), [])
         limit = max_length(settings, training) or math.inf
         for one in found:
             if one["problem"] is None and one["length"] > limit:  # some recipes look at the length after the collator
@@ -511,15 +527,9 @@ def step(trainer, rows, checkpointing):
 def measure(trainer, rows, batch):
     """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows, over and over where they are too few.
     The steps are independent of each other: where processes can be forked each has its own."""
-    global _job
     every = [(checkpointing, size) for checkpointing in (True, False) for size in (batch, 2 * batch)]
     rows = list(itertools.islice(itertools.cycle(rows), batch))
 
-    def _job(n):
-        checkpointing, size = every[n]
-        return step(trainer, rows * (size // batch), checkpointing)
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     hollow(trainer.model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
@@ -528,11 +538,7 @@ def measure(trainer, rows, batch):
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if cores > 1 and sys.platform == "linux":
-            with multiprocessing.get_context("fork").Pool(min(cores, len(every))) as pool:
-                found = pool.map(_run_job, range(len(every)), chunksize=1)
-        else:
-            found = [_job(n) for n in range(len(every))]
+        found = apart(lambda n: step(trainer, rows * (every[n][1] // batch), every[n][0]), len(every))
     found = dict(zip(every, found))
     return {kind: (found[kind, batch], (found[kind, 2 * batch] - found[kind, batch]) / batch) for kind in (True, False)}
 
@@ -540,10 +546,6 @@ def measure(trainer, rows, batch):
 def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
     """F.dropout as it runs on a GPU; on a CPU its mask is as large as what it masks."""
     return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
-
-
-def _run_job(n):
-    return _job(n)
 
 
 def state_bytes(optim):
@@ -714,7 +716,10 @@ def inspect(recipe, args, rest):
     longest = sorted(range(len(train)), key=lambda n: -lengths[n])[:batch]
     if held_out is None:
         training.eval_strategy, training.load_best_model_at_end = transformers.trainer_utils.IntervalStrategy("no"), False
-    trainer = build(recipe, settings, training, train, held_out)
+    try:
+        trainer = build(recipe, settings, training, train, held_out)
+    except Exception as e:  # PEFT and TRL say so when a trainer cannot be made of these settings
+        fail(f"{args.recipe} cannot make its trainer of these settings: {type(e).__name__}: {' '.join(str(e).split())}")
     report["parts"] = about_parameters(trainer.model)
     report["plan"], report["odd"] = about_plan(trainer, settings, training, report["data"], train, held_out, report["parts"], asked_to_evaluate, args.gpus)
     report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)
