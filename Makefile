@@ -43,6 +43,7 @@ demo-sft_llava: .venv/done
 	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
 	$(PY) -m tiny report $(RUN)
+	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-idefics2_docvqa: .venv/done
 	$(PY) -m tiny idefics2 --out $(FORMS) --seed $(SEED)
@@ -56,6 +57,7 @@ demo-idefics2_docvqa: .venv/done
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
 	$(PY) evals/docvqa.py $(RUN)/after.jsonl --worst 10
 	$(PY) -m tiny report $(RUN)
+	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-dpo_idefics2: .venv/done
 	$(PY) -m tiny idefics2_dpo --out $(PAIRS) --seed $(SEED)
@@ -71,6 +73,7 @@ demo-dpo_idefics2: .venv/done
 	    $$(test $$when = after || echo --base_only) --output $(RUN)/amber-$$when.jsonl --overwrite || exit 1; done
 	$(PY) evals/amber.py $(RUN)/amber-after.jsonl --annotations $(PAIRS)/amber/annotations.json --compare $(RUN)/amber-before.jsonl
 	$(PY) -m tiny report $(RUN)
+	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-finetune_minicpm_lora: .venv/done
 	$(PY) -m tiny minicpmv4_6 --out $(TALKS) --seed $(SEED)
@@ -84,6 +87,7 @@ demo-finetune_minicpm_lora: .venv/done
 	    --image_folder $(TALKS)/json/images --batch_size 64 --max_new_tokens 16 $$(test $$what != before || echo --base_only) \
 	    --output $(RUN)/$$what.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
+	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-llava_two_stage: .venv/done
 	$(PY) -m tiny llava_two_stage --out $(PARTS) --seed $(SEED)
