@@ -103,6 +103,7 @@ demo-llava_two_stage: .venv/done
 	  $(PY) tools/generate.py $(RUN) --data_path $(PARTS)/json/test.json --image_folder $(PARTS)/json/images \
 	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/$$when.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
+	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)    (stage 1: $(RUN)-align)"
 
 test: .venv/done
 	.venv/bin/ruff check .

@@ -23,7 +23,7 @@ from test_generate import lines, train
 import dpo_idefics2
 import finetune_minicpm_lora
 import llava_two_stage
-from tools import compare, generate
+from tools import compare, generate, merge_adapter
 
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if path), None)
 
@@ -173,6 +173,40 @@ def test_a_run_that_holds_its_own_base_can_be_moved(tiny_parts, tmp_path):
         assert said == lines(tmp_path / "out.jsonl")[0]["prediction"]
 
 
+@pytest.mark.parametrize("kind", ["instruct", "align", "merged"])
+def test_a_whole_model_stands_beside_its_base(tiny_parts, tmp_path, kind):
+    """Trained in full from a stage-1 model; joined from parts, with nothing but the projector trained; merged from an adapter on joined
+    parts, whose run is gone. What training did not change is in memory once."""
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "eval_fraction": 0.1, "sample_rows": 0, "save_strategy": "no"}
+    match kind:
+        case "instruct":
+            llava_two_stage.main(two_stage_run(tiny_parts, run := tmp_path / "run", "instruct", **settings))
+        case "align":
+            settings |= {"learning_rate": llava_two_stage.Training.learning_rate, "projector_learning_rate": 1e-1}
+            llava_two_stage.main(two_stage_run(tiny_parts, run := tmp_path / "run", "align", **settings))
+        case "merged":
+            settings |= {"pretrain_mm_mlp_adapter": tiny_parts / "align", "lora_r": 4, "load_in_4bit": False}
+            llava_two_stage.main(two_stage_run(tiny_parts, tmp_path / "adapter", "instruct", **settings))
+            merge_adapter.main([str(tmp_path / "adapter"), str(run := tmp_path / "merged"), "--use_cpu"])
+            shutil.rmtree(tmp_path / "adapter")
+    (found,), answers = load(run, "--max_new_tokens", 6)
+    assert found.whole and found.examples
+    said = {}
+    for side, flags in ((compare.TUNED, []), (compare.BASE, ["--base_only"])):
+        question = "What digit is this?"
+        found.examples[0][0].save(picture := tmp_path / "asked.png")
+        generate.main([str(run), "--question", question, "--image", str(picture), "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"),
+                       "--overwrite", *flags])  # fmt: skip
+        said[side] = list(answers.stream(found, side, answers.prepare(found, str(picture), question), threading.Event()))[-1]
+        assert said[side] == lines(tmp_path / "out.jsonl")[0]["prediction"]
+    assert said[compare.BASE] != said[compare.TUNED]
+    shared = lambda part: {a.data_ptr() == b.data_ptr() for a, b in zip(*(m.get_submodule(part).parameters() for m in (answers.base, answers.model)))}
+    assert shared("model.vision_tower") == {True}
+    assert shared("model.multi_modal_projector") == {False} or kind == "merged"
+    assert shared("model.language_model.layers") == {"instruct": {False}, "align": {True}, "merged": {True, False}}[kind]
+    assert not (tmp_path / "adapter").exists()  # nothing is written beside the page's own files
+
+
 def test_runs_of_the_same_name_are_shown_by_their_paths(runs, tmp_path):
     other = copy(runs / "projector", tmp_path / "lora")
     args, rest = compare.parse([str(runs / "lora"), str(other), "--port", str(free_port()), "--examples", "0"])
@@ -250,9 +284,11 @@ def test_a_file_is_gone_on_with(tmp_path):
     "argv, message",
     [
         (["NOWHERE"], "no such folder"),
-        (["EMPTY"], "holds no adapter (adapter_config.json); needed"),
+        (["EMPTY"], "holds no adapter (adapter_config.json) and no model (config.json); needed"),
         (["UNFINISHED"], "but checkpoints"),
-        (["WHOLE"], "is a whole model: it has no adapter"),
+        (["WHOLE"], "without a settings.yaml that says what it was trained from: give --model_name_or_path BASE"),
+        (["WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE"], "would be compared with itself"),
+        (["RUN", "WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE2"], "is a whole model, no adapter: start the page for it alone"),
         (["BARE"], "holds no processor (processor_config.json)"),
         (["LIGHT"], "without its weights"),
         (["DAMAGED"], "adapter_config.json is damaged"),
@@ -283,7 +319,7 @@ def test_mistakes_get_one_message(runs, tiny_next, tiny_llava, tmp_path, argv, m
         runs / "lora",
         {name: tmp_path / name for name in "NOWHERE EMPTY UNFINISHED BARE LIGHT DAMAGED FOREIGN OTHER QUANTIZED FOLDER.jsonl".split()},
     )
-    paths |= {"RUN": run, "WHOLE": tiny_llava / "model"} | {
+    paths |= {"RUN": run, "WHOLE": tiny_llava / "model", "WHOLE2": tiny_next / "model"} | {
         name.split(".")[0]: tmp_path / name for name in ("FOLDER.jsonl", "PREDICTIONS.jsonl", "TEXT.jsonl")
     }
     paths |= {name.split(".")[0]: tmp_path / name for name in ("NOT_PYTHON.txt", "BROKEN.py", "LESS.py")}

@@ -3,17 +3,19 @@ better answer is voted for. Votes are pairs in the format of dpo_idefics2.py.
 
     python tools/compare.py llava-lora                                      # then open http://127.0.0.1:7860
     python tools/compare.py llava-lora llava-dora --votes mine.jsonl        # several adapters of one model, one at a time
+    python tools/compare.py llava-instruct                                  # a whole model, and the one it was trained from
     python tools/compare.py llava-lora --port 8000 --use_cpu                # any flag of the recipe goes behind the RUNs
     python dpo_idefics2.py --dataset_name mine.jsonl                        # on to preference optimization
 
-RUN is what a recipe saved with an adapter. The model is in memory once: its adapter is switched off for the base's answer and on
-for the other. Examples are rows that the run held out. A vote is written at once, as one line of the file of votes, its picture into a
+RUN is what a recipe saved. With an adapter the model is in memory once: the adapter is switched off for the base's answer and on
+for the other. Of a whole model (trained in full, or merged) the base is loaded beside it, and what is equal in both is kept once. Examples are rows that the run held out. A vote is written at once, as one line of the file of votes, its picture into a
 folder beside it: {"image", "question", "chosen", "rejected", "preferred": "base" or "fine-tuned", "run", "base", "blind", "at"}.
 Needs Gradio: pip install --no-deps -r requirements-compare.txt
 """
 
 import argparse
 import contextlib
+import copy
 import datetime
 import hashlib
 import importlib.util
@@ -56,7 +58,7 @@ class Refused(ValueError):
 def parse(argv=None):
     """-> (own arguments, the recipe's flags)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder that a recipe wrote, with an adapter; several of one base model")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder that a recipe wrote; several adapters of one base model")
     parser.add_argument(
         "--votes", type=Path, default=Path("votes.jsonl"), help="where votes go (default votes.jsonl); an earlier file is gone on with"
     )
@@ -108,12 +110,13 @@ class Run:
     settings: object
     training: object
     collator: object
+    whole: bool = False  # a model of its own, not an adapter
     label: str = ""
     examples: list = field(default_factory=list)  # of (PIL image, question, reference)
 
     @property
     def base(self):
-        return self.settings.model_name_or_path
+        return self.settings.model_name_or_path or f"{self.settings.vision_tower} + {self.settings.language_model}"
 
 
 def load_recipe(path, run):
@@ -144,46 +147,51 @@ def load_recipe(path, run):
 
 
 def load_run(path, name, recipe_path, rest):
-    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it holds no adapter, no processor,
-    or an adapter of another base model than its settings name."""
+    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it holds neither adapter nor model, no
+    processor, an adapter of another base model than its settings name, or a model of which nobody knows the base."""
     folder, config = Path(path), Path(path, "settings.yaml")
     if not folder.is_dir():
         fail(f"{path}: there is no such folder")
-    if not (folder / "adapter_config.json").exists():
-        if (folder / "config.json").exists():
-            fail(
-                f"{path} is a whole model: it has no adapter that could be switched off. Ask it and the one it was trained from by "
-                "tools/generate.py, or train an adapter"
-            )
+    whole, given = not (folder / "adapter_config.json").exists(), {flag.split("=")[0] for flag in rest}
+    if whole and not (folder / "config.json").exists():
         unfinished = " but checkpoints: the same training command finishes it" * any(folder.glob("checkpoint-*"))
-        fail(f"{path} holds no adapter (adapter_config.json){unfinished}; needed is what a recipe saved")
-    if not any(folder.glob("adapter_model.*")):
+        fail(f"{path} holds no adapter (adapter_config.json) and no model (config.json){unfinished}; needed is what a recipe saved")
+    if whole and not config.exists() and "--model_name_or_path" not in given:
+        fail(f"{path} is a whole model without a settings.yaml that says what it was trained from: give --model_name_or_path BASE")
+    if not whole and not any(folder.glob("adapter_model.*")):
         fail(f"{path} holds an adapter without its weights (adapter_model.safetensors)")
     if not any((folder / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
         fail(
-            f"{path} holds no processor (processor_config.json); recipes save it beside the adapter: "
+            f"{path} holds no processor (processor_config.json); recipes save it beside the weights: "
             f"AutoProcessor.from_pretrained(BASE).save_pretrained('{path}')"
         )
     try:
-        trained_on = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        trained_on = whole or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: its adapter_config.json is damaged ({type(e).__name__}: {e})")
     recipe = load_recipe(recipe_path, path)
-    flags = ["--config", str(config)] if config.exists() else ["--model_name_or_path", str(trained_on)]
+    flags = ["--config", str(config)] if config.exists() else [] if whole else ["--model_name_or_path", str(trained_on)]
+    if whole:  # in 16 bits unless 4 are asked for
+        flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
     settings, training = recipe.parse([*flags, *rest])
     recipe.check(settings, training)
     base = settings.model_name_or_path
-    if base is None:  # on joined parts: the run holds them, wherever it is by now
+    if whole:
+        if base and os.path.realpath(base) == os.path.realpath(path):
+            fail(f"{path} would be compared with itself: give --model_name_or_path BASE, the model that it was trained from")
+        if base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
+            settings.lora_r = 0
+    elif base is None:  # on joined parts: the run holds them, wherever it is by now
         base, settings.pretrain_mm_mlp_adapter = str(folder / "base"), None
     elif trained_on and os.path.normpath(trained_on) != os.path.normpath(base):
-        if not any(flag.split("=")[0] == "--model_name_or_path" for flag in rest):
+        if "--model_name_or_path" not in given:
             fail(f"the adapter in {path} is of {trained_on}, its settings.yaml says {base}: which it is, say by --model_name_or_path")
         print(f"note: the adapter in {path} was trained on {trained_on}, asked on {base}", file=sys.stderr)
     settings.model_name_or_path = path
     processor = recipe.load_processor(settings)  # the one that was saved beside the adapter
     processor.tokenizer.padding_side = "left"
     settings.model_name_or_path = base
-    return Run(name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training))
+    return Run(name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), whole)
 
 
 def load_runs(args, rest):
@@ -193,6 +201,8 @@ def load_runs(args, rest):
     for run in runs:
         name = Path(run.path).absolute().name
         run.label = name if short[name] == 1 else run.path
+        if run.whole and len(runs) > 1:
+            fail(f"{run.path} is a whole model, no adapter: start the page for it alone")
         if os.path.realpath(run.base) != os.path.realpath(first.base):
             fail(f"{first.path} is of {first.base}, {run.path} is of {run.base}: one model is in memory, start the page for each")
         for key in OF_THE_BASE:
@@ -247,16 +257,18 @@ class Stopped(StoppingCriteria):
 
 
 class Answers:
-    """One base model in memory with the adapters of all runs: asks either, one question at a time."""
+    """One base model in memory with the adapters of all runs, or with one whole model: asks either, one question at a time."""
 
     def __init__(self, runs, args):
         """Loads the weights. Raises SystemExit, with both names, where an adapter does not fit the base model."""
         first, self.lock, self.args = runs[0], threading.Lock(), args
         try:
-            model = first.recipe.load_model(first.settings, first.training)
+            model = self.base = first.recipe.load_model(first.settings, first.training).eval()
         except (OSError, ValueError, SafetensorError) as e:
             fail(f"cannot load {first.base} (another place: --model_name_or_path): {e}")
-        for run in runs:
+        if first.whole:
+            model = self.whole(first)
+        for run in runs if not first.whole else ():
             try:
                 if run is first:
                     model = PeftModel.from_pretrained(model, run.path, adapter_name=run.name)
@@ -271,8 +283,24 @@ class Answers:
                 SafetensorError,
             ) as e:  # of the shapes torch raises RuntimeError
                 fail(f"the adapter in {run.path} does not fit {run.base}: {e}")
-        self.model = model.eval()
+        self.model = model.eval()  # for adapters it holds the base
         self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def whole(self, run):
+        """-> the model of a run that is no adapter. What is equal in the base is shared with it. Raises SystemExit."""
+        settings = copy.copy(run.settings)
+        settings.model_name_or_path = run.path
+        if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
+            settings.pretrain_mm_mlp_adapter = None
+        try:
+            model = run.recipe.load_model(settings, run.training)
+        except (OSError, ValueError, SafetensorError) as e:
+            fail(f"cannot load {run.path}: {e}")
+        mine = dict(model.named_parameters())
+        for name, weight in self.base.named_parameters():
+            if name in mine and weight.shape == mine[name].shape and weight.dtype == mine[name].dtype and weight.equal(mine[name]):
+                weight.data = mine[name].data
+        return model
 
     def prepare(self, run, path, question):
         """A file or None, and a question -> the processor's batch of one. Raises Refused, with what is wrong and the remedy."""
@@ -309,13 +337,14 @@ class Answers:
                 with self.lock:
                     if stop.is_set():
                         return
-                    model = self.model
-                    model.set_adapter(run.name)  # again each time: switching off and on forgets which parts this adapter does not have
+                    model = self.base if run.whole and side == BASE else self.model
+                    if not run.whole:
+                        model.set_adapter(run.name)  # again each time: switching off and on forgets which parts this adapter does not have
                     inputs = batch.to(model.device)
                     length = inputs["input_ids"].shape[1]
                     new = min(self.args.max_new_tokens, (self.longest or sys.maxsize) - length)
                     with (
-                        model.disable_adapter() if side == BASE else contextlib.nullcontext(),
+                        model.disable_adapter() if side == BASE and not run.whole else contextlib.nullcontext(),
                         torch.inference_mode(),
                         torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"),
                     ):

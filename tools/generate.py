@@ -105,6 +105,8 @@ def load(recipe, args, rest):
         base = args.run
         if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
             settings.pretrain_mm_mlp_adapter = None
+    elif not adapter and base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
+        settings.lora_r = 0
     elif adapter and base is None:  # on joined parts: the run holds them, wherever it is by now
         base, settings.pretrain_mm_mlp_adapter = str(run / "base"), None
     processor = recipe.load_processor(settings)  # the one that was saved beside the adapter
