@@ -286,7 +286,16 @@ def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):
 def test_some_rows_only(flags, report, uncounted):
     found = report(sft_llava, flags(dataset_test_split=None), "--rows", "10")
     assert [(data["rows"], data["looked_at"]) for data in found["data"]] == [(24, 10), (96, 10)]
-    assert found["plan"]["rows"] == 96  # of all of them
+    assert found["plan"]["rows"] == 96 and found["plan"]["evaluation_rows"] == 24  # of all of them
+
+
+def test_some_rows_only_where_some_are_held_out(flags, write, images, report, uncounted):
+    images(1)
+    rows = write([said("<image>\nWhat?", f"number {n}", image="red.png") for n in range(200)])
+    plan = report(sft_llava, flags(dataset_name=rows, image_folder=None, eval_fraction=0.1, max_eval_rows=15), "--rows", "50")["plan"]
+    assert (plan["rows"], plan["evaluation_rows"]) == (180, 15)
+    plan = report(sft_llava, flags(dataset_name=rows, image_folder=None, eval_fraction=0.1), "--rows", "50")["plan"]
+    assert (plan["rows"], plan["evaluation_rows"]) == (180, 20)
 
 
 # --------------------------------------------------------------------------------------------------------- plan, output

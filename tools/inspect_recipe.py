@@ -644,6 +644,8 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
     evaluations = math.floor(steps / every) + bool(training.eval_on_start) if every else 0
     scored = len(held_out) if held_out is not None else 0
+    if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
+        scored = min(round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
     fields = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(settings)}
     answered = scored if "answer" in fields.get("max_eval_rows", "").lower() else min(scored, getattr(settings, "sample_rows", 0))
     tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
