@@ -285,23 +285,23 @@ def test_a_file_is_gone_on_with(tmp_path):
     [
         (["NOWHERE"], "no such folder"),
         (["EMPTY"], "holds no adapter (adapter_config.json) and no model (config.json); needed"),
-        (["UNFINISHED"], "but checkpoints"),
-        (["WHOLE"], "without a settings.yaml that says what it was trained from: give --model_name_or_path BASE"),
-        (["WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE"], "would be compared with itself"),
+        (["UNFINISHED"], "but checkpoints: the same"),
+        (["WHOLE", "--use_cpu"], "is a whole model, and what it was trained from is not said"),
+        (["WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE"], "or is itself: give --model_name_or_path BASE"),
         (["RUN", "WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE2"], "is a whole model, no adapter: start the page for it alone"),
         (["BARE"], "holds no processor (processor_config.json)"),
         (["LIGHT"], "without its weights"),
         (["DAMAGED"], "adapter_config.json is damaged"),
-        (["FOREIGN"], "is of somebody/else-7b, its settings.yaml says"),
+        (["FOREIGN"], "is one for somebody/else-7b, settings.yaml says"),
         (["RUN", "OTHER"], "one model is in memory, start the page for each"),
         (["RUN", "QUANTIZED"], "has load_in_4bit False,"),
         (["RUN", "RUN"], "is given twice"),
         (["RUN", "--recipe", "NOWHERE"], "no such file"),
         (["RUN", "--recipe", "NOT_PYTHON"], "is no Python file"),
-        (["RUN", "--recipe", "BROKEN"], "cannot be imported: SyntaxError"),
+        (["RUN", "--recipe", "BROKEN"], "cannot be imported as a recipe: SyntaxError"),
         (
             ["RUN", "--recipe", "LESS"],
-            "it has no check, load_processor, load_data, load_model, load_image, text_of, BadRow, Settings, Collator.read, Collator.tokenize",
+            "it has no check, load_processor, load_data, read_rows, load_model, load_image, text_of, BadRow, Settings, Collator.read, Collator.tokenize",
         ),
         (["RUN", "--no_such_flag", "1"], "--no_such_flag"),
         (["RUN", "--port", "TAKEN"], "choose another --port"),
@@ -344,7 +344,7 @@ def test_mistakes_get_one_message(runs, tiny_next, tiny_llava, tmp_path, argv, m
         (paths["DAMAGED"] / "adapter_config.json").write_text("{")
     paths["NOT_PYTHON"].write_text("x")
     paths["BROKEN"].write_text("def (")
-    paths["LESS"].write_text("class Collator:\n    ask = None\ndef parse(argv): pass\n")
+    paths["LESS"].write_text("class Collator:\n    ask = print\ndef parse(argv): pass\n")
     paths["PREDICTIONS"].write_text('{"row": 0, "prediction": "x"}\n')
     paths["TEXT"].write_text(json.dumps({"image": "a", "question": "b", "chosen": "c", "rejected": "d"}) + "\nhello\n")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as e:
@@ -370,7 +370,7 @@ def test_an_adapter_that_does_not_fit_is_named(runs, learnt, tiny_llava, tmp_pat
         "--model_name_or_path",
         shutil.copytree(tiny_llava / "model", tmp_path / "moved"),
     )
-    assert f"was trained on {tiny_llava / 'model'}, asked on {tmp_path / 'moved'}" in capsys.readouterr().err
+    assert f"was trained on {tiny_llava / 'model'}, it is put on {tmp_path / 'moved'}" in capsys.readouterr().err
 
 
 def test_without_its_data_a_run_has_no_examples(runs, tmp_path, capsys):

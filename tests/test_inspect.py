@@ -376,8 +376,8 @@ def test_a_model_that_cannot_be_run_without_content(flags, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("none.py", None, "no such file"), ("bare.py", "x = 1", "is not a recipe: it has no Settings, Training"), ("broken.py", "def", "cannot be loaded as a recipe: SyntaxError"),
-    ("raises.py", "1 / 0", "ZeroDivisionError"), ("notes.txt", "words", "cannot be loaded as a recipe")])
+    ("none.py", None, "no such file"), ("bare.py", "x = 1", "is no recipe: it has no Settings, Training"), ("broken.py", "def", "cannot be imported as a recipe: SyntaxError"),
+    ("raises.py", "1 / 0", "ZeroDivisionError"), ("notes.txt", "words", "is no Python file")])
 def test_a_file_that_is_no_recipe(name, text, message, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)

@@ -112,12 +112,9 @@ with torch.inference_mode():
 @pytest.mark.parametrize("name", RUNS)
 def test_the_merged_folder_alone_is_the_adapter_on_its_base(merged, name, tmp_path):
     done, (recipe, *_) = merged(name), RUNS[name]
-    args = SimpleNamespace(run=done.run)
     with contextlib.redirect_stdout(io.StringIO()):
-        settings, training = merge_adapter.load_settings(recipe, args, ["--use_cpu"])
-    base, settings.model_name_or_path = settings.model_name_or_path, str(done.run)
-    collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    settings.model_name_or_path = base
+        processor, settings, training = merge_adapter.load_run(recipe, done.run, ["--use_cpu"])
+    collator = recipe.Collator(processor, settings, training)
     messages, prompt, what = merge_adapter.example(recipe, collator, settings)
     assert what.startswith("row ") and what in done.text
     model = PeftModel.from_pretrained(recipe.load_model(settings, training), done.run).eval()
@@ -225,7 +222,7 @@ def other_width(run):
     "change, words",
     [
         (functools.partial(without, "adapter_config.json"), ["no adapter"]),
-        (functools.partial(without, "adapter_model.safetensors"), ["no adapter_model.safetensors"]),
+        (functools.partial(without, "adapter_model.safetensors"), ["without its weights (adapter_model.safetensors)"]),
         (functools.partial(without, "processor_config.json"), ["no processor"]),
         (renamed_base, ["someone/else", "tiny_llava", "--model_name_or_path"]),
         (fewer_layers, ["does not fit", "tiny_llava", "of the model only"]),
@@ -239,14 +236,14 @@ def test_what_is_no_whole_run_is_named(runs, tmp_path, change, words):
     assert all(word in message for word in words), message
 
 
-def test_another_base_is_named(runs, tmp_path, tiny_forms, tiny_llava):
+def test_another_base_is_named(runs, tmp_path, tiny_forms, tiny_llava, capsys):
     """One of another kind; and the same one in another place is none."""
     flags = [runs("llava"), tmp_path / "model", "--use_cpu", "--model_name_or_path"]
     message = refused([*flags, tiny_forms / "model"], tmp_path / "model")
     assert "does not fit" in message and str(tiny_forms) in message and str(tiny_llava / "model") in message
     assert "cannot load nowhere" in refused([*flags, "nowhere"], tmp_path / "model")
-    text = quietly(merge_adapter.main, [*flags, shutil.copytree(tiny_llava / "model", tmp_path / "moved")])
-    assert f"trained on {tiny_llava / 'model'}" in text and (tmp_path / "model").is_dir()
+    quietly(merge_adapter.main, [*flags, shutil.copytree(tiny_llava / "model", tmp_path / "moved")])
+    assert f"trained on {tiny_llava / 'model'}" in capsys.readouterr().err and (tmp_path / "model").is_dir()
 
 
 def test_a_whole_model_a_folder_that_exists_and_one_that_does_not(runs, tmp_path, tiny_llava):

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import random
@@ -38,17 +37,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.generate import fail, load, load_recipe  # noqa: E402
+
 MAX_QUESTION = 4000  # characters
-# What a recipe must have to be asked through this page.
-CONTRACT = "parse check load_processor load_data load_model load_image text_of BadRow Settings Collator".split()
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
 OF_THE_BASE = "model_revision load_in_4bit q_lora pretrain_mm_mlp_adapter downsample_mode".split()
 BASE, TUNED = "base", "fine-tuned"
-
-
-def fail(message):
-    """End the program with one message and exit status 1."""
-    sys.exit(f"error: {message}")
 
 
 class Refused(ValueError):
@@ -119,79 +114,18 @@ class Run:
         return self.settings.model_name_or_path or f"{self.settings.vision_tower} + {self.settings.language_model}"
 
 
-def load_recipe(path, run):
-    """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml. Raises SystemExit
-    where it is none."""
-    if path is None:
-        config = Path(run, "settings.yaml")
-        said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
-        path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
-    if not path.is_file():
-        fail(f"--recipe {path}: no such file")
-    name = f"recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        fail(f"--recipe {path} is no Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # somebody else's file
-        fail(f"--recipe {path} cannot be imported: {type(e).__name__}: {e}")
-    missing = [part for part in CONTRACT if not hasattr(module, part)]
-    missing += [
-        f"Collator.{part}" for part in ("ask", "read", "tokenize") if "Collator" not in missing and not hasattr(module.Collator, part)
-    ]
-    if missing:
-        fail(f"--recipe {path} is no recipe: it has no {', '.join(missing)}")
-    return module
-
-
 def load_run(path, name, recipe_path, rest):
-    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it holds neither adapter nor model, no
-    processor, an adapter of another base model than its settings name, or a model of which nobody knows the base."""
-    folder, config = Path(path), Path(path, "settings.yaml")
-    if not folder.is_dir():
+    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it is none, or a model of which nobody
+    knows the base."""
+    if not Path(path).is_dir():
         fail(f"{path}: there is no such folder")
-    whole, given = not (folder / "adapter_config.json").exists(), {flag.split("=")[0] for flag in rest}
-    if whole and not (folder / "config.json").exists():
-        unfinished = " but checkpoints: the same training command finishes it" * any(folder.glob("checkpoint-*"))
-        fail(f"{path} holds no adapter (adapter_config.json) and no model (config.json){unfinished}; needed is what a recipe saved")
-    if whole and not config.exists() and "--model_name_or_path" not in given:
-        fail(f"{path} is a whole model without a settings.yaml that says what it was trained from: give --model_name_or_path BASE")
-    if not whole and not any(folder.glob("adapter_model.*")):
-        fail(f"{path} holds an adapter without its weights (adapter_model.safetensors)")
-    if not any((folder / file).exists() for file in ("processor_config.json", "preprocessor_config.json")):
-        fail(
-            f"{path} holds no processor (processor_config.json); recipes save it beside the weights: "
-            f"AutoProcessor.from_pretrained(BASE).save_pretrained('{path}')"
-        )
-    try:
-        trained_on = whole or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{path}: its adapter_config.json is damaged ({type(e).__name__}: {e})")
     recipe = load_recipe(recipe_path, path)
-    flags = ["--config", str(config)] if config.exists() else [] if whole else ["--model_name_or_path", str(trained_on)]
-    if whole:  # in 16 bits unless 4 are asked for
-        flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
-    settings, training = recipe.parse([*flags, *rest])
-    recipe.check(settings, training)
+    adapter, processor, settings, training = load(recipe, path, rest, base_only=True)
     base = settings.model_name_or_path
-    if whole:
-        if base and os.path.realpath(base) == os.path.realpath(path):
-            fail(f"{path} would be compared with itself: give --model_name_or_path BASE, the model that it was trained from")
-        if base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
-            settings.lora_r = 0
-    elif base is None:  # on joined parts: the run holds them, wherever it is by now
-        base, settings.pretrain_mm_mlp_adapter = str(folder / "base"), None
-    elif trained_on and os.path.normpath(trained_on) != os.path.normpath(base):
-        if "--model_name_or_path" not in given:
-            fail(f"the adapter in {path} is of {trained_on}, its settings.yaml says {base}: which it is, say by --model_name_or_path")
-        print(f"note: the adapter in {path} was trained on {trained_on}, asked on {base}", file=sys.stderr)
-    settings.model_name_or_path = path
-    processor = recipe.load_processor(settings)  # the one that was saved beside the adapter
+    if not adapter and base and os.path.realpath(base) == os.path.realpath(path):
+        fail(f"{path} is a whole model, and what it was trained from is not said (settings.yaml) or is itself: give --model_name_or_path BASE")
     processor.tokenizer.padding_side = "left"
-    settings.model_name_or_path = base
-    return Run(name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), whole)
+    return Run(name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), not adapter)
 
 
 def load_runs(args, rest):

@@ -19,6 +19,7 @@ is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). 
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -30,24 +31,36 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
+# What a recipe must have to be asked.
+CONTRACT = "parse check load_processor load_data read_rows load_model load_image text_of BadRow Settings Collator.ask Collator.read Collator.tokenize"
+
 
 def fail(message):
     """End the program with one message and exit status 1."""
     sys.exit(f"error: {message}")
 
 
-def load_recipe(path, run):
-    """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml."""
+def load_recipe(path, run, contract=CONTRACT):
+    """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml. Raises SystemExit where it
+    is none."""
     if path is None:
         config = Path(run, "settings.yaml")
         said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
         path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
     if not path.is_file():
-        fail(f"--recipe {path}: no such file")
+        fail(f"{path}: no such file; needed is a recipe")
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        fail(f"{path} is no Python file; needed is a recipe")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # somebody else's file
+        fail(f"{path} cannot be imported as a recipe: {type(e).__name__}: {e}")
+    there = lambda part: functools.reduce(lambda holder, name: getattr(holder, name, None), part.split("."), module) is not None
+    if missing := [part for part in contract.split() if not there(part)]:
+        fail(f"{path} is no recipe: it has no {', '.join(missing)}")
     return module
 
 
@@ -88,29 +101,46 @@ def parse(argv=None):
     return args, rest
 
 
-def load(recipe, args, rest):
-    """-> (whether RUN is an adapter, its processor padding on the left, the recipe's settings and training)."""
-    run, config = Path(args.run), Path(args.run, "settings.yaml")
+def load(recipe, run, rest, base_only=False):
+    """RUN, the recipe's flags -> (whether RUN is an adapter, the processor that was saved with it, the recipe's settings and training).
+    settings.model_name_or_path is what to load: what is beneath an adapter; of a whole model itself, or with base_only what it was trained from (None:
+    its parts, joined once more). Raises SystemExit where RUN is not all there, or its adapter is one for another base model than settings.yaml says."""
+    folder, config, given, said = Path(run), Path(run, "settings.yaml"), {flag.split("=")[0] for flag in rest}, None
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else None  # None: a name on the hub
+    adapter = there is not None and "adapter_config.json" in there
+    if there is not None and not adapter and "config.json" not in there:
+        unfinished = ", but checkpoints: the same training command finishes it" * any(name.startswith("checkpoint-") for name in there)
+        fail(f"{run} holds no adapter (adapter_config.json) and no model (config.json){unfinished or '; needed is what a recipe saved'}")
+    if adapter and not there & {"adapter_model.safetensors", "adapter_model.bin"}:
+        fail(f"{run} holds an adapter without its weights (adapter_model.safetensors)")
+    if there is not None and not there & {"processor_config.json", "preprocessor_config.json"}:
+        fail(f"{run} holds no processor (processor_config.json); recipes save it beside the weights: AutoProcessor.from_pretrained(BASE).save_pretrained('{run}')")
     flags = ["--config", str(config)] if config.exists() else []
-    adapter = (run / "adapter_config.json").exists()
-    if adapter and not config.exists():
-        base = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
-        flags += ["--model_name_or_path", base]
-    elif not adapter:  # a whole model, in 16 bits unless 4 are asked for
+    if adapter:
+        try:
+            said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError) as e:
+            fail(f"{run}: its adapter_config.json is damaged ({type(e).__name__}: {e})")
+        flags = flags or ["--model_name_or_path", str(said)]
+    else:  # in 16 bits unless 4 are asked for
         flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
     settings, training = recipe.parse([*flags, *rest])
     recipe.check(settings, training)
-    base, settings.model_name_or_path = settings.model_name_or_path, args.run
-    if not adapter and not (args.base_only and config.exists()):  # trained in full: what it was trained from is in its settings
-        base = args.run
+    base = settings.model_name_or_path
+    if not adapter and not (base_only and (config.exists() or "--model_name_or_path" in given)):
+        base = str(run)
         if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
             settings.pretrain_mm_mlp_adapter = None
     elif not adapter and base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
         settings.lora_r = 0
-    elif adapter and base is None:  # on joined parts: the run holds them, wherever it is by now
-        base, settings.pretrain_mm_mlp_adapter = str(run / "base"), None
-    processor = recipe.load_processor(settings)  # the one that was saved beside the adapter
-    processor.tokenizer.padding_side = "left"
+    elif base is None:  # an adapter on joined parts: the run holds them, wherever it is by now
+        base, settings.pretrain_mm_mlp_adapter = str(folder / "base"), None
+    elif said and os.path.normpath(said) != os.path.normpath(base):
+        if "--model_name_or_path" not in given:
+            fail(f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path")
+        print(f"note: the adapter in {run} was trained on {said}, it is put on {base}, as asked", file=sys.stderr)
+    settings.model_name_or_path = str(run)
+    processor = recipe.load_processor(settings)
     settings.model_name_or_path = base
     return adapter, processor, settings, training
 
@@ -201,7 +231,8 @@ def main(argv=None):
     """Parse, load, ask, write."""
     args, rest = parse(argv)
     recipe = load_recipe(args.recipe, args.run)
-    adapter, processor, settings, training = load(recipe, args, rest)
+    adapter, processor, settings, training = load(recipe, args.run, rest, args.base_only)
+    processor.tokenizer.padding_side = "left"
     collator = recipe.Collator(processor, settings, training)
     for flag, text in (("--question", args.question), ("--system", args.system), ("--append", args.append)):
         if typed := [token for token in collator.control if token in (text or "")]:

@@ -17,7 +17,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import itertools
 import json
@@ -48,7 +47,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CONTRACT = ("Settings", "Training", "parse", "check", "load_processor", "load_data", "check_rows", "BadRow", "load_image", "Collator", "load_model", "main")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.generate import fail, load_recipe  # noqa: E402
+
+CONTRACT = "Settings Training parse check load_processor load_data check_rows BadRow load_image Collator load_model main"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
 CARDS = (16, 24, 40, 80)
 # Of a card's memory: CUDA's own context, and what its allocator cannot use because it is in pieces.
@@ -57,11 +59,6 @@ CONTEXT, PIECES = 1e9, 0.05
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What an optimizer keeps for each trained parameter, in bytes: AdamW has two moments; 8-bit ones have scales for each 256.
 STATES = {"8bit": 2 * (1 + 4 / 256), "lion_8bit": 1 + 4 / 256, "lion": 4, "sgd": 0, "adagrad": 4, "adafactor": 0.01, "rmsprop": 4}
-
-
-def fail(message):
-    """End the program with one message and exit status 1."""
-    sys.exit(f"error: {message}")
 
 
 def parse(argv=None):
@@ -79,22 +76,6 @@ def parse(argv=None):
     if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
         fail("--rows and --gpus must be at least 1, --examples 0 or more")
     return args, rest
-
-
-def load_recipe(path):
-    """A recipe's file as a module. Raises SystemExit where it is none."""
-    if not path.is_file():
-        fail(f"{path}: no such file")
-    name = f"recipe_{path.stem}"
-    try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as e:  # whatever its author's file does, AttributeError (no .py) among it
-        fail(f"{path} cannot be loaded as a recipe: {type(e).__name__}: {e}")
-    if missing := [part for part in CONTRACT if not hasattr(module, part)]:
-        fail(f"{path} is not a recipe: it has no {', '.join(missing)}")
-    return module
 
 
 def asked_for(flag, rest):
@@ -837,7 +818,7 @@ def main(argv=None):
     if args.json or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are forked after the tokenizer was used
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, None, CONTRACT)
     try:
         report = inspect(recipe, args, rest)
     except recipe.BadRow as e:

@@ -13,7 +13,6 @@ folder was loaded alone; where they do not agree nothing is left behind, and the
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -30,31 +29,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.generate import fail, load, load_recipe  # noqa: E402
+
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 # The names that published LLaVAs and PaliGemmas have, and vLLM reads. Those that Transformers saves today lack vision_model.
 PUBLISHED = {"model.vision_tower": "vision_tower.vision_model", "model.language_model": "language_model.model", "lm_head": "language_model.lm_head",
              "model.multi_modal_projector": "multi_modal_projector", "model.image_newline": "image_newline"}
-
-
-def fail(message):
-    """End the program with one message and exit status 1."""
-    sys.exit(f"error: {message}")
-
-
-def load_recipe(path, run):
-    """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml."""
-    if path is None:
-        config = Path(run, "settings.yaml")
-        said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
-        path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
-    if not path.is_file():
-        fail(f"--recipe {path}: no such file")
-    name = f"recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse(argv=None):
@@ -65,13 +47,10 @@ def parse(argv=None):
     parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
-    there = {path.name for path in args.run.iterdir()} if args.run.is_dir() else fail(f"{args.run}: no such folder")
-    if "adapter_config.json" not in there:
-        fail(f"{args.run} holds " + ("a whole model: there is nothing to merge" if "config.json" in there else "no adapter (adapter_config.json): it is no run, or one that did not end"))
-    if "adapter_model.safetensors" not in there:
-        fail(f"{args.run} holds no adapter_model.safetensors: the run did not end")
-    if "tokenizer_config.json" not in there or not there & {"processor_config.json", "preprocessor_config.json"}:
-        fail(f"{args.run} holds no processor, without which the merged model could not be loaded: save the base model's there")
+    if not args.run.is_dir():
+        fail(f"{args.run}: no such folder")
+    if not (args.run / "adapter_config.json").exists() and (args.run / "config.json").exists():
+        fail(f"{args.run} holds a whole model: there is nothing to merge")
     if os.path.lexists(args.output):
         fail(f"{args.output} exists: choose another OUTPUT")
     if not args.output.absolute().parent.is_dir() or not os.access(args.output.absolute().parent, os.W_OK):
@@ -79,25 +58,14 @@ def parse(argv=None):
     return args, rest
 
 
-def load_settings(recipe, args, rest):
-    """-> (the recipe's settings, of the base model in 16 bits, and training). Raises SystemExit where it is not clear what the base is."""
-    config, said = args.run / "settings.yaml", json.loads((args.run / "adapter_config.json").read_text())["base_model_name_or_path"]
-    flags = ["--config", str(config)] if config.exists() else ["--model_name_or_path", str(said)]
-    packed = "load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "q_lora"
-    settings, training = recipe.parse([*flags, "--report_to", "none", "--push_to_hub", "false", *rest])
+def load_run(recipe, run, rest):
+    """-> (its processor, the recipe's settings, of the base model in 16 bits, and training). Raises SystemExit where it is not clear what the base is."""
+    _, processor, settings, training = load(recipe, run, ["--report_to", "none", "--push_to_hub", "false", *rest])
+    packed = "load_in_4bit" if hasattr(settings, "load_in_4bit") else "q_lora"
     if getattr(settings, packed):
         print(f"--{packed} is switched off: what was trained on 4-bit weights is merged into those of 16 bits, so answers differ a little from the run's own")
-        settings, training = recipe.parse([*flags, "--report_to", "none", "--push_to_hub", "false", *rest, f"--{packed}", "false"])
-    recipe.check(settings, training)
-    base = settings.model_name_or_path
-    if base is None:  # joined from parts: the run holds it, wherever it is by now
-        base, settings.pretrain_mm_mlp_adapter = str(args.run / "base"), None
-    elif said not in (None, base):
-        if not any(flag.split("=")[0] == "--model_name_or_path" for flag in rest):
-            fail(f"the adapter in {args.run} is one for {said}, settings.yaml says {base}: give --model_name_or_path")
-        print(f"the adapter was trained on {said}; it is merged into {base}, as asked")
-    settings.model_name_or_path = base
-    return settings, training
+        setattr(settings, packed, False)
+    return processor, settings, training
 
 
 def example(recipe, collator, settings):
@@ -198,16 +166,7 @@ def main(argv=None):
     """Parse, load, compare, merge, save, load again, rename."""
     args, rest = parse(argv)
     recipe = load_recipe(args.recipe, args.run)
-    settings, training = load_settings(recipe, args, rest)
-
-    def processor_of(folder):
-        base, settings.model_name_or_path = settings.model_name_or_path, str(folder)
-        try:
-            return recipe.load_processor(settings)
-        finally:
-            settings.model_name_or_path = base
-
-    processor = processor_of(args.run)
+    processor, settings, training = load_run(recipe, args.run, rest)
     collator = recipe.Collator(processor, settings, training)
     messages, prompt, what = example(recipe, collator, settings)
     batch, base = inputs(collator, messages, prompt), settings.model_name_or_path
@@ -251,8 +210,8 @@ def main(argv=None):
         del model
         gc.collect()
         torch.cuda.empty_cache()
-        saved, settings.model_name_or_path, settings.model_revision = processor_of(part), str(part), None
-        again = inputs(recipe.Collator(saved, settings, training), messages, prompt)
+        settings.model_name_or_path, settings.model_revision = str(part), None
+        again = inputs(recipe.Collator(recipe.load_processor(settings), settings, training), messages, prompt)
         agree, said = compare(logits(recipe.load_model(settings, training), again, dtype), merged, dtype)
         if not agree:
             fail(f"the saved folder, loaded again, is not what was merged: logits differ by {said}. Nothing was left behind")
