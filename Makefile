@@ -43,6 +43,7 @@ demo-sft_llava: .venv/done
 	$(PY) tools/generate.py $(RUN) --dataset_name $(TINY)/data --dataset_train_split test --batch_size 64 \
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
 	$(PY) -m tiny report $(RUN)
+	$(PY) tools/plot_run.py $(RUN) --metrics loss mean_token_accuracy
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-idefics2_docvqa: .venv/done
@@ -57,6 +58,7 @@ demo-idefics2_docvqa: .venv/done
 	  --max_new_tokens 16 --output $(RUN)/after.jsonl --overwrite
 	$(PY) evals/docvqa.py $(RUN)/after.jsonl --worst 10
 	$(PY) -m tiny report $(RUN)
+	$(PY) tools/plot_run.py $(RUN) --metrics loss anls exact_match
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-dpo_idefics2: .venv/done
@@ -73,6 +75,7 @@ demo-dpo_idefics2: .venv/done
 	    $$(test $$when = after || echo --base_only) --output $(RUN)/amber-$$when.jsonl --overwrite || exit 1; done
 	$(PY) evals/amber.py $(RUN)/amber-after.jsonl --annotations $(PAIRS)/amber/annotations.json --compare $(RUN)/amber-before.jsonl
 	$(PY) -m tiny report $(RUN)
+	$(PY) tools/plot_run.py $(RUN) --metrics loss rewards/accuracies rewards/margins
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-finetune_minicpm_lora: .venv/done
@@ -87,6 +90,7 @@ demo-finetune_minicpm_lora: .venv/done
 	    --image_folder $(TALKS)/json/images --batch_size 64 --max_new_tokens 16 $$(test $$what != before || echo --base_only) \
 	    --output $(RUN)/$$what.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
+	$(PY) tools/plot_run.py $(RUN) --metrics loss
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)"
 
 demo-llava_two_stage: .venv/done
@@ -103,6 +107,7 @@ demo-llava_two_stage: .venv/done
 	  $(PY) tools/generate.py $(RUN) --data_path $(PARTS)/json/test.json --image_folder $(PARTS)/json/images \
 	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/$$when.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
+	$(PY) tools/plot_run.py $(RUN)-align $(RUN) --output $(RUN)/curves.png --overwrite --metrics loss
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)    (stage 1: $(RUN)-align)"
 
 test: .venv/done

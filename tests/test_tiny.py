@@ -126,5 +126,4 @@ def test_it_learns(tmp_path, capsys):
     assert re.search(rf"all of these +891 +0\.0\d\d +{shares['held out'][1]:.3f}", table)
     assert shares["held out"][0] <= 0.10 and shares["held out"][1] >= 0.85
     assert min(shares[kind][1] for kind in llava.ONE_PICTURE) >= 0.75 and shares["several turns"][1] >= 0.75
-    assert Image.open(run / "curves.png").size[0] > 800
     assert (run / "samples.md").read_text().count("## Step") == 2

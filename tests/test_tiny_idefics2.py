@@ -159,4 +159,4 @@ def test_report_of_a_run_on_forms(tmp_path, capsys):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert report.report(tmp_path) == {"one-field": (0, 0.75), "new-number": (0, 0), "two-fields": (0, 1)}
     table = capsys.readouterr().out
-    assert "ANLS" in table and "a number never seen" in table and Image.open(tmp_path / "curves.png").size[0] > 800
+    assert "ANLS" in table and "a number never seen" in table

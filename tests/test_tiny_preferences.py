@@ -217,7 +217,7 @@ def test_report_of_a_run_on_pairs(tmp_path, capsys):
     shares = report.report(tmp_path)
     assert shares == {"digit": (0.25, 0.75), "parity": (0, 1), "existence": (1 / 3, 1 / 3), "all": (0.25, 0.625)}
     table = capsys.readouterr().out
-    assert Image.open(tmp_path / "curves.png").size[0] > 1200 and "samples.md" not in table
+    assert "samples.md" not in table
     line = next(line for line in table.splitlines() if line.startswith("all"))
     assert line.split() == ["all", "8", "0.250", "0.625", "0.750", "0.750"]
     (tmp_path / "samples.md").touch()

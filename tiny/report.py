@@ -1,9 +1,7 @@
-"""What a demo shows at its end: scores by kind of question, before and after, and the learning curve as a picture."""
+"""What a demo shows at its end: scores by kind of question, before and after."""
 
 import json
 from pathlib import Path
-
-import yaml
 
 from . import forms, llava, minicpm, preferences
 
@@ -68,29 +66,6 @@ def score_two_stage(run: Path, when: str) -> dict[str, tuple[int, int]]:
     return exact(said, ["captions"] * len(said), []) | score(run / f"{when}.jsonl")
 
 
-def curves(run: Path, log: list[dict], names: dict[str, str]) -> Path:
-    """Draw values over steps, training and held out, from a log history; -> `run/curves.png`. `names`: what may be logged,
-    held out as eval_NAME -> its title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    logged = {key.removeprefix("eval_") for entry in log for key in entry}
-    names = {name: title for name, title in names.items() if name in logged}
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained", squeeze=False)
-    for axis, (name, title) in zip(axes[0], names.items(), strict=True):
-        for key, label, style in ((name, "training", "-"), (f"eval_{name}", "held out", "o-")):
-            points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(run / "curves.png", dpi=110)
-    return run / "curves.png"
-
-
 DIGITS = {kind: llava.QUESTIONS[kind][0] for kind in llava.ONE_PICTURE}  # kind -> its title
 DIGITS |= {"held out": "all of these", "several turns": "several turns on one picture"}
 DIGITS |= {"two pictures": "two pictures at once", "text only": "no picture"}
@@ -107,17 +82,6 @@ def report_two_stage(run: Path) -> dict[str, tuple[float, float]]:
     shares = report_exact(score_two_stage(run, "before"), score_two_stage(run, "after"), names)
     print("captions: before and after stage 1, the projector alone; questions: before and after stage 2")
     return shares
-
-
-def stage_1(run: Path) -> list[dict]:
-    """The loss in the log history of the run that stage 2 in `run` started from, named "align"; nothing where that is gone."""
-    settings = run / "settings.yaml"
-    state = Path(yaml.safe_load(settings.read_text())["model_name_or_path"]) / "trainer_state.json" if settings.exists() else settings
-    if not state.exists():
-        return []
-    log = json.loads(state.read_text())["log_history"]
-    keys = {"step": "step", "loss": "align", "eval_loss": "eval_align"}
-    return [{keys[key]: value for key, value in entry.items() if key in keys} for entry in log]
 
 
 def report_conversations(run: Path) -> dict[str, tuple[float, float]]:
@@ -174,25 +138,22 @@ def report_preferences(run: Path) -> dict[str, tuple[float, float]]:
 
 
 def report(run: Path) -> dict[str, tuple[float, float]]:
-    """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them, draw the curves. Returns
-    {kind: (before, after)}: exact match of questions about digits, ANLS of questions about forms, right answers where
-    it was trained on pairs."""
-    first, stages = lines(run / "after.jsonl")[0], {"loss": "loss"}
+    """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them. Returns {kind: (before, after)}: exact match of
+    questions about digits, ANLS of questions about forms, right answers where it was trained on pairs."""
+    first = lines(run / "after.jsonl")[0]
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     if (run / "captions-after.jsonl").exists():
-        table, drawn, stages = report_two_stage, {}, {"align": "stage 1: loss", "loss": "stage 2: loss"}
-        log = stage_1(run) + log
+        table = report_two_stage
     elif str(first.get("question")).strip() in preferences.KIND:
-        table, drawn = report_preferences, {"rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+        table = report_preferences
     elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in forms.KINDS)):
-        table, drawn = report_forms, {"anls": "ANLS", "exact_match": "exact match"}
+        table = report_forms
     elif str(first["id"]).endswith(tuple(f"-{kind}" for kind in minicpm.KINDS)):
-        table, drawn = report_conversations, {"exact_match": "exact match"}
+        table = report_conversations
     else:
-        table, drawn = report_digits, {"mean_token_accuracy": "token accuracy"}
+        table = report_digits
     shares = table(run)
     print(f"fine-tuning took {next(entry['train_runtime'] for entry in log[::-1] if 'train_runtime' in entry):.0f} s")
-    print(f"learning curve: {curves(run, log, stages | drawn)}")
     if (run / "samples.md").exists():
         print(f"answers while it trained: {run / 'samples.md'}")
     return shares
