@@ -223,8 +223,8 @@ def load_processor(settings):
     name = settings.model_name_or_path
     try:
         processor = AutoProcessor.from_pretrained(name, revision=settings.model_revision)
-    except (OSError, ValueError) as e:
-        fail(f"--model_name_or_path {name}: {e}")
+    except (OSError, ValueError, ImportError) as e:  # another kind of model may want packages of its own
+        fail(f"--model_name_or_path {name}: {'needed is Idefics2, LLaVA or PaliGemma; ' * isinstance(e, ImportError)}{e}")
     images, kind = getattr(processor, "image_processor", None), type(processor).__name__
     if images is None:
         fail(f"{name} has a {kind}: needed is a model of images and text, such as idefics2-8b")

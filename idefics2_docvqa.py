@@ -206,8 +206,8 @@ def load_processor(settings):
     """The model's processor, set to this run's image splitting and size. Raises SystemExit for another model."""
     try:
         processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    except (OSError, ValueError) as e:
-        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
+    except (OSError, ValueError, ImportError) as e:  # another kind of model may want packages of its own
+        fail(f"--model_name_or_path {settings.model_name_or_path}: {'needed is Idefics2; ' * isinstance(e, ImportError)}{e}")
     kind, template = type(processor).__name__, getattr(processor, "chat_template", None)
     if kind != "Idefics2Processor" or "<end_of_utterance>" not in (template or ""):
         fail(f"{settings.model_name_or_path} has a {kind} {'with' if template else 'without'} a chat template; needed is an Idefics2Processor "

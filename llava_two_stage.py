@@ -395,7 +395,7 @@ def load_processor(settings):
                 fail(f"--language_model {settings.language_model}: its tokenizer has a token <image> already; needed is a plain language model")
             processor = LlavaProcessor(images, tokenizer, patch_size=load_config(settings).vision_config.patch_size, vision_feature_select_strategy="default",
                                        num_additional_image_tokens=1)  # CLIP's CLS, which "default" then drops
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
         fail(f"{whole or f'{settings.language_model} and {settings.vision_tower}'}: no processor: {' '.join(str(e).split()):.400}")
     if type(processor).__name__ != "LlavaProcessor":
         fail(f"--model_name_or_path {whole} has a {type(processor).__name__}; needed is LLaVA's processor")

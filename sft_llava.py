@@ -195,8 +195,8 @@ def load_processor(settings):
     """The model's processor, with a chat template that ends every answer with EOS. Raises SystemExit for another model."""
     try:
         processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    except (OSError, ValueError) as e:
-        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
+    except (OSError, ValueError, ImportError) as e:  # another kind of model may want packages of its own
+        fail(f"--model_name_or_path {settings.model_name_or_path}: {'needed is LLaVA-1.5 or LLaVA-NeXT; ' * isinstance(e, ImportError)}{e}")
     kind, template = type(processor).__name__, getattr(processor, "chat_template", None)
     if kind not in ("LlavaProcessor", "LlavaNextProcessor") or not template:
         fail(f"{settings.model_name_or_path} has a {kind} {'with' if template else 'without'} a chat template; needed is LLaVA-1.5's "
@@ -218,7 +218,7 @@ def normalize(row):
     """A row of either format -> messages, their content lists of {"type", "text" | "index" of the image}. Raises BadRow."""
     llava, messages, count = row.get("conversations") is not None, [], itertools.count()
     if llava == (row.get("messages") is not None):
-        raise BadRow(f"missing column: needed are messages + images, or else conversations + image; there are {', '.join(row)}")
+        raise BadRow(f"missing column: needed are messages + images, or else conversations + image; there are {', '.join(k for k, v in row.items() if v is not None and k not in ('row', 'folder'))}")
     try:
         for turn in row["conversations" if llava else "messages"]:
             name, content = (turn["from"], turn["value"]) if llava else (turn["role"], turn["content"])

@@ -314,17 +314,18 @@ def test_a_file_is_gone_on_with(tmp_path):
         (["RUN", "--votes", "TEXT"], "exists, and is no file of votes: line 2: "),
     ],
 )
-def test_mistakes_get_one_message(runs, tiny_next, tiny_llava, tmp_path, argv, message):
+def test_mistakes_get_one_message(runs, tiny_llava, tmp_path, argv, message):
     run, paths = (
         runs / "lora",
         {name: tmp_path / name for name in "NOWHERE EMPTY UNFINISHED BARE LIGHT DAMAGED FOREIGN OTHER QUANTIZED FOLDER.jsonl".split()},
     )
-    paths |= {"RUN": run, "WHOLE": tiny_llava / "model", "WHOLE2": tiny_next / "model"} | {
+    paths |= {"RUN": run, "WHOLE": tiny_llava / "model", "WHOLE2": tmp_path / "WHOLE2"} | {
         name.split(".")[0]: tmp_path / name for name in ("FOLDER.jsonl", "PREDICTIONS.jsonl", "TEXT.jsonl")
     }
     paths |= {name.split(".")[0]: tmp_path / name for name in ("NOT_PYTHON.txt", "BROKEN.py", "LESS.py")}
     for name in ("EMPTY", "FOLDER.jsonl"):
         paths[name].mkdir()
+    shutil.copytree(tiny_llava / "model", paths["WHOLE2"])
     (paths["UNFINISHED"] / "checkpoint-3").mkdir(parents=True)
     for name in {"BARE", "LIGHT", "DAMAGED", "FOREIGN", "OTHER", "QUANTIZED"} & {*argv}:
         copy(run, paths[name])
@@ -337,8 +338,8 @@ def test_mistakes_get_one_message(runs, tiny_next, tiny_llava, tmp_path, argv, m
             (paths[name] / file).write_text(write(read((paths[name] / file).read_text()) | more))
 
     change("FOREIGN", "adapter_config.json", base_model_name_or_path="somebody/else-7b")
-    change("OTHER", "adapter_config.json", base_model_name_or_path=str(tiny_next / "model"))
-    change("OTHER", "settings.yaml", model_name_or_path=str(tiny_next / "model"))
+    change("OTHER", "adapter_config.json", base_model_name_or_path=str(paths["WHOLE2"]))
+    change("OTHER", "settings.yaml", model_name_or_path=str(paths["WHOLE2"]))
     change("QUANTIZED", "settings.yaml", load_in_4bit=True)
     if "DAMAGED" in argv:
         (paths["DAMAGED"] / "adapter_config.json").write_text("{")
@@ -353,7 +354,7 @@ def test_mistakes_get_one_message(runs, tiny_next, tiny_llava, tmp_path, argv, m
         words = [str(taken.getsockname()[1]) if word == "TAKEN" else str(paths.get(word, word)) for word in argv]
         compare.main([*words, *more, "--examples", "0"])
     assert str(e.value.code).startswith("error: ") and message in e.value.code
-    named = {"OTHER": [run, paths["OTHER"], tiny_llava / "model", tiny_next / "model"], "FOREIGN": [paths["FOREIGN"], tiny_llava / "model"]}
+    named = {"OTHER": [run, paths["OTHER"], tiny_llava / "model", paths["WHOLE2"]], "FOREIGN": [paths["FOREIGN"], tiny_llava / "model"]}
     assert all(str(name) in e.value.code for word in argv for name in named.get(word, ()))
 
 
@@ -413,13 +414,13 @@ def served(learnt, tmp_path_factory):
     ]
     with open(out / "log", "w") as log:
         program = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(out / "tmp")})
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while "open http" not in (out / "log").read_text():
         assert program.poll() is None and time.monotonic() < until, (out / "log").read_text()[-3000:]
         time.sleep(0.2)
     yield Served(f"http://127.0.0.1:{port}", out / "votes.jsonl", out / "tmp")
     program.terminate()
-    assert program.wait(30) == 0 and not list((out / "tmp").glob("compare-*"))
+    assert program.wait(180) == 0 and not list((out / "tmp").glob("compare-*"))
 
 
 @pytest.fixture
@@ -439,7 +440,7 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
     """Pick an example, ask, see both answers, vote, reload; blind; and what cannot be taken."""
     from playwright.sync_api import expect
 
-    expect.set_options(timeout=30_000)
+    expect.set_options(timeout=120_000)
     page, visited = browser.new_page(), []
     page.on("request", lambda request: visited.append(request.url))
     value = lambda name: page.locator(f"#{name} textarea, #{name} input").first.input_value()

@@ -1,6 +1,7 @@
 """tools/generate.py: the answers are the model's own, in batches or one by one, with and without the adapter."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,72 @@ def test_a_text_after_every_question(run, tmp_path, ask, calls):
 
 
 # -------------------------------------------------------------------------------------------------------- resume
+def begun(out, flags):
+    """What stands beside a file that is not finished, begun with these flags and the fixture's own."""
+    args, rest = generate.parse([*map(str, flags), "--max_new_tokens", "6", "--output", str(out), "--resume"])
+    generate.record(out).write_text(json.dumps(generate.how(args, rest)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--base_only"], "base_only False -> True"),
+        (["--max_new_tokens", "7"], "max_new_tokens 6 -> 7"),
+        (["--temperature", "1"], "temperature 0.0 -> 1.0"),
+        (["--batch_size", "3"], "batch_size 4 -> 3"),
+        (["--append", "Be brief."], "is no answer to the question that would be asked there"),  # which says it earlier
+        (["--load_in_4bit", "false"], r"flags \[.*'--load_in_4bit', 'false'\]"),
+        ("run", "run /.*/run -> /.*/other"),
+        ("again", r"written [\d.]+ -> [\d.]+"),
+        ("unknown", "nobody knows how it was begun .half.jsonl.flags beside it is missing"),
+        ("damaged", "nobody knows how it was begun"),
+    ],
+)
+def test_a_file_is_not_gone_on_with_by_another_model_or_otherwise(run, tiny_llava, ask, tmp_path, monkeypatch, change, message):
+    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    ask(*flags, name="whole.jsonl")
+    (out := tmp_path / "half.jsonl").write_text("".join((tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)[:6]))
+    begun(out, flags)
+    match change:
+        case "run":
+            flags[0] = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
+        case "again":  # the folder holds another adapter by now
+            flags[0] = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
+            begun(out, flags)
+            os.utime(flags[0] / "adapter_model.safetensors", (1, 1))
+        case "unknown":
+            generate.record(out).unlink()
+        case "damaged":
+            generate.record(out).write_text("{")
+        case _:
+            flags += change
+    before = out.read_bytes()
+    monkeypatch.setattr(sft_llava, "load_model", None)
+    flags = [*map(str, flags), "--output", str(out), "--resume"]
+    with pytest.raises(SystemExit, match=f"^error: --resume .*half.jsonl: .*{message}"):
+        generate.main(flags if "--max_new_tokens" in flags else [*flags, "--max_new_tokens", "6"])
+    assert out.read_bytes() == before
+
+
+def test_an_unfinished_file_says_how_it_was_begun(run, tiny_llava, ask, tmp_path, monkeypatch):
+    stock, count = generate.answer, []
+
+    def killed(*args):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    whole = ask(*flags, name="whole.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "answer", killed)
+        ask(*flags, name="half.jsonl")
+    assert len(lines(tmp_path / "half.jsonl")) == 8 and generate.record(tmp_path / "half.jsonl").exists()
+    generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(tmp_path / "half.jsonl"), "--resume"])
+    assert lines(tmp_path / "half.jsonl") == whole and not generate.record(tmp_path / "half.jsonl").exists()
+
+
 @pytest.mark.parametrize("kept, cut", [(0, 0), (1, 30), (4, 0), (7, 12), (10, 1), (-1, 0), (-1, 5), (None, 0)])
 def test_a_file_half_written_is_gone_on_with(run, tiny_llava, ask, tmp_path, calls, kept, cut):
     """After whole lines, and a part of one; the batches are the same, so are the answers. None: there is no file yet."""
@@ -188,10 +255,12 @@ def test_a_file_half_written_is_gone_on_with(run, tiny_llava, ask, tmp_path, cal
     kept = len(text) + kept + (cut == 0) if (kept or 0) < 0 else kept  # -1: all of them, or all but the last
     if kept is not None:
         out.write_bytes(b"".join(text[:kept]) + (text[kept][:cut] if cut else b""))
+        begun(out, flags)
     whole_calls = len(calls)
     calls.clear()
     generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(out), "--resume"])
     assert out.read_bytes() == b"".join(text) and len(whole) == len(text) > 25
+    assert not generate.record(out).exists()  # it is finished
     left = 0 if kept == len(text) else len(text) - (kept or 0) // 4 * 4
     assert len(calls) == -(-left // 4) <= whole_calls
 
@@ -218,6 +287,7 @@ def test_the_bar_counts_rows(run, tiny_llava, ask, tmp_path, monkeypatch):
     assert answering().total == 24 and answering().seen == [0, *over[1:], 24]
     text = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text("".join(text[:14]))
+    begun(tmp_path / "out.jsonl", flags)
     generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"), "--resume"])
     assert answering().seen == [over[3], *over[4:], 24]
 
@@ -298,16 +368,72 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
         (["RUN", "--question", "x", "--batch_size", "0"], "--batch_size"),
         (["RUN", "--question", "x", "--output", "nowhere/x.jsonl"], "no such folder"),
         (["RUN", "--question", "x", "--model_name_or_path", "nowhere"], "cannot load nowhere"),
+        (["nowhere", "--question", "x", "--use_cpu"], "there is no such folder, and as a model of the hub: "),
+        (["RUN", "--question", "x", "--output", "FOLDER", "--overwrite"], "is a folder: needed is the .jsonl"),
+        (["RUN", "--question", "x", "--recipe", "FOLDER"], "it is a folder; needed is a recipe"),
+        (["RUN", "--question", "x", "--recipe", "README"], "is no Python file; needed is a recipe"),
     ],
 )
 def test_mistakes_get_one_message(run, tmp_path, argv, message):
     (tmp_path / "TAKEN").write_text("")
     (tmp_path / "BAD.json").write_text(json.dumps([said("a", "b"), said("a", "")]))
     (tmp_path / "AMBER.json").write_text(json.dumps([{"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"}]))
-    names = {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json", "AMBER": tmp_path / "AMBER.json"}
+    (tmp_path / "FOLDER").mkdir()
+    names = {"FOLDER": tmp_path / "FOLDER", "README": ROOT / "README.md"}
+    names |= {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json", "AMBER": tmp_path / "AMBER.json"}
     with pytest.raises(SystemExit) as e:
         generate.main([str(names.get(word, word)) for word in argv])
     assert str(e.value.code).startswith("error: ") and message in e.value.code
+
+
+def cut(path, size=200):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        (lambda run: (run / "adapter_model.safetensors").unlink(), [], "holds an adapter without its weights"),
+        (lambda run: cut(run / "adapter_model.safetensors"), [], "adapter_model.safetensors is damaged, or cannot be read"),
+        (lambda run: cut(run / "adapter_config.json", 40), [], "its adapter_config.json is damaged (JSONDecodeError"),
+        (lambda run: (run / "adapter_config.json").write_text("[]"), [], "its adapter_config.json is damaged (TypeError"),
+        (lambda run: (run / "processor_config.json").unlink(), [], "holds no processor (processor_config.json)"),
+        (lambda run: (run / "adapter_config.json").unlink(), [], "holds no adapter (adapter_config.json) and no model (config.json); needed is"),
+        (lambda run: (run / "adapter_config.json").rename(run / "checkpoint-6"), [], "but checkpoints: the same training command finishes it"),
+        (None, ["--model_name_or_path", "NEXT"], "does not fit NEXT: that is a llava_next, and the run has a LlavaProcessor"),
+    ],
+)
+def test_what_is_no_whole_run_is_said(run, tiny_next, tmp_path, capsys, change, flags, message):
+    shutil.copytree(run, out := tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    if change:
+        change(out)
+    names = {"NEXT": str(tiny_next / "model")}
+    with pytest.raises(SystemExit) as e:
+        generate.main([str(out), "--question", "Is three odd?", *(names.get(flag, flag) for flag in flags)])
+    assert str(e.value.code).startswith("error: ") and message.replace("NEXT", names["NEXT"]) in e.value.code
+
+
+def test_an_adapter_of_other_layers_is_not_half_put_on(run, tmp_path):
+    """PEFT would warn of weights that it has no place for, and answer with the rest."""
+    shutil.copytree(run, out := tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"target_modules": config["target_modules"].replace("q|k|v", "q|k")}))
+    with pytest.raises(SystemExit, match=r"^error: the adapter in .* does not fit .*: \d+ weights are of the adapter only"):
+        generate.main([str(out), "--question", "Is three odd?"])
+
+
+def test_which_recipe_is_said_where_nothing_says_it(tiny_minicpm, tmp_path, capsys):
+    """MiniCPM's processor wants torchvision where it is not loaded by its own recipe: it would be the wrong advice."""
+    with pytest.raises(SystemExit, match="needed is LLaVA-1.5 or LLaVA-NeXT; "):
+        generate.main([str(tiny_minicpm / "model"), "--question", "Is three odd?", "--use_cpu"])
+    assert "taken for sft_llava.py's, or else give --recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what, code", [("KeyboardInterrupt", 1), ("BrokenPipeError", 1)])
+def test_a_program_ends_without_a_traceback(what, code):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.generate import start\ndef main(): raise {what}\nstart(main)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and ("interrupted" in done.stderr) == (what == "KeyboardInterrupt")
 
 
 def test_as_a_program(run, ask):

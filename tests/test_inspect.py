@@ -289,6 +289,16 @@ def test_some_rows_only(flags, report, uncounted):
     assert found["plan"]["rows"] == 96 and found["plan"]["evaluation_rows"] == 24  # of all of them
 
 
+def test_control_characters_of_the_data_are_written_out(flags, write, images, uncounted, capsys):
+    images(1)
+    rows = [said("<image>\nWhat \x1b[31mis\x00 this?", "red \u202e"), said("<image>\nWhat?", "red", image="\x1b[31m.png")]
+    rows[0] |= {"image": "red.png"}
+    same = flags(dataset_name=write(rows), image_folder=None, eval_fraction=0, on_bad_rows="skip")
+    inspect_recipe.main([str(ROOT / "sft_llava.py"), *same, "--no-color"])
+    text = capsys.readouterr().out
+    assert "What \\x1b[31mis" in text and "\\u202e" in text and "\\x1b[31m.png" in text and "\x1b" not in text and "\u202e" not in text
+
+
 def test_some_rows_only_where_some_are_held_out(flags, write, images, report, uncounted):
     images(1)
     rows = write([said("<image>\nWhat?", f"number {n}", image="red.png") for n in range(200)])

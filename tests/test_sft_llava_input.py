@@ -55,7 +55,7 @@ def asked(content="Which?", answer="three", **more):
 
 RED = {"images": ["red.png"]}
 BAD_ROWS = {  # what is wrong: the row, what the message says
-    "no column": ({"question": "q", "answer": "a"}, "missing column.* messages .*conversations"),
+    "no column": ({"question": "q", "answer": "a"}, "missing column.* messages .*conversations.*; there are question, answer"),
     "fewer markers": (said("<image>\nWhich?", "two", image=["red.png", "blue.png"]), "images do not match: 1 .*2 images"),
     "more markers": (said("<image><image>", "two", image="red.png"), "images do not match: 2 .*1 images"),
     "marker without image": (said("<image>\nWhich?", "two"), "images do not match: 1 .*0 images"),

@@ -33,12 +33,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe  # noqa: E402
+from tools.generate import fail, load, load_recipe, put_on, start  # noqa: E402
 
 MAX_QUESTION = 4000  # characters
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
@@ -80,7 +79,7 @@ def parse(argv=None):
         with socket.create_server((args.host, args.port)):
             pass
     except OSError as e:
-        fail(f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port")
+        fail(f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port, or --host")
     return args, rest
 
 
@@ -203,20 +202,7 @@ class Answers:
         if first.whole:
             model = self.whole(first)
         for run in runs if not first.whole else ():
-            try:
-                if run is first:
-                    model = PeftModel.from_pretrained(model, run.path, adapter_name=run.name)
-                else:
-                    model.load_adapter(run.path, adapter_name=run.name)
-            except (
-                OSError,
-                ValueError,
-                RuntimeError,
-                KeyError,
-                TypeError,
-                SafetensorError,
-            ) as e:  # of the shapes torch raises RuntimeError
-                fail(f"the adapter in {run.path} does not fit {run.base}: {e}")
+            model = put_on(model, run.path, run.base, run.name)
         self.model = model.eval()  # for adapters it holds the base
         self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -622,4 +608,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -18,6 +18,7 @@ is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -25,11 +26,16 @@ import itertools
 import json
 import os
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from transformers import PreTrainedConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 # What a recipe must have to be asked.
 CONTRACT = "parse check load_processor load_data read_rows load_model load_image text_of BadRow Settings Collator.ask Collator.read Collator.tokenize"
@@ -46,9 +52,11 @@ def load_recipe(path, run, contract=CONTRACT):
     if path is None:
         config = Path(run, "settings.yaml")
         said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
+        if not said.endswith(".py"):
+            print(f"note: no settings.yaml says which recipe {run} is of: taken for sft_llava.py's, or else give --recipe", file=sys.stderr)
         path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
     if not path.is_file():
-        fail(f"{path}: no such file; needed is a recipe")
+        fail(f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}; needed is a recipe{f', which {run} was trained by: --recipe' if run else ''}")
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
@@ -84,6 +92,8 @@ def parse(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.resume and (args.overwrite or not args.output):
         fail("--resume goes on with an --output, --overwrite begins it anew: one of them, and an --output")
+    if args.output and args.output.is_dir():
+        fail(f"--output {args.output} is a folder: needed is the .jsonl to write")
     if args.output and args.output.exists() and not args.overwrite and not args.resume:
         fail(f"{args.output} exists: choose another --output, --overwrite it, or --resume it")
     if args.question is not None and not args.question.strip():
@@ -96,6 +106,11 @@ def parse(argv=None):
         fail("--question and a data set: one of them")
     if args.output and not args.output.absolute().parent.is_dir():
         fail(f"--output {args.output}: there is no such folder")
+    if args.output:
+        try:  # now, and not when the weights are loaded
+            tempfile.TemporaryFile(dir=args.output.absolute().parent).close()
+        except OSError as e:
+            fail(f"--output {args.output} cannot be written: {e}")
     if min(args.batch_size, args.max_new_tokens) < 1 or args.temperature < 0:
         fail("--batch_size and --max_new_tokens must be at least 1, --temperature 0 or more")
     return args, rest
@@ -140,9 +155,38 @@ def load(recipe, run, rest, base_only=False):
             fail(f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path")
         print(f"note: the adapter in {run} was trained on {said}, it is put on {base}, as asked", file=sys.stderr)
     settings.model_name_or_path = str(run)
-    processor = recipe.load_processor(settings)
+    try:
+        processor = recipe.load_processor(settings)
+    except SystemExit as e:
+        fail(f"{run}: there is no such folder, and as a model of the hub: {e.code}" if there is None else str(e.code).removeprefix("error: "))
     settings.model_name_or_path = base
+    kind = None
+    with contextlib.suppress(OSError, ValueError):  # load_model has a message for that
+        kind = adapter and PreTrainedConfig.get_config_dict(base, revision=settings.model_revision)[0].get("model_type")
+    if kind and PROCESSOR_MAPPING_NAMES.get(kind, type(processor).__name__) != type(processor).__name__:
+        fail(f"the adapter in {run}, trained on {said}, does not fit {base}: that is a {kind}, and the run has a {type(processor).__name__}")
     return adapter, processor, settings, training
+
+
+def put_on(model, run, base, name="default"):
+    """A base model, of that name, or one that has adapters already -> with the adapter of a run on it, too. Raises SystemExit where that is damaged, or one for
+    another model."""
+    try:
+        with safe_open(Path(run, "adapter_model.safetensors"), "pt") as file:
+            found = {key for key in file.keys() if ".base_layer." not in key}
+    except (OSError, SafetensorError) as e:
+        fail(f"{run}: its adapter_model.safetensors is damaged, or cannot be read: {e}")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(run, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, run, adapter_name=name)
+        wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        if other := sorted(found ^ wanted):  # PEFT would only warn, and leave these untrained
+            raise ValueError(f"{len(other)} weights are of the adapter only, or of the model only, such as {other[0]}")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:  # of the shapes torch raises RuntimeError
+        fail(f"the adapter in {run} does not fit {base}: {' '.join(str(e).split())[:500]}")
+    return model
 
 
 def add(text, message):
@@ -202,6 +246,29 @@ def lines(asked):
         images = sum(part["type"] == "image" for m in messages for part in m["content"])
         yield {"row": row.get("row"), "id": row.get("id"), "turn": turn, "images": images, "question": question,
                "reference": reference}, messages, over
+
+
+def record(output):
+    """Where it stands how a file of answers was begun, until it is finished."""
+    return output.with_name(f"{output.name}.flags")
+
+
+def how(args, rest):
+    """What answers depend on beside the questions: of one file it must stay the same."""
+    own = {name: getattr(args, name) for name in ("base_only", "append", "batch_size", "max_new_tokens", "temperature")}
+    weights = max((file.stat().st_mtime for file in Path(args.run).glob("*.safetensors")), default=None)
+    return {"run": os.path.realpath(args.run), "written": weights, **own, "recipe": args.recipe and str(args.recipe), "flags": rest}
+
+
+def check_how(args, rest):
+    """Raises SystemExit where a file is to be gone on with by another model, or in another way."""
+    path, now = record(args.output), how(args, rest)
+    try:
+        begun = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        fail(f"--resume {args.output}: nobody knows how it was begun ({path.name} beside it is missing or damaged): --overwrite it, or choose another --output")
+    if changes := [f"{name} {begun.get(name)} -> {value}" for name, value in now.items() if begun.get(name) != value]:
+        fail(f"--resume {args.output}: it was begun otherwise ({', '.join(changes)}): give the flags that it was begun with, or choose another --output")
 
 
 def unanswered(path, asked, size):
@@ -265,19 +332,24 @@ def main(argv=None):
         stay, count, over, asked = unanswered(args.output, asked, args.batch_size)
         if asked is None:
             os.truncate(args.output, stay)
+            record(args.output).unlink(missing_ok=True)
             print(f"{count} answers in {args.output}; nothing is left to ask")
             return
+        if args.output.exists() and args.output.stat().st_size:
+            check_how(args, rest)
 
     try:
         model = recipe.load_model(settings, training)
-        if adapter and not args.base_only:
-            model = PeftModel.from_pretrained(model, args.run)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         fail(f"cannot load {settings.model_name_or_path} (another place: --model_name_or_path): {e}")
+    if adapter and not args.base_only:
+        model = put_on(model, args.run, settings.model_name_or_path)
     model.eval()
     if args.resume:
         with open(args.output, "ab") as file:
             file.truncate(stay)
+    elif args.output:
+        record(args.output).write_text(json.dumps(how(args, rest), indent=1), encoding="utf-8")
     out = open(args.output, "a" if args.resume else "w", encoding="utf-8") if args.output else sys.stdout
     bar = tqdm(total=len(rows), initial=over, desc="Answering rows", disable=args.question is not None)
     while some := list(itertools.islice(asked, args.batch_size)):
@@ -289,8 +361,21 @@ def main(argv=None):
     bar.close()
     if args.output:
         out.close()
+        record(args.output).unlink(missing_ok=True)
         print(f"{count} answers in {args.output}")
 
 
+def start(main):
+    """main(), as a program: Ctrl+C and a reader that has gone (| head) end it without a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries to one another
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed to nowhere
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    start(main)

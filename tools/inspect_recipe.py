@@ -48,7 +48,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load_recipe  # noqa: E402
+from tools.generate import fail, load_recipe, start  # noqa: E402
 
 CONTRACT = "Settings Training parse check load_processor load_data check_rows BadRow load_image Collator load_model main"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
@@ -656,7 +656,7 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     if warmup >= steps:
         odd.append(f"the learning rate never comes up: {warmup:g} steps of warm-up, {steps} in all")
     if training.max_steps > 0 and steps < a_pass:
-        odd.append(f"--max_steps {steps} is less than one pass: {1 - steps / a_pass:.0%} of the rows are never seen")
+        odd.append(f"--max_steps {steps} is less than one pass: {1 - steps / a_pass:.1%} of the rows are never seen")
     if rows < batch:
         odd.append(f"a step takes {batch} rows, and there are {rows}")
     if steps / a_pass > 10:
@@ -689,7 +689,7 @@ def inspect(recipe, args, rest):
         return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
     processor = recipe.load_processor(settings)
     collator = recipe.Collator(processor, settings, training)
-    chosen = [train[n * len(train) // max(1, args.examples)] for n in range(min(args.examples, len(train)))]
+    chosen = sorted((train[n * len(train) // max(1, args.examples)] for n in range(min(args.examples, len(train)))), key=lambda row: row["row"])
     report["examples"] = [{"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen]
     for shown in report["examples"]:
         pieces = [piece for pieces in shown["sequences"] for piece in pieces]
@@ -716,6 +716,11 @@ def inspect(recipe, args, rest):
     return report
 
 
+def visible(text):
+    """Text of somebody's data, with its control characters (they could recolour the report) written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def show(report, console, colour):
     """Print a report as tables."""
     gb = lambda size: f"{size / 1e9:.{4 if 0 < size < 5e6 else 2 if size < 1e11 else 0}f}"
@@ -736,7 +741,7 @@ def show(report, console, colour):
         for reason, rows in part["bad"].items():
             say(f"  [red]{escape(reason)}[/red]: {len(rows)}")
             for one in rows[:20]:
-                say(escape(f"    row {one['row']}: {one['why']}"))
+                say(escape(visible(f"    row {one['row']}: {one['why']}")))
             if len(rows) > 20:
                 say(f"    ... and {len(rows) - 20} more")
         if tokens := part["tokens_per_row"]:
@@ -754,7 +759,7 @@ def show(report, console, colour):
             if len(shown["sequences"]) > 1:
                 say(f"[dim]{('chosen', 'rejected')[n % 2]}:[/dim]")
             style = {"text": "{}", "trained": "[bold green]{}[/]" if colour else "«{}»", "image": "[cyan]{}[/]"}
-            say("".join(style[piece["kind"]].format(escape(piece["text"])) for piece in pieces))
+            say("".join(style[piece["kind"]].format(escape(visible(piece["text"]))) for piece in pieces))
 
     if report["parts"]:
         head(f"Parameters of {report['model']}, {report['precision']}")
@@ -834,4 +839,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

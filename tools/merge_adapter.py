@@ -13,7 +13,6 @@ folder was loaded alone; where they do not agree nothing is left behind, and the
 
 import argparse
 import gc
-import json
 import os
 import re
 import shutil
@@ -24,13 +23,12 @@ from unittest.mock import patch
 import datasets
 import torch
 from huggingface_hub import constants, snapshot_download
-from peft import PeftModel, get_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe  # noqa: E402
+from tools.generate import fail, load, load_recipe, put_on, start  # noqa: E402
 
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -63,7 +61,7 @@ def load_run(recipe, run, rest):
     _, processor, settings, training = load(recipe, run, ["--report_to", "none", "--push_to_hub", "false", *rest])
     packed = "load_in_4bit" if hasattr(settings, "load_in_4bit") else "q_lora"
     if getattr(settings, packed):
-        print(f"--{packed} is switched off: what was trained on 4-bit weights is merged into those of 16 bits, so answers differ a little from the run's own")
+        print(f"--{packed} is switched off: the base is not quantized. Of a run on 4-bit weights the answers will differ a little from the run's own")
         setattr(settings, packed, False)
     return processor, settings, training
 
@@ -119,21 +117,6 @@ def compare(ours, theirs, dtype):
     return agree, f"{apart.max():.2g} at most, {apart.mean():.2g} on average (logits vary by {theirs.std():.2g}); the same token is likeliest at {same:.1%} of {len(ours)} positions"
 
 
-def fitted(model, run, base):
-    """The base model with the run's adapter on it. Raises SystemExit where it is one for another model."""
-    said = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
-    try:
-        model = PeftModel.from_pretrained(model, run)
-        with safe_open(run / "adapter_model.safetensors", "pt") as file:
-            found = {name for name in file.keys() if ".base_layer." not in name}
-        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-        if other := sorted(found ^ wanted):  # PEFT would only warn, and leave these untrained
-            raise ValueError(f"{len(other)} weights are of the adapter only, or of the model only, such as {other[0]}")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as e:
-        fail(f"the adapter in {run}, trained on {said}, does not fit {base}: {' '.join(str(e).split())[:500]}")
-    return model
-
-
 def save(model, processor, args, settings, folder):
     """The merged model, its processor and what tools/generate.py reads, into a folder."""
     if getattr(model.config, "model_type", None) in ("llava", "llava_next", "paligemma"):
@@ -180,10 +163,10 @@ def main(argv=None):
     needed = sum(p.numel() * p.element_size() for p in {id(p): p for p in [*model.parameters(), *model.buffers()]}.values())
     needed += sum(path.stat().st_size for path in args.run.iterdir() if path.is_file() and not path.name.startswith("adapter_model"))
     if needed > (free := shutil.disk_usage(args.output.absolute().parent).free):
-        fail(f"no space left for {args.output}: it takes {needed / 1e9:.2f} GB, there are {free / 1e9:.2f} GB")
-    print(f"{base} in {str(dtype).removeprefix('torch.')}, {needed / 1e9:.2f} GB; compared on {what}")
+        fail(f"no space left for {args.output}: it takes {needed / 1e9:.3f} GB, there are {free / 1e9:.3f} GB")
+    print(f"{base} in {str(dtype).removeprefix('torch.')}, {needed / 1e9:.3f} GB; compared on {what}")
 
-    model = fitted(model, args.run, base)
+    model = put_on(model, args.run, base)
     adapted = logits(model, batch, dtype)
     if model.active_peft_config.bias == "none":  # trained biases cannot be switched off
         with model.disable_adapter():
@@ -224,4 +207,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
