@@ -671,8 +671,8 @@ def marked(batch, processor):
 
 
 class Trainer(transformers.Trainer):
-    """Trainer with a learning rate for each part, that runs a frozen vision tower without a graph, and after each evaluation answers the last
-    question of a few held-out rows, greedily, into samples.md."""
+    """Trainer with a learning rate for each part, that computes logits only where there is a label, runs a frozen vision tower without a graph,
+    and after each evaluation answers the last question of a few held-out rows, greedily, into samples.md."""
 
     def __init__(self, settings, parts, model, args, *more, **kwargs):
         self.settings, self.parts, self.rates = settings, parts, rates(settings, args)
@@ -683,9 +683,18 @@ class Trainer(transformers.Trainer):
             if p.requires_grad:  # in 16 bits small steps round to nothing, and fp16 could not be unscaled
                 p.data = p.data.float()
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.head = base.get_output_embeddings()
         tower = base.get_submodule(parts[0])
         if not any(p.requires_grad for p in tower.parameters()):
             tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The stock loss. Of 250,000 logits a position most would be thrown away: few positions are trained."""
+        following = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # what each position must say next
+        told = following != -100
+        inputs = {**inputs, "shift_labels": following[told]}
+        with self.head.register_forward_pre_hook(lambda head, hidden: hidden[0][told]):  # 4.6 knows no logits_to_keep
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, *args, **kwargs):
         """AdamW, or --optim, with the rate of the part that a weight belongs to; biases and norms do not decay."""

@@ -378,6 +378,38 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, fami
 
 
 @families
+@pytest.mark.parametrize("settings", [{}, {"lora_modules_to_save": "lm_head"}], ids=["lora", "words"])
+def test_logits_only_where_there_is_a_label(command, tmp_path, family, settings):
+    """Token by token the stock Trainer's, of batches of unequal lengths that are accumulated, and its eval_loss."""
+    trainer = run(command(family, tmp_path, lora_dropout=0, **settings), train=False).trainer
+    stock = functools.partial(transformers.Trainer.compute_loss, trainer)
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    rows, found, scored = trainer.train_dataset, {}, []
+    batches = [trainer.data_collator([rows[n] for n in some]) for some in ((0, 3, 6), (5,), (1, 7, 8))]
+    assert len({int(batch["labels"].ne(-100).sum()) for batch in batches}) == 3
+    trainer.head.register_forward_hook(lambda head, hidden, logits: scored.append(logits.shape[:-1].numel()))
+    for name, compute_loss in (("stock", stock), ("recipe", trainer.compute_loss)):
+        trainer.model.train().zero_grad()
+        some, count = trainer.get_batch_samples(iter([dict(batch) for batch in batches]), 3, trainer.args.device)
+        steps = [compute_loss(trainer.model, batch, return_outputs=True, num_items_in_batch=count) for batch in some]
+        sum(loss for loss, _ in steps).backward()
+        gradients = {key: p.grad for key, p in trainer.model.named_parameters() if p.requires_grad}
+        found[name] = [loss.detach() for loss, _ in steps], gradients, [out["logits"].detach() for _, out in steps]
+    for logits, mine, batch in zip(found["stock"][2], found["recipe"][2], batches):
+        torch.testing.assert_close(mine, logits[:, :-1][batch["labels"][:, 1:] != -100], rtol=1e-5, atol=1e-6)
+    assert scored == [batch["labels"].numel() for batch in batches] + [int(batch["labels"].ne(-100).sum()) for batch in batches]
+    torch.testing.assert_close(found["recipe"][0], found["stock"][0], rtol=1e-5, atol=0)
+    for key, grad in found["stock"][1].items():
+        assert grad.norm() > 0 and (found["recipe"][1][key] - grad).norm() <= 1e-5 * grad.norm(), key
+    said = trainer.evaluate()["eval_loss"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "compute_loss", stock)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(said, rel=1e-6)
+
+
+@families
 def test_an_evaluation_leaves_the_gradients_alone(command, tmp_path, family):
     """On a CPU with AVX512-BF16 the first forward in eval mode would put 4-bit weights into a kernel without autograd."""
     trainer = run(command(family, tmp_path, lora_dropout=0, q_lora=True), train=False).trainer
