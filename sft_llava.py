@@ -488,7 +488,17 @@ def marked(batch, processor):
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer that after each evaluation answers the last question of a few held-out rows, greedily, into samples.md."""
+    """SFTTrainer that runs the frozen vision tower without a graph, and after each evaluation answers the last question of a few held-out rows,
+    greedily, into samples.md."""
+
+    def __init__(self, settings, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+        for p in self.model.parameters():
+            if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
+                p.data = p.data.float()
+        tower = next(m for name, m in self.model.named_modules() if name.endswith("vision_tower"))
+        tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
 
     def evaluate(self, *args, **kwargs):
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
@@ -577,18 +587,12 @@ def main(argv=None):
         model = load_model(settings, training)
     except (OSError, ValueError, SafetensorError) as e:
         fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
-    trainer = Trainer(model, training, collator, train, held_out, processor, peft_config=lora_config(settings))
-    trainer.settings = settings
-    for p in trainer.model.parameters():
-        if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
-            p.data = p.data.float()
+    trainer = Trainer(settings, model, training, collator, train, held_out, processor, peft_config=lora_config(settings))
     for part in ("vision_tower", "multi_modal_projector", "language_model", "lm_head"):
         own = [(p, type(p).__name__ == "Params4bit") for name, p in trainer.model.named_parameters() if part in name]
         packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
         count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
         say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
-    tower = next(m for name, m in trainer.model.named_modules() if name.endswith("vision_tower"))
-    tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
     batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
     say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "

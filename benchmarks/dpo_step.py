@@ -28,7 +28,6 @@ relative; gradients in the largest element and in the norm); no speed-up is prin
 without --report_only, the scaled model's time or FLOPs miss their thresholds (THRESHOLDS)."""
 
 import argparse
-import contextlib
 import copy
 import io
 import json
@@ -50,10 +49,21 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from measure import TOLERANCE, apart, counter, flops, gradients, line, peak, seconds, step, without_storage  # noqa: E402
+from measure import (  # noqa: E402
+    TOLERANCE,
+    StaticShapes,
+    apart,
+    counter,
+    flops,
+    gradients,
+    label_positions_only,
+    line,
+    peak,
+    seconds,
+    step,
+    without_storage,
+)
 from PIL import Image  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from transformers.models.idefics2 import modeling_idefics2  # noqa: E402
 
@@ -192,13 +202,6 @@ def png(image):
 # ---------------------------------------------------------------- the two sides
 
 
-@contextlib.contextmanager
-def label_positions_only():
-    """Within it TRL's fused head scores label positions only, on a CPU, too, as on a GPU. The kernel itself stays the CPU's."""
-    with mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
-        yield
-
-
 def trainers(base, collator, rows, settings, training):
     """-> {"stock": DPOTrainer, "recipe": SharedPromptDPOTrainer} on one frozen base, with equal adapters of their own. lora_B is
     random: at its initial 0 policy and reference would be the same, and every gradient of lora_A 0."""
@@ -255,18 +258,6 @@ def equal(found):
         value <= TOLERANCE
         for value in (loss, *(found[what] for what in ("log_probabilities", "gradient_max", "gradient_norm")))
     )
-
-
-class StaticShapes(TorchFunctionMode):
-    """Within it code that asks tensors without storage for what they hold runs on: a boolean mask is looked up as indices, and a
-    number, which only metrics ask for, is 0."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.item and isinstance(args[0], FakeTensor):
-            return 0.0
-        if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
-            args = (args[0], args[1].nonzero(as_tuple=True))
-        return function(*args, **(kwargs or {}))
 
 
 def flops_by_part(trainer, batch):

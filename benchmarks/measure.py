@@ -1,9 +1,13 @@
 """What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
 
+import contextlib
 import time
+from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+import trl
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 
 TOLERANCE = 1e-5
@@ -105,6 +109,25 @@ def without_storage(model):
                     module._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
     model.to = lambda *_, **__: model  # called by Trainer; fake weights cannot be moved, and are where they belong
     return model
+
+
+@contextlib.contextmanager
+def label_positions_only():
+    """Within it TRL's fused head scores label positions only, on a CPU, too, as on a GPU. The kernel itself stays the CPU's."""
+    with mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
+        yield
+
+
+class StaticShapes(TorchFunctionMode):
+    """Within it code that asks tensors without storage for what they hold runs on: a boolean mask is looked up as indices, and a
+    number, which only metrics ask for, is 0."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.item and isinstance(args[0], FakeTensor):
+            return 0.0
+        if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
+            args = (args[0], args[1].nonzero(as_tuple=True))
+        return function(*args, **(kwargs or {}))
 
 
 def line(what, pair, unit, scale, note, ratio=None):
