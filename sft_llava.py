@@ -487,9 +487,17 @@ def marked(batch, processor):
     return out
 
 
+def product_last(layer):
+    """Let a LoRA layer compute its adapter first and the frozen product last; the sum is the same. At a decoder layer's end checkpointing then need
+    not compute the product again: recomputation stops with the last tensor that the backward pass needs."""
+    adapted, base = layer.forward, layer.base_layer
+    base.forward = lambda x: x.new_zeros(1)  # what PEFT adds the adapter to
+    layer.forward = lambda x: adapted(x) + type(base).forward(base, x)
+
+
 class Trainer(SFTTrainer):
-    """SFTTrainer that runs the frozen vision tower without a graph, and after each evaluation answers the last question of a few held-out rows,
-    greedily, into samples.md."""
+    """SFTTrainer that runs the frozen vision tower without a graph and recomputes less, and after each evaluation answers the last question of a
+    few held-out rows, greedily, into samples.md."""
 
     def __init__(self, settings, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -499,6 +507,9 @@ class Trainer(SFTTrainer):
                 p.data = p.data.float()
         tower = next(m for name, m in self.model.named_modules() if name.endswith("vision_tower"))
         tower.forward = torch.no_grad()(tower.forward)  # frozen, yet checkpointing's hook on its input would back-propagate
+        for name, layer in self.model.named_modules():
+            if self.args.activation_checkpointing and name.endswith(".down_proj") and hasattr(layer, "lora_A") and not settings.use_dora:
+                product_last(layer)  # DoRA needs the product for its norm
 
     def evaluate(self, *args, **kwargs):
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
