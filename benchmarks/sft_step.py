@@ -476,7 +476,7 @@ def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal, or a threshold is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--recipe", choices=list(RECIPES), default="sft_llava", help="Whose step is measured.")
-    parser.add_argument("--steps", type=int, default=5, help="Measured steps of each side.")
+    parser.add_argument("--steps", type=int, default=9, help="Measured steps of each side.")
     parser.add_argument("--batch_size", type=int, default=1, help="Rows of a step.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
     parser.add_argument(

@@ -358,6 +358,46 @@ def test_loss_and_gradients_are_those_of_the_plain_model(mixed, tmp_path, varian
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
+@pytest.mark.parametrize("settings, times", [({}, 1), ({"load_in_4bit": False}, 1), ({"bf16": True}, 1), ({"use_dora": True}, 2)],
+                         ids=["4-bit", "float", "bf16", "DoRA"])
+def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, times):
+    """To the bit what PEFT's own order of the sum gives, with the adapter switched off, too."""
+    found, counted = {}, {}
+    flags = command(mixed, tmp_path, **{"activation_checkpointing": True, "per_device_train_batch_size": 8, **settings})
+    for name in ("ours", "stock"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "stock":
+                patch.setattr(sft_llava, "product_last", lambda layer: None)
+            trainer = run(flags, train=False).trainer
+        model, batch = trainer.model.train(), trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
+        torch.manual_seed(0)
+        for part, p in model.named_parameters():
+            if "lora_B" in part:
+                torch.nn.init.normal_(p, std=0.05)
+        own = {id(layer.base_layer): layer.base_layer for part, layer in model.named_modules() if part.endswith(".down_proj")}
+        cls, finished = type(next(iter(own.values()))), []
+        product = cls.forward
+
+        def spy(self, x, product=product, own=own, finished=finished):
+            y = product(self, x)  # does not come back where recomputation stops
+            finished.extend([1] * (id(self) in own))
+            return y
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cls, "forward", spy)
+            transformers.set_seed(0)  # dropout's masks
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(model, dict(batch))
+            loss.backward()
+        counted[name] = len(finished) / len(own)
+        found[name] = {"loss": loss.detach(), **{part: p.grad for part, p in model.named_parameters() if p.requires_grad}}
+        with torch.no_grad(), model.eval().disable_adapter():
+            found[name]["base"] = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert counted == {"ours": times, "stock": 2}
+    for part, grad in found["stock"].items():
+        assert grad.abs().max() > 0 and torch.equal(grad, found["ours"][part]), part
+
+
 def test_an_evaluation_leaves_the_gradients_alone(mixed, tmp_path, trained):
     """On a CPU with AVX512-BF16 the first forward in eval mode would put 4-bit weights into a kernel without autograd."""
     trainer = run(command(mixed, tmp_path, lora_dropout=0), train=False).trainer
