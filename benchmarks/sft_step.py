@@ -333,7 +333,7 @@ def prepare(args, checkpointing, folder, size, picture=None, spread=1, **more):
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": args.device == "cpu",
-        **({"load_in_4bit": False} if args.recipe == "sft_llava" else {}),
+        **({"load_in_4bit": False, "optim": "adamw_torch"} if args.recipe == "sft_llava" else {}),
         **more,
     }
     given, _ = recipe.parse([])
