@@ -11,7 +11,7 @@ Measured is forward + backward of one batch, as both trainers' `training_step` d
 At equal settings both get the same model, LoRA (the recipe's `lora_config`), checkpointing and batches of the recipe's collator, so the same
 labels. The stock side is `trl.SFTTrainer` with the recipe's own Training, or `transformers.Trainer` with PEFT and
 `activation_checkpointing` in TrainingArguments, and nothing else; the recipe's side is its own Trainer. Rows are an image, a prompt of about 40
-tokens beside the image's and an answer of about 20: 576 image tokens of 636 for LLaVA, for MiniCPM-V a picture of 896 x 896, seen as a whole and
+tokens beside the image's and an answer of about 20: 576 image tokens of some 640 for LLaVA, for MiniCPM-V a picture of 896 x 896, seen as a whole and
 in 4 slices, of 64 image tokens each.
 
 At each one's defaults, for sft_llava and with checkpointing, which both have on: SFTTrainer once more as a script without this recipe would
