@@ -16,7 +16,8 @@ all runs, the first steps of each left out.
 
   s/step, rows/s, tokens/s   a row of DPO is a pair, its tokens those of both sequences, images included
   MFU        model FLOP/s (forward and backward, no recomputation) by the GPU's peak: a table of dense 16-bit peaks, or for other GPUs a
-             measured matmul. FLOPs are counted by PyTorch on one of the first steps; inside kernels of Triton nothing is counted
+             measured matmul. FLOPs are counted by PyTorch on one of the first steps, and taken to go with the number of tokens;
+             inside kernels of Triton nothing is counted
   peak GB    most that PyTorch's allocator had given out, and had reserved, from loading to the last step; GB are 10^9 bytes
   waits      share of the time in which the GPU waited for the loader
   fits       largest batch measured whose peak is below a card's size, beside what CUDA and others took outside of PyTorch; (n) only if
@@ -28,12 +29,10 @@ weights cost what trained ones cost. Nothing here says how well anything is lear
 import argparse
 import contextlib
 import copy
-import gc
 import importlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -54,221 +53,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from made_up import MODELS, for_trl, make_rows, make_weights, tidy  # noqa: E402
 from measure import counter  # noqa: E402
 from peft import get_peft_model  # noqa: E402
-from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-# The published configurations as far as they decide on sizes, and as many parameters as they make. MiniCPM-V 4.6: its card says 1.3B
-# (SigLIP2-400M, Qwen3.5-0.8B), its file of weights 1,300,428,016. `small` is put over it where there is no GPU.
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 980, "patch_size": 14}
-NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-MODELS = {
-    "llava-1.5-7b": {
-        "parameters": 7_063_427_072,
-        "vision_config": {
-            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-        },
-        "text_config": {
-            "model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        },
-        "small": {
-            "vision_config": {**NARROW, "num_hidden_layers": 3, "image_size": 56, "projection_dim": 64},
-            "text_config": {**NARROW, "vocab_size": 512, "num_key_value_heads": 4},
-        },
-    },
-    "idefics2-8b": {
-        "parameters": 8_402_768_112,
-        "vision_config": SIGLIP,
-        "perceiver_config": {
-            "hidden_size": 4096, "resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16, "resampler_head_dim": 96,
-            "num_key_value_heads": 4, "rms_norm_eps": 1e-5,
-        },
-        "text_config": {
-            "model_type": "mistral", "vocab_size": 32003, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
-        },
-        "small": {
-            "vision_config": {**NARROW, "image_size": 140},
-            "perceiver_config": {"hidden_size": 64, "resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": 4,
-                                 "resampler_head_dim": 16, "num_key_value_heads": 2},
-            "text_config": {**NARROW, "vocab_size": 640, "num_key_value_heads": 2},
-        },
-    },
-    "minicpm-v-4.6": {
-        "parameters": 1_300_428_016,
-        "vision_config": SIGLIP,
-        "text_config": {
-            "model_type": "qwen3_5_text", "vocab_size": 248094, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
-            "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
-            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "max_position_embeddings": 262144, "tie_word_embeddings": True,
-        },
-        "small": {
-            "vision_config": {**NARROW, "image_size": 56},
-            "text_config": {**NARROW, "vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
-                            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 4,
-                            "linear_key_head_dim": 16, "linear_value_head_dim": 16},
-        },
-    },
-}  # fmt: skip
+SAME_ORDER = {"group_by_modality_length": False}  # or the two sides would not see the same rows
 # What is run: a recipe's file, model, the flag that names its data, the recipe's own batch, its flags, and those of each precision, the
 # recipe's own first.
 RUNS = {
     "sft_llava": ("sft_llava", "llava-1.5-7b", "dataset_name", 1, {}, {"4": {"load_in_4bit": True}, "16": {"load_in_4bit": False}}),
     "dpo_idefics2": ("dpo_idefics2", "idefics2-8b", "dataset_name", 2, {}, {"4": {"load_in_4bit": True}, "16": {"load_in_4bit": False}}),
     "idefics2_docvqa": ("idefics2_docvqa", "idefics2-8b", "dataset_name", 2, {}, {"4": {"load_in_4bit": True}, "16": {"load_in_4bit": False}}),
-    "llava_two_stage align": ("llava_two_stage", "llava-1.5-7b", "data_path", 8, {"stage": "align"}, {"16": {}}),
+    "llava_two_stage align": ("llava_two_stage", "llava-1.5-7b", "data_path", 8, {"stage": "align", **SAME_ORDER}, {"16": {}}),
     "llava_two_stage instruct": (
-        "llava_two_stage", "llava-1.5-7b", "data_path", 4, {"stage": "instruct", "lora_r": 128}, {"16": {}, "4": {"load_in_4bit": True}},
+        "llava_two_stage", "llava-1.5-7b", "data_path", 4, {"stage": "instruct", "lora_r": 128, **SAME_ORDER}, {"16": {}, "4": {"load_in_4bit": True}},
     ),
     "finetune_minicpm_lora": ("finetune_minicpm_lora", "minicpm-v-4.6", "data_path", 1, {}, {"16": {}, "4": {"q_lora": True}}),
 }  # fmt: skip
 RECIPES = list(dict.fromkeys(recipe for recipe, *_ in RUNS.values()))
-# FLOP/s of dense matrices of 16 bits, added up in 32, as their makers say. Cards of the same name with less, for laptops among them, are measured.
+# FLOP/s of dense matrices of 16 bits, added up in 32, as their makers say. Cards of such a name with less of it, for laptops or in slices (MIG), are measured.
 PEAKS = {
-    r"B200": 2250e12, r"H200": 989e12, r"H100 PCIe": 756e12, r"H100 NVL": 835e12, r"H100": 989e12, r"A100": 312e12, r"L40S": 362e12,
-    r"L40": 181e12, r"L4": 121e12, r"A10G": 70e12, r"A10": 125e12, r"RTX 4090": 165e12, r"RTX 3090": 71e12, r"V100": 125e12, r"T4": 65e12,
+    "B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100-PCIE": 112e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 CARDS = (16, 24, 40, 80)
 GB = 1e9
 SPARE = 3e9  # bytes on the disk beside the weights: rows, their cache, logs
 
 
-# ---------------------------------------------------------------- weights, processors, rows
-
-
-def sizes_of(name, small):
-    """The entry of MODELS, with `small` put over it where that is wanted."""
-    model = {key: dict(value) for key, value in MODELS[name].items() if key.endswith("_config")}
-    for key, value in MODELS[name]["small"].items() if small else ():
-        model[key] |= value
-    return model
-
-
-def make_processor(name, small):
-    """The model's processor with a tiny model's tokenizer, whose vocabulary is filled up to the real one's size."""
-    from tiny import idefics2, llava  # minicpm below: an older Transformers does not know all that it imports
-
-    model = sizes_of(name, small)
-    words, side = model["text_config"]["vocab_size"], model["vision_config"]["image_size"]
-    if name == "llava-1.5-7b":  # of its 32,064 rows 32,002 are of tokens
-        processor = llava.processor(tok=filled(llava.tokenizer(), words - 62))
-        processor.image_processor.size = {"shortest_edge": side}
-        processor.image_processor.crop_size = {"height": side, "width": side}
-    elif name == "idefics2-8b":  # the processor adds three tokens
-        processor = idefics2.processor(filled(idefics2.tokenizer(), words - 3), height=378 * side // 980, width=side)
-        processor.image_seq_len = model["perceiver_config"]["resampler_n_latents"]
-    else:
-        from tiny import minicpm
-
-        processor = minicpm.processor(tok=filled(minicpm.tokenizer(), words))
-        processor.image_processor.scale_resolution = 56 if small else 448
-    return processor
-
-
-def filled(tokenizer, size):
-    """A tokenizer with as many entries: behind its own stand some that no text is made of."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    own = state["model"]["vocab"]
-    vocab = own | {f"<filler {n}>": n for n in range(len(own), size - (len(tokenizer) - len(own)))}
-    given = {key: value for key, value in tokenizer.init_kwargs.items() if key not in ("vocab", "merges", "backend")}
-    new = type(tokenizer)(vocab=vocab, merges=[tuple(pair) for pair in state["model"]["merges"]], **given)
-    new.add_tokens([token["content"] for token in state["added_tokens"] if not token["special"]])
-    return new
-
-
-def configuration(name, small, tokenizer):
-    """-> LlavaConfig, Idefics2Config or MiniCPMV4_6Config."""
-    model, ids = sizes_of(name, small), {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    model["text_config"] |= ids
-    if name == "minicpm-v-4.6":
-        image = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
-        return transformers.MiniCPMV4_6Config(**model, **image, insert_layer_id=0 if small else 6, tie_word_embeddings=True)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    if name == "idefics2-8b":
-        return transformers.Idefics2Config(**model, image_token_id=image)
-    patches = (model["vision_config"]["image_size"] // 14) ** 2
-    return transformers.LlavaConfig(**model, image_token_index=image, image_seq_length=patches)
-
-
-def make_weights(name, small, folder, cuda):
-    """Write a random model and its processor, unless an earlier run has. On the GPU, where it is large enough."""
-    if (folder / "done").exists():  # written last
-        return
-    processor = make_processor(name, small)
-    config, weigh = configuration(name, small, processor.tokenizer), 2 * MODELS[name]["parameters"]
-    device = "cuda" if cuda and torch.cuda.mem_get_info()[0] > 1.2 * weigh else "cpu"
-    transformers.set_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    processor.save_pretrained(folder)
-    (folder / "done").write_text(f"{model.num_parameters()}\n")
-    del model
-    tidy(cuda)
-
-
-def make_rows(run, count, tokenizer, folder, seed=0):
-    """Write `count` rows, as the recipe reads them, and eight JPEGs that they are about. -> the path."""
-    draw, recipe = random.Random(seed), RUNS[run][0]
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(8):
-        picture = Image.effect_noise((100, 80), 90).resize((1000, 800)).convert("RGB")  # as large a file as a photograph's, about
-        picture.save(folder / f"{n}.jpg", quality=90)
-    words = sorted(token[1:] for token in tokenizer.get_vocab() if re.fullmatch("[\u2581\u0120][a-z]{2,}", token))
-
-    def text(least, most):
-        """Words that make so many tokens."""
-        wanted, said = draw.randint(least, most), draw.choice(words)
-        while len(tokenizer(said, add_special_tokens=False)["input_ids"]) < wanted:
-            said += f" {draw.choice(words)}"
-        return said
-
-    rows = []
-    for n in range(count):
-        row, question = {"id": str(n), "image": f"{n % 8}.jpg"}, text(12, 30)
-        if recipe == "dpo_idefics2":
-            row |= {"question": question, "chosen": text(60, 150), "rejected": f"{text(60, 149)} {words[n % len(words)]}"}
-        elif recipe == "idefics2_docvqa":
-            row |= {"question": question, "answers": [text(3, 15)]}
-        else:
-            names = ("role", "content", "user", "assistant") if recipe == "finetune_minicpm_lora" else ("from", "value", "human", "gpt")
-            turns = zip(names[2:], (f"<image>\n{question}", text(60, 150)))
-            row["conversations"] = [{names[0]: who, names[1]: what} for who, what in turns]
-        rows.append(row)
-    path = folder / f"{run.replace(' ', '-')}.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-def for_trl(recipe, path):
-    """The rows at `path` in the form that TRL's own collators take."""
-    turn = lambda who, text: [{"role": who, "content": text}]
-    rows = []
-    for row in json.loads(path.read_text()):
-        new = {"images": [str(path.parent / row["image"])]}
-        if recipe == "dpo_idefics2":
-            new |= {"prompt": turn("user", row["question"]), "chosen": turn("assistant", row["chosen"]), "rejected": turn("assistant", row["rejected"])}
-        else:
-            asked, said = (part["value"] for part in row["conversations"])
-            new["messages"] = turn("user", asked.removeprefix("<image>\n")) + turn("assistant", said)
-        rows.append(new)
-    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
-
-
 # ---------------------------------------------------------------- one run
-
-
-def tidy(cuda):
-    """Give back what nobody holds any more, and begin to look for the peak anew."""
-    gc.collect()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def peaks(cuda):
@@ -346,8 +161,8 @@ class Watch(transformers.TrainerCallback):
     def figures(self):
         """What was measured after the warm-up, one value a step."""
         seconds = [end - start for start, end in itertools.pairwise(self.ends)][self.warm_up - 1 :]
-        last = slice(self.warm_up, len(self.ends))
-        return {"seconds": seconds, "waits": self.waits[last], "tokens": [int(n) for n in self.tokens[last]]}
+        tokens, last = [int(n) for n in self.tokens], slice(self.warm_up, len(self.ends))
+        return {"seconds": seconds, "waits": self.waits[last], "tokens": tokens[last], "tokens_counted": tokens[self.warm_up - 1]}
 
 
 @contextlib.contextmanager
@@ -481,6 +296,8 @@ def measure(cell, job, path, loaded):
             one["waiting"] = sum(one["waits"]) / sum(one["seconds"])
             one["rows_per_second"] = cell["batch"] / one["median"]
             one["tokens_per_second"] = statistics.mean(one["tokens"]) / one["median"]
+            if one["flops"]:
+                one["flops_per_second"] = {kind: n / one["tokens_counted"] * one["tokens_per_second"] for kind, n in one["flops"].items()}
     return {**cell, "status": found["recipe"]["status"], "outside": loaded.get("outside"), **found}
 
 
@@ -490,7 +307,7 @@ def measure(cell, job, path, loaded):
 def peak_flops(name, device, side=8192):
     """(FLOP/s at 16 bits, where that is from) of a GPU; measured with matrices of `side` for one that PEAKS does not have, and for a CPU."""
     for pattern, peak in PEAKS.items():
-        if re.search(rf"\b{pattern}\b(?! D\b)(?!.*(Laptop|Max-Q))", name):
+        if re.search(rf"\b{pattern}\b(?! (D|Ti)\b)(?!.*(Laptop|Max-Q|MIG))", name):
             return peak, "data sheet"
     half = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     a, times = torch.ones(side, side, device=device, dtype=half), []
@@ -511,7 +328,6 @@ def describe(cuda):
 
 def work(job):
     """A job, whose cells are of one recipe and one precision: yields a description of the device, then one result for each cell."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -520,14 +336,14 @@ def work(job):
     run, bits = cells[0]["run"], cells[0]["bits"]
     model, weights = RUNS[run][1], Path(job["weights"]) / RUNS[run][1]
     least = MODELS[model]["parameters"] * (2 if bits == "16" else 0.6)
-    if cuda and device["free"] < least:
+    if cuda and not job["small"] and device["free"] < least:
         why = f"does not fit: the weights alone take {least / GB:.1f} GB in {bits} bits, {device['free'] / GB:.1f} GB of this GPU are free"
         yield from ({**cell, "status": why} for cell in cells)
         return
     make_weights(model, job["small"], weights, cuda)
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
     count = (job["warm_up"] + job["steps"] + 2) * max(cell["batch"] for cell in cells)
-    path = make_rows(run, count, tokenizer, Path(job["scratch"]) / "rows", job["seed"])
+    path = make_rows(RUNS[run][0], count, tokenizer, Path(job["scratch"]) / "rows", job["seed"])
     for cell in cells:
         kind = (cell["checkpointing"], cell["workers"])
         if cell["batch"] > too_large.get(kind, cell["batch"]):
@@ -547,7 +363,8 @@ def apart(job):
     """`work` in a process of its own, which a lack of memory, a crash or a deadline can end without harm to the rest."""
     folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
     (folder / "job.json").write_text(json.dumps(job))
-    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets"}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # recipes refuse several in one process
+    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": gpu}
     with open(job["log"], "a") as log:
         command = [sys.executable, __file__, "--worker", str(folder)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -636,34 +453,36 @@ def fits(results, side="recipe"):
 # ---------------------------------------------------------------- the report
 
 
-def gigabytes(memory, kind):
-    """Bytes of a kind -> text; where nothing was measured, a dash."""
-    return f"{memory[kind] / GB:.1f}" if memory else "-"
+def named(one):
+    """A configuration in words."""
+    checkpointing = "on" if one["checkpointing"] else "off"
+    return f"{one['run']}, {one['bits']} bits, checkpointing {checkpointing}, batch {one['batch']}, {one['workers']} workers"
 
 
 def show(results, device, console):
     """The tables, then all that was not measured, and why."""
-    table = Table(title="Real size, random weights" if device.get("real") else "A small copy, to see that it runs: its figures say nothing of the real size")
-    for column in "recipe bits ckpt batch workers|s/step|rows/s|tokens/s|h / 100k rows|MFU|peak GB|reserved|waits|stock s/step|stock peak|stock / recipe".split("|"):
-        for name in column.split() if column.startswith("recipe") else [column]:
-            table.add_column(name, justify="left" if name == "recipe" else "right")
-    for one in results:
-        what = [one["run"], one["bits"], "on" if one["checkpointing"] else "off", str(one["batch"]), str(one["workers"])]
-        mine, other = one.get("recipe", {}), one.get("stock", {})
-        if not mine or "ok" not in (mine["status"], other.get("status")):
-            continue
-        cells = [mine["status"].split(":")[0], *["-"] * 8]
+    small = "A small copy, to see that it runs: its figures say nothing of the real size"
+    table = Table(title="Real size, random weights" if device.get("real") else small)
+    columns = "recipe|bits|ckpt|batch|workers|s/step|rows/s|tokens/s|h/100k rows|MFU|peak GB|reserved|waits|stock s/step|stock GB|stock/recipe"
+    for n, column in enumerate(columns.split("|")):
+        table.add_column(column, justify="right" if n else "left", no_wrap=n == 0)
+    gigabytes = lambda one, kind: f"{one['memory'][kind] / GB:.1f}" if one["memory"] else "-"
+    for one in (one for one in results if "recipe" in one):
+        mine, other = one["recipe"], one.get("stock")
+        cells = [one["run"], one["bits"], "on" if one["checkpointing"] else "off", str(one["batch"]), str(one["workers"])]
         if mine["status"] == "ok":
-            model = mine["flops"]["model"] / mine["median"] / device["peak_flops"] if mine["flops"] else None
-            cells = [f"{mine['median']:.3f}", f"{mine['rows_per_second']:.2f}", f"{mine['tokens_per_second']:,.0f}"]
-            cells += [f"{1e5 / mine['rows_per_second'] / 3600:.1f}", "-" if model is None else f"{model:.1%}"]
-            cells += [gigabytes(mine["memory"], kind) for kind in ("allocated", "reserved")] + [f"{mine['waiting']:.0%}"]
-        if other.get("status") == "ok":
-            ratio = f"{other['median'] / mine['median']:.2f}x" if mine["status"] == "ok" else "-"
-            cells += [f"{other['median']:.3f}", gigabytes(other["memory"], "allocated"), ratio]
+            cells += [f"{mine['median']:.3f}", f"{mine['rows_per_second']:.2f}", f"{mine['tokens_per_second']:,.0f}"]
+            cells += [f"{1e5 / mine['rows_per_second'] / 3600:.1f}"]
+            cells += [f"{mine['flops_per_second']['model'] / device['peak_flops']:.1%}" if mine["flops"] else "-"]
+            cells += [gigabytes(mine, "allocated"), gigabytes(mine, "reserved"), f"{mine['waiting']:.0%}"]
         else:
-            cells += [other.get("status", "-").split(":")[0], "-", "-"]
-        table.add_row(*what, *cells[:8], *cells[8:]) if len(cells) == 11 else table.add_row(*what, *cells[:8], *cells[9:])
+            cells += [mine["status"].split(":")[0], *["-"] * 7]
+        if other and other["status"] == "ok":
+            cells += [f"{other['median']:.3f}", gigabytes(other, "allocated")]
+            cells += [f"{other['median'] / mine['median']:.2f}x" if mine["status"] == "ok" else "-"]
+        else:
+            cells += [other["status"].split(":")[0] if other else "-", "-", "-"]
+        table.add_row(*cells)
     console.print(table)
     if shown := fits(results):
         table = Table("recipe", "bits", "ckpt", *(f"{card} GB" for card in CARDS), title="Largest batch measured that fits")
@@ -671,14 +490,13 @@ def show(results, device, console):
             table.add_row(run, bits, "on" if checkpointing else "off", *cards.values())
         console.print(table)
     for one in results:
-        name = f"{one['run']}, {one['bits']} bits, checkpointing {'on' if one['checkpointing'] else 'off'}, batch {one['batch']}, {one['workers']} workers"
-        for side in [one] if "recipe" not in one else []:
-            console.print(f"{name}: {side['status']}", markup=False)
+        if "recipe" not in one:
+            console.print(f"{named(one)}: {one['status']}", markup=False)
         for side in ("recipe", "stock"):
-            if side in one and one[side]["status"] != "ok":
-                console.print(f"{name}, {side}: {one[side]['status']}", markup=False)
-            if one.get(side, {}).get("uncounted"):
-                console.print(f"{name}, {side}: FLOPs not counted: {one[side]['uncounted']}", markup=False)
+            found = one.get(side, {"status": "ok"})
+            if found["status"] != "ok" or found.get("uncounted"):
+                why = found["status"] if found["status"] != "ok" else f"FLOPs were not counted: {found['uncounted']}"
+                console.print(f"{named(one)}, {side}: {why}", markup=False)
 
 
 def machine(cuda):
@@ -703,7 +521,7 @@ def parse(argv=None):
     parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both", help="Activation checkpointing.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="Default: the recipe's own, 1, 2, 4 and 8.")
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 0], help="Loader processes; all but the first for the defaults only.")
-    parser.add_argument("--steps", type=int, default=6, help="Measured steps of a run.")
+    parser.add_argument("--steps", type=int, default=5, help="Measured steps of a run.")
     parser.add_argument("--warm_up", type=int, default=2, help="Steps before them; FLOPs are counted in the last.")
     parser.add_argument("--rounds", type=int, default=2, help="Runs of each side, alternating.")
     parser.add_argument("--stock", choices=["default", "all", "none"], default="default", help="Measure the stock trainer: for one batch, for all, never.")
@@ -720,6 +538,8 @@ def parse(argv=None):
         parser.error("--steps, --warm_up, --rounds, --batch_sizes: at least 1; --workers, --seed: at least 0")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes: above 0")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}, or there is one in its place")
     args.recipes, args.cuda = args.recipes or RECIPES, torch.cuda.is_available()
     args.batch_sizes, args.workers = list(dict.fromkeys(args.batch_sizes or [])), list(dict.fromkeys(args.workers))
     args.small |= not args.cuda
@@ -738,58 +558,65 @@ def main(argv=None):
     until = time.time() + 60 * args.minutes if args.minutes else None
     groups = plan(args)
     if not groups:
-        sys.exit(f"error: {', '.join(args.recipes)} has no run with --bits {args.bits}: llava_two_stage's first stage is in 16 bits only")
+        sys.exit(f"error: --bits {args.bits}: nothing to run, {', '.join(args.recipes)} has no such precision")
     try:
-        if args.json:
-            args.json.touch()
-        if args.scratch:
-            args.scratch.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="full-size-", dir=args.scratch))
+        for folder in [args.scratch] if args.scratch else []:
+            folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="full-size-", dir=args.scratch)).absolute()
+        weights = (args.scratch or scratch).absolute() / ("weights-small" if args.small else "weights")
+        there = {folder.name for folder in weights.glob("*") if (folder / "done").exists()}
     except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}")
-    weights = (args.scratch or scratch).absolute() / ("weights-small" if args.small else "weights")
-    say, results, device = lambda text: print(text, flush=True), [], {"real": not args.small}
+        sys.exit(f"error: --scratch {args.scratch or tempfile.gettempdir()}: {e.strerror}")
     try:
-        free, need = shutil.disk_usage(scratch).free, needed(args, weights)
-        if free < need:
-            sys.exit(f"error: {need / GB:.0f} GB are needed in {args.scratch or tempfile.gettempdir()} for the weights, {free / GB:.1f} GB are free: "
-                     "--scratch FOLDER on a larger disk, or fewer recipes")  # fmt: skip
-        about = machine(args.cuda)
-        say(f"{about['gpu'] or 'no GPU found: a small copy of everything, on the CPU'}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()))
-        job = {"scratch": str(scratch), "weights": str(weights), "log": str(scratch / "log.txt"), "until": until, "cuda": args.cuda}
-        job |= {name: getattr(args, name) for name in ("small", "steps", "warm_up", "rounds", "seed")}
-        for cells in groups:
-            ran = 0
-            if until and time.time() > until:
-                results += [{**cell, "status": "not run: time is up"} for cell in cells]
-                continue
-            for one in apart({**job, "cells": cells}):
+        return run_all(args, groups, until, scratch, weights)
+    finally:
+        for folder in () if args.keep else weights.glob("*"):
+            if folder.name not in there:  # what an earlier run has kept is not this one's to remove
+                shutil.rmtree(folder, ignore_errors=True)
+        if args.scratch or not args.keep:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_all(args, groups, until, scratch, weights):
+    """All groups of configurations, one after the other; prints as it goes. -> the exit status of main."""
+    free, need, say = shutil.disk_usage(scratch).free, needed(args, weights), lambda text: print(text, flush=True)
+    if free < need:
+        sys.exit(f"error: {need / GB:.1f} GB are needed in {scratch.parent} for the weights, {free / GB:.1f} GB are free: --scratch FOLDER on a "
+                 "larger disk, or fewer recipes")  # fmt: skip
+    about, results, device = machine(args.cuda), [], {}
+    say(f"{about['gpu'] or 'no GPU found: a small copy of everything, on the CPU, in float32 for 16 bits'}; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))  # fmt: skip
+    job = {"scratch": str(scratch), "weights": str(weights), "log": str(scratch / "log.txt"), "until": until, "cuda": args.cuda}
+    job |= {name: getattr(args, name) for name in ("small", "steps", "warm_up", "rounds", "seed")}
+    stopped = False
+    for cells in groups:
+        ran, why = 0, "not run: interrupted"
+        try:
+            for one in apart({**job, "cells": cells}) if not (stopped or until and time.time() > until) else ():
                 if one.get("kind") == "device":
-                    device = one | {"real": not args.small}
+                    device = one
                     continue
                 ran += 1
                 results.append(one)
-                say(f"  {one['run']}, {one['bits']} bits, checkpointing {'on' if one['checkpointing'] else 'off'}, batch {one['batch']}, {one['workers']} workers: "
-                    + ", ".join(f"{side} {one[side].get('median', 0):.3f} s" if one[side]["status"] == "ok" else f"{side} {one[side]['status']}"
-                                for side in one["sides"] if side in one) + ("" if "recipe" in one else one["status"]))  # fmt: skip
-            over = until and time.time() > until
-            why = "not run: time is up" if over else f"failed: its process ended early: {last_words(job['log'])}"
-            results += [{**cell, "status": why} for cell in cells[ran:]]
-            if args.json:
-                given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-                fit = [{"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards} for (run, bits, on), cards in fits(results).items()]
-                args.json.write_text(json.dumps({"arguments": given, "machine": about, "device": device, "results": results, "fits": fit}, indent=1))
-        if device.get("peak_flops"):
-            say(f"peak for MFU: {device['peak_flops'] / 1e12:.3g} TFLOP/s ({device['peak_flops_from']})")
-        show(results, device, Console(width=None if sys.stdout.isatty() else 190, highlight=False))
-        if args.keep:
-            say(f"weights are kept in {weights}")
-        return 0 if any(one.get("recipe", {}).get("status") == "ok" for one in results) else 1
-    finally:
-        if not args.keep:
-            shutil.rmtree(weights, ignore_errors=True)
-        if not args.keep or args.scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+                sides = [f"{side} {one[side]['median']:.3f} s" if one[side]["status"] == "ok" else f"{side} {one[side]['status']}"
+                         for side in one["sides"] if side in one]  # fmt: skip
+                say(f"  {named(one)}: {', '.join(sides) or one['status']}")
+            if not stopped:
+                why = "not run: time is up" if until and time.time() > until else f"failed: its process ended early: {last_words(job['log'])}"
+        except KeyboardInterrupt:
+            stopped = True
+        results += [{**cell, "status": why} for cell in cells[ran:]]
+        if args.json:
+            given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+            fit = [{"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards} for (run, bits, on), cards in fits(results).items()]
+            everything = {"arguments": given, "machine": about, "device": device, "results": results, "fits": fit}
+            args.json.write_text(json.dumps(everything, indent=1))
+    if device:
+        say(f"peak for MFU: {device['peak_flops'] / 1e12:.3g} TFLOP/s ({device['peak_flops_from']})")
+    show(results, {**device, "real": not args.small}, Console(width=None if sys.stdout.isatty() else 190, highlight=False))
+    if args.keep:
+        say(f"the weights are kept in {weights}")
+    return 0 if any(one.get("recipe", {}).get("status") == "ok" for one in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
 
 import contextlib
+import math
 import time
 from unittest import mock
 
@@ -52,8 +53,9 @@ def seconds(trainer, batch):
 
 
 def counter():
-    """A FlopCounterMode that also knows what PyTorch's own takes for free: the attention kernel of CPUs, addmm in place."""
-    aten = torch.ops.aten
+    """A FlopCounterMode that also knows what PyTorch's own takes for free: the attention kernel of CPUs, addmm in place,
+    bitsandbytes' product with 4-bit weights (N, K), where there is one."""
+    aten, four_bit = torch.ops.aten, getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
     return flop_counter.FlopCounterMode(
         display=False,
         custom_mapping={
@@ -62,7 +64,8 @@ def counter():
                 flop_counter.sdpa_backward_flop_count(g, q, k, v)
             ),
             aten.addmm_: lambda _, a, b, *__, **___: flop_counter.mm_flop(a, b),
-        },
+        }
+        | ({four_bit: lambda a, _, weight, *__, **___: 2 * math.prod(a) * weight[0]} if four_bit else {}),
     )
 
 
