@@ -1,5 +1,6 @@
 """Models with the published sizes and random weights, their processors, and rows for every recipe, all made on the spot."""
 
+import contextlib
 import gc
 import json
 import random
@@ -130,15 +131,17 @@ def tidy(cuda):
 
 
 def make_weights(name, small, folder, cuda):
-    """Write a random model and its processor, unless an earlier run has. On the GPU, where it is large enough."""
+    """Write a random model and its processor, unless an earlier run has. On the GPU, where it is large enough; a CPU takes minutes."""
     if (folder / "done").exists():  # written last
         return
     processor = make_processor(name, small)
     config, weigh = configuration(name, small, processor.tokenizer), 2 * MODELS[name]["parameters"]
-    device = "cuda" if cuda and torch.cuda.mem_get_info()[0] > 1.2 * weigh else "cpu"
+    roomy, model = cuda and torch.cuda.mem_get_info()[0] > 1.2 * weigh, None
     transformers.set_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+    for device in ("cuda", "cpu") if roomy else ("cpu",):
+        with contextlib.suppress(RuntimeError) if device == "cuda" else contextlib.nullcontext(), torch.device(device):
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+            break
     model.save_pretrained(folder, max_shard_size="4GB")
     processor.save_pretrained(folder)
     (folder / "done").write_text(f"{model.num_parameters()}\n")

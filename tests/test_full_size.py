@@ -1,5 +1,6 @@
 """benchmarks/full_size.py: sizes are the published ones, small copies run through every branch, GPUs are stood in for."""
 
+import contextlib
 import gc
 import importlib
 import itertools
@@ -26,6 +27,15 @@ SHORT = ["--steps", "2", "--warm_up", "1", "--rounds", "1", "--workers", "0", "-
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(full_size.torch.cuda, "is_available", lambda: False)  # as all other tests run
     monkeypatch.setattr(full_size, "apart", lambda job: full_size.work(json.loads(json.dumps(job))))  # a process costs 10 seconds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """gc.collect() looks at what is made here only: before and in each run it took longer than the run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +137,14 @@ def test_an_images_size(tmp_path):
 # ---------------------------------------------------------------- all recipes, in small
 
 
-@pytest.mark.parametrize("recipe, own", [
-    ("sft_llava", ["4"]), ("dpo_idefics2", ["4"]), ("idefics2_docvqa", ["4"]), ("llava_two_stage", ["16", "16"]), ("finetune_minicpm_lora", ["16"]),
+@pytest.mark.parametrize("recipe, bits", [
+    ("sft_llava", ["4"]), ("dpo_idefics2", ["4"]), ("idefics2_docvqa", ["4", "16"]), ("llava_two_stage", ["16", "16"]), ("finetune_minicpm_lora", ["16"]),
 ])
-def test_every_recipe_beside_its_stock_side(recipe, own, run):
-    status, found, printed = run(recipe, *SHORT, "--checkpointing", "on", "--bits", "both")
+def test_every_recipe_beside_its_stock_side(recipe, bits, run):
+    """As it is shipped; one of them in the other precision, too."""
+    status, found, printed = run(recipe, *SHORT, "--checkpointing", "on", "--bits", "both" if len(set(bits)) == 2 else bits[0])
     assert status == 0 and "failed" not in printed and "not counted" not in printed
-    assert [one["bits"] for one in found["results"]][: len(own)] == own  # as it is shipped comes first
-    assert len(found["results"]) == (3 if recipe == "llava_two_stage" else 2)
+    assert [one["bits"] for one in found["results"]] == bits
     for one in found["results"]:
         assert one["run"].startswith(recipe) and one["batch"] == 2 and one["checkpointing"] is True
         for side in ("recipe", "stock"):
@@ -150,17 +160,6 @@ def test_every_recipe_beside_its_stock_side(recipe, own, run):
     line = next(line for line in printed.splitlines() if line.startswith("│"))
     assert f"{found['results'][0]['stock']['median'] / found['results'][0]['recipe']['median']:.2f}x" in line
     assert not [one for one in gc.get_objects() if isinstance(one, transformers.Trainer)]  # or the next one would have less memory
-
-
-def test_flops_of_the_model_are_those_of_any_precision_and_checkpointing(run):
-    """What is computed again is left out, 4-bit products are not: four times the same model, the same rows."""
-    _, found, printed = run("llava_two_stage", *SHORT, "--stock", "none")
-    found = [one for one in found["results"] if one["run"].endswith("instruct")]
-    assert len(found) == 4 and len({one["recipe"]["flops"]["model"] for one in found}) == 1
-    for one in found:
-        flops = one["recipe"]["flops"]
-        assert (flops["hardware"] > 1.2 * flops["model"]) == one["checkpointing"]
-    assert found[0]["sides"] == ["recipe"] and "stock" not in found[0] and "A small copy" in printed
 
 
 def test_a_process_of_its_own(scratch, tmp_path, monkeypatch, capfd):
@@ -179,6 +178,20 @@ def test_a_process_of_its_own(scratch, tmp_path, monkeypatch, capfd):
 
 
 # ---------------------------------------------------------------- order, rounds, what is left out
+
+
+@pytest.mark.parametrize("run, bits", [(run, bits) for run, (*_, precisions) in full_size.RUNS.items() for bits in precisions])
+def test_flags_are_the_recipes_own(run, bits, tmp_path):
+    recipe = importlib.import_module(full_size.RUNS[run][0])
+    job = {"weights": "w", "cuda": False, "seed": 3, "steps": 5, "warm_up": 2}
+    cell = {"run": run, "bits": bits, "checkpointing": False, "batch": 4, "workers": 3}
+    settings, training = recipe.parse(full_size.flags_of(cell, job, tmp_path / "rows.json", tmp_path / "out"))
+    recipe.check(settings, training)
+    assert (getattr(settings, "q_lora", False) or getattr(settings, "load_in_4bit", False)) == (bits == "4")
+    assert training.max_steps == 7 and training.seed == 3 and training.train_batch_size == 4 and training.gradient_accumulation_steps == 1
+    assert training.dataloader_num_workers == 3 and not training.activation_checkpointing and not training.do_eval
+    assert str(tmp_path / "rows.json") in (getattr(settings, "data_path", None), getattr(settings, "dataset_name", None))
+    assert "--use_cpu" not in full_size.flags_of(cell, {**job, "cuda": True}, tmp_path / "rows.json", tmp_path / "out")
 
 
 def cells(*flags):
@@ -281,9 +294,9 @@ def test_interrupted(run, scripted):
 def one(scratch, tmp_path):
     """A function: side, what differs from a plain configuration -> what one_run finds."""
 
-    def make(side="recipe", loaded=None, **cell):
+    def make(side="recipe", loaded=None, cuda=False, **cell):
         cell = {"run": "sft_llava", "bits": "16", "checkpointing": True, "batch": 1, "workers": 0} | cell
-        job = {"weights": str(scratch / "weights-small"), "scratch": str(tmp_path), "log": str(tmp_path / "log.txt"), "cuda": False, "seed": 0, "steps": 1, "warm_up": 1}
+        job = {"weights": str(scratch / "weights-small"), "scratch": str(tmp_path), "log": str(tmp_path / "log.txt"), "cuda": cuda, "seed": 0, "steps": 1, "warm_up": 1}
         model = full_size.RUNS[cell["run"]][1]
         made_up.make_weights(model, True, scratch / "weights-small" / model, False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(scratch / "weights-small" / model)
@@ -319,6 +332,15 @@ def test_what_is_trained_is_copied(scratch, one):
     for name, p in own.items():
         assert (copied[name] is p) != p.requires_grad and copied[name].requires_grad == p.requires_grad == ("projector" in name)
         assert copied[name].equal(p)  # the run before has trained its own
+
+
+def test_flops_of_the_model_are_those_of_any_precision_and_checkpointing(one):
+    """What is computed again is left out, 4-bit products are not: four times the same model, the same rows."""
+    runs = [(bits, checkpointing) for bits in ("4", "16") for checkpointing in (True, False)]
+    found = [one(run="llava_two_stage instruct", bits=bits, checkpointing=checkpointing)["flops"] for bits, checkpointing in runs]
+    assert len({flops["model"] for flops in found}) == 1
+    assert [flops["hardware"] > 1.2 * flops["model"] for flops in found] == [checkpointing for _, checkpointing in runs]
+    assert [flops["hardware"] == flops["model"] for flops in found] == [not checkpointing for _, checkpointing in runs]
 
 
 @pytest.mark.parametrize("error, status", [
@@ -398,7 +420,7 @@ def test_waits_are_those_of_the_loader():
             yield n
 
     assert list(watch.batches(slow())) == [0, 1]
-    assert watch.waits[0] == pytest.approx(0.05, abs=0.03) and watch.waits[1] == pytest.approx(0.1, abs=0.04)
+    assert len(watch.waits) == 2 and 0.05 <= watch.waits[0] < 5 and 0.1 <= watch.waits[1] < 5
 
 
 def test_the_warm_up_is_left_out():
@@ -436,30 +458,25 @@ def test_memory_of_a_gpu(gpu):
 
 
 def test_loading_can_take_more_than_training(gpu, one, monkeypatch):
-    """A run as on a GPU: the peak is that of loading or of training, whichever is larger."""
-    def flags(*args, flags_of=full_size.flags_of):
-        return [*flags_of(*args), "--use_cpu", "True"]
+    """A run as on a GPU, but for the recipe: of either kind the peak is that of loading or of training, whichever is larger."""
+    import sft_llava
 
-    monkeypatch.setattr(full_size, "flags_of", flags)
-    real = full_size.tidy
+    def loading(*args, load=sft_llava.load_model):
+        gpu.allocated, gpu.reserved = 9 * GB, 11 * GB
+        return load(*args)
 
-    def tidy(cuda):
-        gpu.allocated, gpu.reserved = 5 * GB, 20 * GB  # after what was read before: training has less of one, more of the other
-        real(cuda)
+    def training():
+        gpu.allocated, gpu.reserved = 5 * GB, 20 * GB
 
-    def run(before):
-        monkeypatch.setattr(full_size, "tidy", real)
-        gpu.allocated, gpu.reserved = before
-        monkeypatch.setattr(full_size, "tidy", lambda cuda: None if not loaded else tidy(cuda))
-        return one(loaded=loaded, cuda=True)
-
+    monkeypatch.setattr(sft_llava, "load_model", loading)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", training)
+    monkeypatch.setattr(full_size, "flags_of", lambda *args, flags_of=full_size.flags_of: [*flags_of(*args), "--use_cpu", "True"])
     loaded = {}
-    monkeypatch.setattr(full_size, "one_run", full_size.one_run)
-    one_run = full_size.one_run
-    monkeypatch.setattr(full_size, "one_run", lambda side, cell, job, path, loaded: one_run(side, cell, job | {"cuda": True}, path, loaded))
-    found = run((9 * GB, 11 * GB))
+    found = one(loaded=loaded, cuda=True)
     assert found["status"] == "ok" and loaded["loading"] == {"allocated": 9 * GB, "reserved": 11 * GB}
     assert found["memory"] == {"allocated": 9 * GB, "reserved": 20 * GB} and loaded["outside"] == 12 * GB
+    gpu.now = 0  # what paged optimizers leave behind in the process is not counted for the next run
+    assert one(loaded=loaded, cuda=True)["memory"] == found["memory"] and loaded["outside"] == 12 * GB
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -501,12 +518,24 @@ def test_too_little_gpu_memory_is_said_before_weights_are_made(gpu, tmp_path, bi
     assert device["kind"] == "device" and [one["status"] for one in found] == [status] * 2 and not (tmp_path / "weights").exists()
 
 
-@pytest.mark.parametrize("free, device", [(60 * GB, "cuda"), (16 * GB, "cpu")])
-def test_weights_are_made_on_a_gpu_that_is_large_enough(gpu, tmp_path, monkeypatch, free, device):
-    gpu.free, asked = free, []
-    monkeypatch.setattr(torch, "device", lambda name: asked.append(name) or full_size.contextlib.nullcontext())
-    made_up.make_weights("llava-1.5-7b", True, tmp_path, True)
-    assert asked[0] == device and "empty_cache" in gpu.asked
+@pytest.mark.parametrize("free, full, devices", [(60 * GB, False, ["cuda"]), (16 * GB, False, ["cpu"]), (60 * GB, True, ["cuda", "cpu"])])
+def test_weights_are_made_on_a_gpu_that_is_large_enough(gpu, tmp_path, monkeypatch, free, full, devices):
+    """And on the CPU where somebody else has filled it in the meantime."""
+    gpu.free, asked, build = free, [], transformers.AutoModelForImageTextToText.from_config
+
+    def from_config(*args, **kwargs):
+        if full and asked[-1] == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(*args, **kwargs)
+
+    def device(name):
+        asked.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_config", from_config)
+    monkeypatch.setattr(made_up.torch, "device", device)
+    made_up.make_weights("idefics2-8b", True, tmp_path, True)
+    assert asked[: len(devices)] == devices and "cuda" not in asked[1:] and "empty_cache" in gpu.asked  # others ask for "cpu" behind it
     from safetensors import safe_open
 
     with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as file:
