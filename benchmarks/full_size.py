@@ -24,7 +24,7 @@ all runs, the first steps of each left out.
              the allocator gets along with what it gives out, without the reserve it had here
 
 MiniCPM-V is 4.6; 2.6 is code from the hub and left out, as is training LLaVA's language model in full, which no single GPU holds. Random
-weights cost what trained ones cost. Nothing here says how well anything is learnt."""
+weights cost what trained ones cost. Nothing here says how well anything is learnt. It has not been run on a GPU yet."""
 
 import argparse
 import contextlib
@@ -190,13 +190,14 @@ def watching(watch):
 @contextlib.contextmanager
 def lent(recipe, loaded, cuda):
     """Within it, the recipe's load_model() loads once. Each call gets modules of its own around the same frozen weights, and copies
-    of those that are trained. `loaded`: {} at first; {"model", "loading": its peak}."""
+    of those that are trained. `loaded`: {} at first; {"model", "loading": its peak, "seconds"} then."""
     load_model = recipe.load_model
 
     def lend(settings, training):
         if "model" not in loaded:
+            start = time.time()
             loaded["model"] = load_model(settings, training)
-            loaded["loading"] = peaks(cuda)
+            loaded.update(loading=peaks(cuda), seconds=time.time() - start)
             tidy(cuda)
         shared = [p for p in loaded["model"].parameters() if not p.requires_grad]
         shared += [p.quant_state for p in shared if getattr(p, "quant_state", None) is not None]
@@ -237,7 +238,7 @@ def stock(recipe, flags, path):
 def ran_out(error):
     """Whether an exception says that there was not enough memory."""
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(one in said for one in ("out of memory", "alloc_failed", "cannot allocate memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in ("out of memory", "alloc_failed", "cannot allocate memory"))
 
 
 def flags_of(cell, job, path, out):
@@ -353,18 +354,23 @@ def work(job):
         else:
             start = time.time()
             result = measure(cell, job, path, loaded)
-            took = time.time() - start
+            took = time.time() - start - loaded.pop("seconds", 0)
             if result["status"] == "out of memory":
                 too_large[kind] = cell["batch"]
             yield result
 
 
+def first_gpu():
+    """The one GPU that is used, as CUDA_VISIBLE_DEVICES names it: recipes refuse several in one process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def apart(job):
-    """`work` in a process of its own, which a lack of memory, a crash or a deadline can end without harm to the rest."""
+    """`work` in a process of its own, which a lack of memory, a crash or a deadline can end without harm to the rest. Yields its exit
+    status, too."""
     folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
     (folder / "job.json").write_text(json.dumps(job))
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # recipes refuse several in one process
-    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": gpu}
+    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": first_gpu()}
     with open(job["log"], "a") as log:
         command = [sys.executable, __file__, "--worker", str(folder)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -377,6 +383,7 @@ def apart(job):
                 done += 1
                 yield json.loads(line)
             if ended:
+                yield {"kind": "end", "status": process.returncode}
                 return
             if job["until"] and time.time() > job["until"] + 60:
                 return
@@ -502,7 +509,7 @@ def show(results, device, console):
 def machine(cuda):
     """GPU, driver and versions."""
     try:
-        command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--id={first_gpu()}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         gpu = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines() if cuda else []
     except (OSError, subprocess.SubprocessError):
         gpu = []
@@ -590,11 +597,11 @@ def run_all(args, groups, until, scratch, weights):
     job |= {name: getattr(args, name) for name in ("small", "steps", "warm_up", "rounds", "seed")}
     stopped = False
     for cells in groups:
-        ran, why = 0, "not run: interrupted"
+        ran, why, end = 0, "not run: interrupted", None
         try:
             for one in apart({**job, "cells": cells}) if not (stopped or until and time.time() > until) else ():
-                if one.get("kind") == "device":
-                    device = one
+                if "kind" in one:
+                    device, end = (one, end) if one["kind"] == "device" else (device, one["status"])
                     continue
                 ran += 1
                 results.append(one)
@@ -602,7 +609,8 @@ def run_all(args, groups, until, scratch, weights):
                          for side in one["sides"] if side in one]  # fmt: skip
                 say(f"  {named(one)}: {', '.join(sides) or one['status']}")
             if not stopped:
-                why = "not run: time is up" if until and time.time() > until else f"failed: its process ended early: {last_words(job['log'])}"
+                over = until and time.time() > until
+                why = "not run: time is up" if over else f"failed: its process ended early, exit status {end}: {last_words(job['log'])}"
         except KeyboardInterrupt:
             stopped = True
         results += [{**cell, "status": why} for cell in cells[ran:]]
