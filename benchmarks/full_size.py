@@ -20,7 +20,7 @@ all runs, the first steps of each left out.
              inside kernels of Triton nothing is counted
   peak GB    most that PyTorch's allocator had given out, and had reserved, from loading to the last step; GB are 10^9 bytes
   waits      share of the time in which the GPU waited for the loader
-  fits       largest batch measured whose peak is below a card's size, beside what CUDA and others took outside of PyTorch; (n) only if
+  fits       largest batch measured (+: or more) whose peak is below a card's size, beside what CUDA and others took outside of PyTorch; (n) only if
              the allocator gets along with what it gives out, without the reserve it had here
 
 MiniCPM-V is 4.6; 2.6 is code from the hub and left out, as is training LLaVA's language model in full, which no single GPU holds. Random
@@ -439,21 +439,21 @@ def needed(args, weights):
     return SPARE / (1 if args.cuda and not args.small else 100) + sum(2 * MODELS[name]["parameters"] for name in models if not args.small)
 
 
-def fits(results, side="recipe"):
-    """{(run, bits, checkpointing): {card in GB: largest batch that fits, as text}} from the peaks that were measured."""
-    table = {}
-    for one in results:
-        if (one.get(side) or {}).get("memory") and one[side]["status"] == "ok":
-            found = table.setdefault((one["run"], one["bits"], one["checkpointing"]), {})
-            for kind in ("allocated", "reserved"):
-                found.setdefault(kind, {})[one["batch"]] = one[side]["memory"][kind] + one["outside"]
-    shown = {}
-    for key, found in table.items():
-        shown[key] = {}
-        for card in CARDS:
-            sure, tight = (max((b for b, peak in found[kind].items() if peak <= card * GB), default=0) for kind in ("reserved", "allocated"))
-            more = "+" if max(sure, tight) == max(found["reserved"]) else ""
-            shown[key][card] = f"{sure}{more}" if sure and sure == tight else f"{sure or 'none'} ({tight}{more})" if tight else "none"
+def fits(results, memory):
+    """{(run, bits, checkpointing): {card in GB: largest batch that fits, as text}} from the peaks that were measured. A + says that a
+    larger one may, as none was measured, or one only that a GPU of `memory` bytes, smaller than the card, had no room for."""
+    table, out = {}, set()
+    for one in (one for one in results if "recipe" in one):
+        key, mine = (one["run"], one["bits"], one["checkpointing"]), one["recipe"]
+        out |= {key} if mine["status"] == "out of memory" else set()
+        if mine["status"] == "ok" and mine["memory"]:
+            for kind, peak in mine["memory"].items():
+                table.setdefault(key, {}).setdefault(kind, {})[one["batch"]] = peak + one["outside"]
+    shown = {key: {} for key in table}
+    for key, card in itertools.product(table, CARDS):
+        sure, tight = (max((n for n, peak in table[key][kind].items() if peak <= card * GB), default=0) for kind in ("reserved", "allocated"))
+        more = "+" if tight == max(table[key]["allocated"]) and not (key in out and card * GB <= memory) else ""
+        shown[key][card] = f"{sure}{more}" if sure and sure == tight else f"{sure or 'none'} ({tight}{more})" if tight else "none"
     return shown
 
 
@@ -491,7 +491,7 @@ def show(results, device, console):
             cells += [other["status"].split(":")[0] if other else "-", "-", "-"]
         table.add_row(*cells)
     console.print(table)
-    if shown := fits(results):
+    if shown := fits(results, device.get("memory")):
         table = Table("recipe", "bits", "ckpt", *(f"{card} GB" for card in CARDS), title="Largest batch measured that fits")
         for (run, bits, checkpointing), cards in shown.items():
             table.add_row(run, bits, "on" if checkpointing else "off", *cards.values())
@@ -616,7 +616,7 @@ def run_all(args, groups, until, scratch, weights):
         results += [{**cell, "status": why} for cell in cells[ran:]]
         if args.json:
             given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-            fit = [{"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards} for (run, bits, on), cards in fits(results).items()]
+            fit = [{"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards} for (run, bits, on), cards in fits(results, device.get("memory")).items()]
             everything = {"arguments": given, "machine": about, "device": device, "results": results, "fits": fit}
             args.json.write_text(json.dumps(everything, indent=1))
     if device:

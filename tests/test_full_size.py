@@ -562,12 +562,13 @@ def peak_of(batch, gigabytes, reserved=None, on=True, status="ok", outside=1 * G
 def test_what_fits():
     results = [peak_of(1, 10), peak_of(2, 14, 16), peak_of(4, 22), peak_of(8, 38, 38), peak_of(16, 50), peak_of(32, 79, status="out of memory")]
     results += [peak_of(1, 30, on=False), {"run": "sft_llava", "status": "not run: time is up"}]
-    assert full_size.fits(results) == {
-        ("sft_llava", "4", True): {16: "1 (2)", 24: "4", 40: "8", 80: "16+"}, ("sft_llava", "4", False): {16: "none", 24: "none", 40: "1+", 80: "1+"},
-    }  # fmt: skip
-    assert full_size.fits([peak_of(1, 14, 18)])["sft_llava", "4", True] == {16: "none (1+)", 24: "1+", 40: "1+", 80: "1+"}
-    assert full_size.fits([peak_of(1, 14.9), peak_of(2, 15.1)])["sft_llava", "4", True][16] == "1"  # CUDA's own GB is not for us
-    assert full_size.fits([{**peak_of(1, 10), "recipe": {"status": "ok", "memory": None}}]) == {}  # a CPU
+    on, off = (("sft_llava", "4", checkpointing) for checkpointing in (True, False))
+    measured = {16: "1 (2)", 24: "4", 40: "8", 80: "16"}
+    assert full_size.fits(results, 80 * GB) == {on: measured, off: {16: "none", 24: "none", 40: "1+", 80: "1+"}}
+    assert full_size.fits(results, 60 * GB)[on] == measured | {80: "16+"}  # that 32 did not fit in 60 GB says nothing of 80
+    assert full_size.fits([peak_of(1, 14, 18)], 80 * GB)[on] == {16: "none (1+)", 24: "1+", 40: "1+", 80: "1+"}
+    assert full_size.fits([peak_of(1, 14.9), peak_of(2, 15.1)], 80 * GB)[on][16] == "1"  # CUDA's own GB is not for us
+    assert full_size.fits([{**peak_of(1, 10), "recipe": {"status": "ok", "memory": None}}], None) == {}  # a CPU
 
 
 def test_memory_in_the_tables(run, scripted, monkeypatch, gpu):
