@@ -460,10 +460,10 @@ def fits(results, memory):
 # ---------------------------------------------------------------- the report
 
 
-def named(one):
-    """A configuration in words."""
-    checkpointing = "on" if one["checkpointing"] else "off"
-    return f"{one['run']}, {one['bits']} bits, checkpointing {checkpointing}, batch {one['batch']}, {one['workers']} workers"
+def named(one, *more):
+    """A configuration in words; with more, that differ in the batch only."""
+    batches, checkpointing = ", ".join(str(each["batch"]) for each in (one, *more)), "on" if one["checkpointing"] else "off"
+    return f"{one['run']}, {one['bits']} bits, checkpointing {checkpointing}, {one['workers']} workers, batch {batches}"
 
 
 def show(results, device, console):
@@ -490,15 +490,18 @@ def show(results, device, console):
         else:
             cells += [other["status"].split(":")[0] if other else "-", "-", "-"]
         table.add_row(*cells)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     if shown := fits(results, device.get("memory")):
         table = Table("recipe", "bits", "ckpt", *(f"{card} GB" for card in CARDS), title="Largest batch measured that fits")
         for (run, bits, checkpointing), cards in shown.items():
             table.add_row(run, bits, "on" if checkpointing else "off", *cards.values())
         console.print(table)
+    alike = lambda one: "recipe" in one or [one[key] for key in ("run", "bits", "checkpointing", "workers", "status")]
+    for key, some in itertools.groupby(results, alike):
+        if key is not True:
+            console.print(f"{named(*some)}: {key[-1]}", markup=False)
     for one in results:
-        if "recipe" not in one:
-            console.print(f"{named(one)}: {one['status']}", markup=False)
         for side in ("recipe", "stock"):
             found = one.get(side, {"status": "ok"})
             if found["status"] != "ok" or found.get("uncounted"):

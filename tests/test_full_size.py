@@ -252,14 +252,15 @@ def test_out_of_memory_is_recorded_and_larger_batches_are_left_out(run, scripted
         (False, 8): "not run: a batch of 2 did not fit", (False, 16): "not run: a batch of 2 did not fit",
     }  # fmt: skip
     assert len([side for side, cell in ran if side == "stock"]) == 2  # once each, not again in the next round
-    assert "out of memory" in next(line for line in printed.splitlines() if line.startswith("│")) and "batch 16, 0 workers: not run: a batch of 8 did" in printed
+    assert "out of memory" in next(line for line in printed.splitlines() if line.startswith("│")) and "checkpointing on, 0 workers, batch 16: not run: a batch of 8 did" in printed
+    assert "sft_llava, 16 bits, checkpointing off, 0 workers, batch 4, 8, 16: not run: a batch of 2 did not fit\n" in printed
 
 
 def test_a_failure_is_recorded_with_its_reason(run, scripted):
     scripted(lambda side, cell: {"status": "failed: ValueError: no"} if cell["bits"] == "4" else {})
     status, found, printed = run("sft_llava", *SHORT, "--checkpointing", "on")
     assert status == 0 and [one["status"] for one in found["results"]] == ["failed: ValueError: no", "ok"]
-    assert "sft_llava, 4 bits, checkpointing on, batch 2, 0 workers, stock: failed: ValueError: no" in printed
+    assert "sft_llava, 4 bits, checkpointing on, 0 workers, batch 2, stock: failed: ValueError: no" in printed
 
 
 def test_exit_status_1_where_nothing_was_measured(run, scripted):
