@@ -110,16 +110,17 @@ def test_sizes_are_the_published_ones(name):
 ])
 def test_rows_at_their_real_size(recipe, name, flags, images, tmp_path):
     """The real processor and recipe: so many image tokens, answers of the lengths that are stated, a photograph's size."""
-    made_up.make_processor(name, False).save_pretrained(tmp_path / "model")
-    made_up.configuration(name, False, made_up.make_processor(name, False).tokenizer).save_pretrained(tmp_path / "model")
+    processor = made_up.make_processor(name, False)
+    processor.save_pretrained(tmp_path / "model")
+    made_up.configuration(name, False, processor.tokenizer).save_pretrained(tmp_path / "model")
     module, data = importlib.import_module(recipe), next(data for name, _, data, *_ in full_size.RUNS.values() if name == recipe)
     flags = {"model_name_or_path": tmp_path / "model", "use_cpu": True, "eval_strategy": "no", "report_to": "none", **flags}
     processor = module.load_processor(module.parse([part for k, v in flags.items() for part in (f"--{k}", str(v))])[0])
-    path = made_up.make_rows(recipe, 9, processor.tokenizer, tmp_path / "rows")
+    path = made_up.make_rows(recipe, 5, processor.tokenizer, tmp_path / "rows")
     settings, training = module.parse([part for k, v in (flags | {data: path}).items() for part in (f"--{k}", str(v))])
     rows, _ = module.load_data(settings, training)
     collator, lengths = module.Collator(processor, settings, training), []
-    assert len(rows) == 9 and len(list((tmp_path / "rows").glob("*.jpg"))) == 8
+    assert len(rows) == 5 and len(list((tmp_path / "rows").glob("*.jpg"))) == 8
     for row in rows:
         batch = collator([row])
         ids = batch["input_ids"]
@@ -127,7 +128,7 @@ def test_rows_at_their_real_size(recipe, name, flags, images, tmp_path):
         assert (ids == token).sum(1).tolist() == [images] * len(ids)
         lengths += batch["completion_mask"].sum(1).tolist() if recipe == "dpo_idefics2" else [(batch["labels"] != -100).sum().item()]
     least, most = (3, 15) if recipe == "idefics2_docvqa" else (60, 150)
-    assert least <= min(lengths) and max(lengths) <= most + 4 and len(set(lengths)) > 4  # what ends an answer, a word cut in two
+    assert least <= min(lengths) and max(lengths) <= most + 4 and len(set(lengths)) > 2  # what ends an answer, a word cut in two
 
 
 def test_an_images_size(tmp_path):
@@ -316,7 +317,7 @@ def test_one_model_serves_all_runs(one, monkeypatch):
     loaded = {}
     assert one(loaded=loaded)["status"] == "ok"
     before = {name: p.clone() for name, p in loaded["model"].named_parameters()}
-    assert [one(side, loaded=loaded)["status"] for side in ("stock", "recipe")] == ["ok", "ok"]
+    assert one("stock", loaded=loaded)["status"] == "ok"
     assert len(loads) == 1 and sft_llava.load_model(*loads[0]) is not loaded["model"]
     assert {name: p for name, p in loaded["model"].named_parameters()}.keys() == before.keys()  # no adapter is left in it
     assert all(p.equal(before[name]) and not p.requires_grad for name, p in loaded["model"].named_parameters())
@@ -379,19 +380,19 @@ def test_a_stock_side_that_fails_leaves_the_recipes(one, monkeypatch):
 def test_checkpointing_that_is_not_what_was_asked_for(one, monkeypatch):
     """A Transformers that does not know the flag by its name would measure something else."""
     monkeypatch.setattr(transformers.PreTrainedModel, "activation_checkpointing_enable", lambda *args, **kwargs: None)
-    assert one()["status"].startswith("failed: activation checkpointing is off") and one(checkpointing=False)["status"] == "ok"
+    assert one()["status"].startswith("failed: activation checkpointing is off")
 
 
-def test_flops_that_cannot_be_counted(one, monkeypatch, run):
+def test_flops_that_cannot_be_counted(monkeypatch, run):
     class Refuses(torch.utils.flop_counter.FlopCounterMode):
         def __enter__(self):
             raise NotImplementedError("a kernel")
 
     monkeypatch.setattr(full_size, "counter", lambda: Refuses(display=False))
-    found = one()
-    assert found["status"] == "ok" and found["flops"] is None and found["uncounted"] == "NotImplementedError: a kernel"
     _, found, printed = run("sft_llava", *SHORT, "--bits", "16", "--checkpointing", "on", "--stock", "none")
-    assert "recipe: FLOPs were not counted: NotImplementedError: a kernel" in printed and "flops_per_second" not in found["results"][0]["recipe"]
+    mine = found["results"][0]["recipe"]
+    assert mine["status"] == "ok" and mine["flops"] is None and mine["uncounted"] == "NotImplementedError: a kernel"
+    assert "recipe: FLOPs were not counted: NotImplementedError: a kernel" in printed and "flops_per_second" not in mine
 
 
 def test_memory_that_runs_out_under_the_counter_is_no_matter_of_counting(one, monkeypatch):
