@@ -671,6 +671,23 @@ class SharedPromptDPOTrainer(DPOTrainer):
         return output
 
 
+class AlikeInAStep(torch.utils.data.Sampler):
+    """Numbers of rows in the Trainer's random order, but within a step (`rows` of them: all processes, all accumulated) the longest first, so
+    that rows of like length share a batch and little is padded. What is left over of an epoch stays as it is. `epoch` says which one begins."""
+
+    def __init__(self, lengths, rows, seed, epoch):
+        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch())).tolist()
+        for n in range(0, len(order), self.rows):
+            step = order[n : n + self.rows]
+            yield from sorted(step, key=lambda row: -self.lengths[row]) if len(step) == self.rows else step
+
+
 class Trainer(SharedPromptDPOTrainer):
     """... that at each evaluation answers held-out prompts: samples.md, eval_samples/ended, eval_samples/tokens."""
 
@@ -680,6 +697,14 @@ class Trainer(SharedPromptDPOTrainer):
         for p in self.model.parameters():
             if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
                 p.data = p.data.float()
+
+    def _get_train_sampler(self, train_dataset=None):
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if args.gradient_accumulation_steps * args.world_size == 1 or args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(data)
+        rows, seed = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
+        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
+        return AlikeInAStep(data.with_format(None)["length"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
 
     def answers(self, rows):
         """Rows -> (greedy answers, how many tokens each has, whether it came to its end)."""

@@ -520,6 +520,23 @@ def plain(text):
     return " ".join(text.lower().split())
 
 
+class AlikeInAStep(torch.utils.data.Sampler):
+    """Numbers of rows in the Trainer's random order, but within a step (`rows` of them: all processes, all accumulated) the longest first, so
+    that rows of like length share a batch and little is padded. What is left over of an epoch stays as it is. `epoch` says which one begins."""
+
+    def __init__(self, lengths, rows, seed, epoch):
+        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch())).tolist()
+        for n in range(0, len(order), self.rows):
+            step = order[n : n + self.rows]
+            yield from sorted(step, key=lambda row: -self.lengths[row]) if len(step) == self.rows else step
+
+
 class Trainer(transformers.Trainer):
     """Trainer that computes logits only where there is a label, runs the frozen vision tower without a graph, and at each
     evaluation answers the held-out questions: eval_anls, eval_exact_match, samples.md."""
@@ -529,6 +546,14 @@ class Trainer(transformers.Trainer):
         tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
         self.settings = settings
         super().__init__(model, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if args.gradient_accumulation_steps * args.world_size == 1 or args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(data)
+        rows, seed = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
+        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
+        return AlikeInAStep(data.with_format(None)["length"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The stock loss. Of some hundred positions a row a dozen are trained; the others' logits would be thrown away."""

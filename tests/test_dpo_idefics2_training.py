@@ -729,25 +729,52 @@ def test_another_family(request, several, tmp_path, family):
     assert [" ".join(line["prediction"].replace("|", "&#124;").split()) for line in lines][:2] == shown and len(lines) == 5
 
 
+# ------------------------------------------------------------------------------------------------------ rows of a step
+def test_a_step_is_that_of_the_random_order_with_less_padding(several, tmp_path, monkeypatch):
+    """Over three epochs, with another order in each: the same losses, from the same rows in batches of like length."""
+    settings = LONG | {"learning_rate": 1e-4, "eval_strategy": "no", **FLOAT}
+    padding, stock = [], dpo_idefics2.Trainer.training_step
+
+    def count(self, model, inputs, *args, **kwargs):
+        padding[-1] += int((inputs["attention_mask"] == 0).sum())
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(dpo_idefics2.Trainer, "training_step", count)
+    padding.append(0)
+    alike = run(command(several, tmp_path / "alike", **settings))
+    monkeypatch.delattr(dpo_idefics2.Trainer, "_get_train_sampler")
+    padding.append(0)
+    random = run(command(several, tmp_path / "random", **settings))
+    for key in ("loss", "grad_norm"):
+        assert log(alike.out, key) == pytest.approx(log(random.out, key), rel=1e-4, abs=1e-6) and len(log(alike.out, key)) == 12
+    assert 0 < padding[0] < 0.8 * padding[1]
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(several, tmp_path):
     """Twice the batch. What is shown is there once."""
-    settings = {**FLOAT, "learning_rate": 1e-4, "per_device_eval_batch_size": 1, "max_eval_rows": 4}
+    settings = {**FLOAT, "learning_rate": 1e-4, "per_device_eval_batch_size": 1, "max_eval_rows": 4, "max_steps": 8, "save_total_limit": 9}
+    settings |= {"per_device_train_batch_size": 1}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = command(several, tmp_path / "two", **settings, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    argv = command(several, tmp_path / "two", **settings, gradient_accumulation_steps=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     program = [*launch, str(ROOT / "dpo_idefics2.py"), *argv]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    for words in ("pairs to train on", "One pair as the model sees it", "path: shared prompts", "4 steps of 4 pairs"):
+    for words in ("pairs to train on", "One pair as the model sees it", "path: shared prompts", "8 steps of 4 pairs"):
         assert done.stdout.count(words) == 1
-    one = run(command(several, tmp_path / "one", **settings, gradient_accumulation_steps=2))
+    one = run(command(several, tmp_path / "one", **settings, gradient_accumulation_steps=4))
     for key in ("loss", "grad_norm", "eval_loss", *REWARDS, "logps/chosen", *(f"eval_{name}" for name in REWARDS)):
         assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), abs=1e-4) and log(one.out, key)
-    assert sections(tmp_path / "two") == sections(one.out) and list(sections(one.out)) == [2, 4]
+    assert sections(tmp_path / "two") == sections(one.out) and list(sections(one.out)) == [2, 4, 6, 8]
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
+    again = command(several, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
+        assert log(tmp_path / "again", key) == log(tmp_path / "two", key)
 
 
 @pytest.mark.slow

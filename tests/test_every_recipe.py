@@ -8,10 +8,14 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
+import transformers
 import yaml
+from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
 
 RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
@@ -184,3 +188,83 @@ def imported(node):
     if isinstance(node, ast.Import):
         return [alias.name.split(".")[0] for alias in node.names]
     return [node.module.split(".")[0] if node.module else "."] if isinstance(node, ast.ImportFrom) else []
+
+
+# -------------------------------------------------------------------------------------------------------- loaders
+def test_the_loader_works_ahead_in_processes_of_its_own(recipe, tmp_path, monkeypatch):
+    """Four of them, each two batches ahead (torch's default), into pinned memory; that is left to itself on a CPU, where it has no effect."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    argv = ["--output_dir", str(tmp_path), "--report_to", "none", "--eval_strategy", "no"]
+    _, training = recipe.parse(["--use_cpu", *argv])
+    rows = datasets.Dataset.from_list([{"number": n} for n in range(40)])
+    collate = lambda rows: {"number": torch.tensor([row["number"] for row in rows])}
+    loader = lambda: transformers.Trainer(torch.nn.Linear(1, 1), training, collate, rows).get_train_dataloader()
+    asked = training.given["dataloader_pin_memory"], training.dataloader_pin_memory, loader().pin_memory
+    assert asked == (True, False, False)  # asked for, turned off by --use_cpu
+    training.dataloader_pin_memory = True
+    assert (loader().num_workers, loader().prefetch_factor, loader().pin_memory) == (4, 2, True)
+    with pytest.warns(UserWarning, match="pin_memory.*no accelerator is found"):
+        seen = [batch["number"] for batch in loader()]
+    assert sorted(torch.cat(seen).tolist()) == list(range(40)) and {len(some) for some in seen} == {training.train_batch_size}
+    assert not any(some.is_pinned() for some in seen)
+
+
+# -------------------------------------------------------------------------------------------------- rows of a step
+BY_LENGTH = [name for name in RECIPES if name != "llava_two_stage"]  # has a sampler of its own
+LENGTHS = torch.randint(20, 200, (71,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def trainer_of(recipe, epoch=0, **settings):
+    """A recipe's Trainer without a model, that can choose a sampler."""
+    usual = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1, "train_sampling_strategy": "random"}
+    trainer = object.__new__(recipe.Trainer)
+    trainer.args = SimpleNamespace(**usual | {"seed": 5, "data_seed": None} | settings)
+    rows = datasets.Dataset.from_list([{"row": n, "length": length} for n, length in enumerate(LENGTHS)])
+    trainer.train_dataset = rows.with_transform(lambda some: {"row": some["row"], "length": some["length"]})  # wants whole rows
+    trainer.state = transformers.TrainerState(epoch=epoch)
+    return trainer
+
+
+def chunks(order, size):
+    return [order[n : n + size] for n in range(0, len(order), size)]
+
+
+@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
+@pytest.mark.parametrize("settings", [{}, {"seed": 6}, {"data_seed": 0}, {"world_size": 2, "gradient_accumulation_steps": 2}])
+def test_a_step_has_the_rows_of_the_random_order_the_longest_first(recipe, settings):
+    """... of the very order that Accelerate makes of torch's RandomSampler, epoch by epoch."""
+    orders = []
+    for epoch in (0, 0.7, 1, 1.5, 2):
+        sampler = trainer_of(recipe, epoch, **settings)._get_train_sampler()
+        seed = settings.get("data_seed", settings.get("seed", 5)) + int(epoch)
+        drawn = torch.randperm(71, generator=torch.Generator().manual_seed(seed)).tolist()
+        steps, random = chunks(order := list(sampler), 8), chunks(drawn, 8)
+        assert len(sampler) == 71 and len(steps) == 9 and order == list(sampler)
+        assert [sorted(step) for step in steps] == [sorted(step) for step in random]
+        for step in steps[:-1]:
+            assert [LENGTHS[row] for row in step] == sorted((LENGTHS[row] for row in step), reverse=True)
+        assert steps[-1] == random[-1] and len(steps[-1]) == 7  # left over: as it comes
+        orders.append(order)
+    assert orders[0] == orders[1] and orders[2] == orders[3] and orders[0] != orders[2] != orders[4] != orders[0]
+
+
+@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
+def test_two_processes_share_a_step_and_its_longest_rows(recipe):
+    sampler = trainer_of(recipe, world_size=2, gradient_accumulation_steps=2)._get_train_sampler()
+    batches = torch.utils.data.BatchSampler(sampler, 2, drop_last=False)
+    both = [list(BatchSamplerShard(batches, 2, n)) for n in range(2)]
+    seen = [row for batch in both[0] + both[1] for row in batch]
+    assert set(seen) == set(range(71)) and len(seen) == 72  # one is there twice, so that both have as many
+    for n, step in enumerate(chunks(list(sampler), 8)[:-1]):
+        mine = [batch for rank in both for batch in rank[2 * n : 2 * n + 2]]
+        assert sorted(row for batch in mine for row in batch) == sorted(step)
+        first, second = ([min(LENGTHS[row] for row in rank[2 * n]), max(LENGTHS[row] for row in rank[2 * n + 1])] for rank in both)
+        assert min(first[0], second[0]) >= max(first[1], second[1])  # what both compute first is longer than what comes second
+
+
+@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
+@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 1}, {"train_sampling_strategy": "sequential"}])
+def test_where_a_step_is_one_batch_or_another_order_is_asked_for_nothing_changes(recipe, settings):
+    sampler = trainer_of(recipe, **settings)._get_train_sampler()
+    kinds = {"sequential": torch.utils.data.SequentialSampler}
+    assert type(sampler) is kinds.get(settings.get("train_sampling_strategy"), torch.utils.data.RandomSampler)

@@ -324,6 +324,7 @@ def test_the_stock_trainers_step_for_less(several, tmp_path, checkpointing, caps
     settings, training = idefics2_docvqa.parse(flags)
     stock = get_peft_model(idefics2_docvqa.load_model(settings, training), idefics2_docvqa.lora_config(settings))
     stock = transformers.Trainer(stock, training, ours.data_collator, ours.train_dataset)
+    stock._get_train_sampler = ours._get_train_sampler  # the same batches
     results = []
     for trainer in (ours, stock):
         watch = Watch(stir(trainer.model))
@@ -835,12 +836,36 @@ def test_a_page_that_vanishes_ends_the_run_with_one_message(several, tmp_path, m
     assert "the data changed under the run" in message and f"row {n}: unreadable image" in message and row["image"] in message
 
 
+# ------------------------------------------------------------------------------------------------------ rows of a step
+def test_a_step_is_that_of_the_random_order_with_less_padding(several, tmp_path, monkeypatch):
+    """Over three epochs, with another order in each: the same losses, from the same rows in batches of like length. (Of several
+    answers to a question the first one's length counts, whichever is drawn: here there is one.)"""
+    rows = json.loads((several / "train.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps([{**row, "answers": row["answers"][n % 3]} for n, row in enumerate(rows)]))
+    settings = LONG | {"dataset_name": tmp_path / "one.json", "lora_dropout": 0, "learning_rate": 1e-4, "eval_strategy": "no", **FLOAT}
+    padding, stock = [], idefics2_docvqa.Trainer.training_step
+
+    def count(self, model, inputs, *args, **kwargs):
+        padding[-1] += int((inputs["attention_mask"] == 0).sum())
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(idefics2_docvqa.Trainer, "training_step", count)
+    padding.append(0)
+    alike = run(command(several, tmp_path / "alike", **settings))
+    monkeypatch.delattr(idefics2_docvqa.Trainer, "_get_train_sampler")
+    padding.append(0)
+    random = run(command(several, tmp_path / "random", **settings))
+    for key in ("loss", "grad_norm"):
+        assert log(alike.out, key) == pytest.approx(log(random.out, key), rel=1e-4, abs=1e-6) and len(log(alike.out, key)) == 12
+    assert 0 < padding[0] < 0.8 * padding[1]
+
+
 @pytest.mark.slow
 def test_two_processes_train_like_one(wise, tmp_path):
     """Twice the batch, and scores over all 5 rows held out, 3 answered by one and 2 by the other. (eval_loss is left out: the
     Trainer weighs the rows that are evaluated at a time, here one or two, by their labels.)"""
     settings = {**FLOAT, "lora_dropout": 0, "learning_rate": 1e-4, "per_device_eval_batch_size": 1, "report_to": "none"}
-    settings |= {"per_device_train_batch_size": 1, "sample_rows": 5, "max_new_tokens": 8}
+    settings |= {"per_device_train_batch_size": 1, "sample_rows": 5, "max_new_tokens": 8, "max_steps": 8, "save_total_limit": 9}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(wise, tmp_path / "two", **settings, gradient_accumulation_steps=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -850,7 +875,7 @@ def test_two_processes_train_like_one(wise, tmp_path):
     assert done.stdout.count("rows to train on") == done.stdout.count("One row as the model sees it") == 1
     one = run(command(wise, tmp_path / "one", **settings, gradient_accumulation_steps=4))
     for key in ("loss", "grad_norm"):
-        assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), abs=1e-4) and len(log(one.out, key)) == 4
+        assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), abs=1e-4) and len(log(one.out, key)) == 8
     for key in ("eval_anls", "eval_exact_match"):
         assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), abs=1e-12)
         assert all(0.2 < value < 1 for value in log(one.out, key).values())
@@ -858,6 +883,11 @@ def test_two_processes_train_like_one(wise, tmp_path):
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
+    again = command(wise, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
+        assert log(tmp_path / "again", key) == log(tmp_path / "two", key)
 
 
 def test_pages_in_five_pieces_and_another_language(tiny_forms, tmp_path):

@@ -747,24 +747,50 @@ def test_false_in_a_settings_file_is_false(trained, tmp_path):
     assert "holds a run" in refusal(sft_llava.main, flags)
 
 
+# ------------------------------------------------------------------------------------------------------ rows of a step
+def test_a_step_is_that_of_the_random_order_with_less_padding(mixed, tmp_path, monkeypatch):
+    """Over three epochs, with another order in each: the same losses, from the same rows in batches of like length."""
+    settings = LONG | {"lora_dropout": 0, "neftune_noise_alpha": None, "learning_rate": 1e-4, "eval_strategy": "no", **FLOAT}
+    padding, stock = [], sft_llava.Trainer.training_step
+
+    def count(self, model, inputs, *args, **kwargs):
+        padding[-1] += int((inputs["attention_mask"] == 0).sum())
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(sft_llava.Trainer, "training_step", count)
+    padding.append(0)
+    alike = run(command(mixed, tmp_path / "alike", **settings))
+    monkeypatch.delattr(sft_llava.Trainer, "_get_train_sampler")
+    padding.append(0)
+    random = run(command(mixed, tmp_path / "random", **settings))
+    for key in ("loss", "grad_norm"):
+        assert log(alike.out, key) == pytest.approx(log(random.out, key), rel=1e-4, abs=1e-6) and len(log(alike.out, key)) == 12
+    assert 0 < padding[0] < 0.8 * padding[1]
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["float", "float, projector"])
 def test_two_processes_train_like_one(mixed, tmp_path, variant):
     """Each has one row at a time, so that one may have a picture while the other has none."""
-    settings = {**VARIANTS[variant], "lora_dropout": 0, "per_device_train_batch_size": 1, "sample_rows": 1}
+    settings = {**VARIANTS[variant], "lora_dropout": 0, "per_device_train_batch_size": 1, "sample_rows": 1, "max_steps": 8}
+    settings |= {"learning_rate": 1e-4, "save_total_limit": 9}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(mixed, tmp_path / "two", **settings, gradient_accumulation_steps=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(ROOT / "sft_llava.py"), *argv], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    program = [*launch, str(ROOT / "sft_llava.py"), *argv]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("rows to train on") == done.stdout.count("One row as the model sees it") == 1
     one = run(command(mixed, tmp_path / "one", **settings, gradient_accumulation_steps=4))
     for key in ("loss", "eval_loss", "grad_norm"):
         two = log(tmp_path / "two", key)
-        assert two == pytest.approx(log(one.out, key), abs=1e-4) and len(two) == (2 if key == "eval_loss" else 4)
+        assert two == pytest.approx(log(one.out, key), abs=1e-4) and len(two) == (4 if key == "eval_loss" else 8)
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
+    again = command(mixed, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
+        assert log(tmp_path / "again", key) == log(tmp_path / "two", key)
