@@ -1,7 +1,7 @@
 """What it takes to feed a GPU: rows per second of each recipe's collator by number of loader processes, beside TRL's own
 collator, and what is padded in random batches, in the recipe's steps by length, and in Transformers' group_by_length.
 
-    python benchmarks/loader.py                              # all recipes, 0, 2 and 4 workers; some 10 minutes of CPU
+    python benchmarks/loader.py                              # all recipes, 0, 2 and 4 workers; takes its time on 2 cores
     python benchmarks/loader.py dpo_idefics2 --rows 256 --workers 4 8 16 --batch_size 2 --json loader.json
 
 No model and no GPU is needed. The rows are synthesised: JPEGs of 1000 x 800 pixels on disk, one a row, a question of 8-20
