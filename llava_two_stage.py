@@ -790,20 +790,17 @@ def marked(batch, processor):
 
 class ByModalityAndLength(torch.utils.data.Sampler):
     """Numbers of rows, so that those of a step (`rows` of them: all processes, all accumulated) have images or have none, all of them,
-    and are about as long; the longest come first. What is left over of both kinds comes last. After LLaVA's group_by_modality_length."""
+    and are about as long; the longest come first. What is left over of both kinds comes last. `epoch` says which one begins: each has an order of its
+    own, the same one in all processes and after a resume. After LLaVA's group_by_modality_length."""
 
-    def __init__(self, lengths, images, rows, seed):
-        self.lengths, self.images, self.rows, self.seed, self.epoch = list(lengths), list(images), rows, seed, 0
-
-    def set_epoch(self, epoch):
-        """Another order for each epoch, the same one in all processes and after a resume."""
-        self.epoch = epoch
+    def __init__(self, lengths, images, rows, seed, epoch):
+        self.lengths, self.images, self.rows, self.seed, self.epoch = list(lengths), list(images), rows, seed, epoch
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
-        random, steps, rest = torch.Generator().manual_seed(self.seed + self.epoch), [], []
+        random, steps, rest = torch.Generator().manual_seed(self.seed + self.epoch()), [], []
         for kind in (True, False):
             if mine := [n for n, images in enumerate(self.images) if (images > 0) == kind]:
                 order = [mine[i] for i in get_length_grouped_indices([self.lengths[n] for n in mine], self.rows, generator=random)]
@@ -885,7 +882,9 @@ class Trainer(transformers.Trainer):
         if not self.settings.group_by_modality_length:
             return super()._get_train_sampler(data)
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return ByModalityAndLength(data["length"], data["images"], rows, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
+        return ByModalityAndLength(data["length"], data["images"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
 
     def evaluate(self, *args, **kwargs):
         metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)

@@ -221,7 +221,7 @@ def samplers(module, lengths, step, batch):
     elif hasattr(module, "AlikeInAStep"):
         alike = list(module.AlikeInAStep(lengths, step, SEED, epoch=lambda: 0))
     else:
-        alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, SEED))
+        alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, SEED, lambda: 0))
     grouped = LengthGroupedSampler(step, lengths=lengths, generator=torch.Generator().manual_seed(SEED))
     return {"random": random_order, "steps by length": alike, "group_by_length": list(grouped)}
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -536,8 +537,7 @@ def mixed(seed=0, n=203, share=0.6):
 
 
 def order(lengths, images, rows=8, seed=7, epoch=0):
-    sampler = recipe.ByModalityAndLength(lengths, images, rows, seed)
-    sampler.set_epoch(epoch)
+    sampler = recipe.ByModalityAndLength(lengths, images, rows, seed, lambda: epoch)
     assert len(sampler) == len(lengths)
     return list(sampler)
 
@@ -570,7 +570,7 @@ def test_every_epoch_has_its_own_order_and_a_seed_always_the_same():
     data = mixed()
     assert order(*data) == order(*data) != order(*data, epoch=1)
     assert order(*data, epoch=1) == order(*data, epoch=1) != order(*data, epoch=2) and order(*data, seed=8) != order(*data)
-    sampler = recipe.ByModalityAndLength(*data, 8, 7)
+    sampler = recipe.ByModalityAndLength(*data, 8, 7, lambda: 0)
     assert list(sampler) == list(sampler) == order(*data)
 
 
@@ -587,7 +587,13 @@ def test_a_run_takes_this_order(stage_parse, tiny_parts):
     train, _ = recipe.load_data(settings, training)
     trainer = object.__new__(recipe.Trainer)
     trainer.settings, trainer.args, trainer.train_dataset = settings, training, train
-    assert list(trainer._get_train_sampler()) == order(train["length"], train["images"], 6, 5)
+    trainer.state = SimpleNamespace(epoch=None)
+    sampler = trainer._get_train_sampler()
+    assert list(sampler) == order(train["length"], train["images"], 6, 5)
+    trainer.state.epoch = 2.5  # gone on with in the middle of the third: its own order, not that of the first
+    assert list(sampler) == order(train["length"], train["images"], 6, 5, epoch=2)
+    training.data_seed = 0
+    assert list(trainer._get_train_sampler()) == order(train["length"], train["images"], 6, 0, epoch=2)
     assert 0 < sum(n > 0 for n in train["images"]) < len(train)
     settings.group_by_modality_length = False
     assert isinstance(trainer._get_train_sampler(), torch.utils.data.RandomSampler)
