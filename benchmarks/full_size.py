@@ -54,7 +54,7 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from made_up import MODELS, for_trl, make_rows, make_weights, tidy  # noqa: E402
-from measure import counter  # noqa: E402
+from measure import check_json, counter  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -539,7 +539,7 @@ def parse(argv=None):
     parser.add_argument("--keep", action="store_true", help="Leave the weights there for another run.")
     parser.add_argument("--small", action="store_true", help="The small copy that a machine without GPU gets, on a GPU.")
     parser.add_argument("--seed", type=int, default=0, help="Of rows and adapters.")
-    parser.add_argument("--json", type=Path, help="Write everything to this file, again after each configuration.")
+    parser.add_argument("--json", type=Path, help="Write everything to this file, again after all configurations of a recipe in one precision.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if unknown := [name for name in args.recipes if name not in RECIPES]:
@@ -548,8 +548,7 @@ def parse(argv=None):
         parser.error("--steps, --warm_up, --rounds, --batch_sizes: at least 1; --workers, --seed: at least 0")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes: above 0")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        parser.error(f"--json {args.json}: there is no folder {args.json.parent}, or there is one in its place")
+    check_json(parser, args.json)
     args.recipes, args.cuda = args.recipes or RECIPES, torch.cuda.is_available()
     args.batch_sizes, args.workers = list(dict.fromkeys(args.batch_sizes or [])), list(dict.fromkeys(args.workers))
     args.small |= not args.cuda
@@ -631,4 +630,5 @@ def run_all(args, groups, until, scratch, weights):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: its processes end, its weights are removed, what was measured is shown
     sys.exit(main())

@@ -41,6 +41,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
+from measure import check_json  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference  # noqa: E402
@@ -275,7 +276,7 @@ def arguments(argv=None):
     parser.add_argument("--rows", type=int, help="Rows a pass. Default: 32.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="Numbers of loader processes.")
     parser.add_argument("--batch_size", type=int, default=4, help="Rows of a batch.")
-    parser.add_argument("--rounds", type=int, default=3, help="Passes of each setting, of which the median is shown.")
+    parser.add_argument("--rounds", type=int, default=3, help="Passes of each setting, of which the median is shown; with --tiny 1.")
     parser.add_argument("--json", type=Path, help="Write all figures to this file.")
     parser.add_argument("--tiny", action="store_true", help="Small pictures and few rows, of no meaning, for the tests.")
     args = parser.parse_args(argv)
@@ -283,11 +284,10 @@ def arguments(argv=None):
     if unknown := [name for name in args.recipes if name not in RECIPES]:
         parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     args.rows = (8 if args.tiny else 32) if args.rows is None else args.rows
-    args.rounds = 1 if args.tiny else args.rounds
     if min(args.workers) < 0 or min(args.rows, args.batch_size, args.rounds) < 1:
         parser.error("--workers: 0 or more; --rows, --batch_size, --rounds: at least 1")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: there is no such folder")
+    args.rounds = 1 if args.tiny else args.rounds
+    check_json(parser, args.json)
     return args
 
 

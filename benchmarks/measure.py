@@ -14,6 +14,15 @@ from torch.utils import flop_counter
 TOLERANCE = 1e-5
 
 
+def check_json(parser, path):
+    """Ends the program where a file of figures could not be written once they are there."""
+    try:
+        if path:
+            path.open("a").close()
+    except OSError as e:
+        parser.error(f"--json {path} cannot be written: {e.strerror}")
+
+
 def step(trainer, batch):
     """Forward and backward of one batch, as `Trainer.train` calls it. Returns the loss."""
     (batch,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)

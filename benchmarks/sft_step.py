@@ -59,6 +59,7 @@ from measure import (  # noqa: E402
     TOLERANCE,
     StaticShapes,
     apart,
+    check_json,
     counter,
     flops,
     gradients,
@@ -495,6 +496,9 @@ def main(argv=None):
         parser.error("--steps and --batch_size: at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU found")
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed: from 0 to below 2**32")
+    check_json(parser, args.json)
     torch.set_num_threads(1)
 
     report = lambda text: print(text, flush=True)

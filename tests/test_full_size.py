@@ -721,7 +721,7 @@ def test_weights_are_removed_unless_kept(tmp_path, monkeypatch, scripted, capsys
     (["--minutes", "0"], "--minutes: above 0"),
     (["--minutes", "nan"], "--minutes: above 0"),
     (["--bits", "8"], "invalid choice"),
-    (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder /nowhere"),
+    (["--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written: No such file"),
     (["--unknown"], "unrecognized arguments: --unknown"),
 ])
 def test_flags_that_cannot_work(flags, message):

@@ -131,7 +131,8 @@ def test_steps_by_length_pad_less_and_sorting_everything_least(loaders, name):
         (["sft_llava", "--workers", "2", "-1"], "--workers: 0 or more"),
         (["--rows", "0"], "--rows, --batch_size, --rounds: at least 1"),
         (["--batch_size", "0"], "at least 1"),
-        (["--json", "nowhere/loader.json"], "there is no such folder"),
+        (["--json", "nowhere/loader.json"], "--json nowhere/loader.json cannot be written: No such file"),
+        (["--rounds", "0"], "at least 1"),
     ],
 )
 def test_a_bad_flag_is_one_message(argv, words, capsys):

@@ -91,12 +91,21 @@ def test_an_unfinished_run_is_drawn_from_its_newest_checkpoint(write, capsys):
     write("run", LOG[:4], "checkpoint-10/trainer_state.json")
     (run / "checkpoint-20").mkdir()  # cut off while it was written
     assert plot_run.read(run)[-1]["step"] == 3 and "is not finished: drawn up to checkpoint-10" in capsys.readouterr().err
+    (run / "checkpoint-10/trainer_state.json").write_text('{"log_history": [')
+    assert plot_run.read(run)[-1]["step"] == 1 and "drawn up to checkpoint-1\n" in (said := capsys.readouterr().err) and "is damaged" in said
+
+
+def test_names_of_runs_are_shown_as_they_are(write):
+    figure, _ = plot_run.draw({"a$b$c": plot_run.read(write("x")), "_x": plot_run.read(write("y"))}, ["loss"])
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        r"a\$b\$c, training", r"a\$b\$c, held out", " _x, training", " _x, held out"]  # fmt: skip
 
 
 def test_what_is_no_number_is_said(write):
     log = [entry | ({"loss": float("nan")} if entry["step"] > 1 and "loss" in entry else {}) for entry in LOG]
     figure, notes = plot_run.draw({"run": plot_run.read(write("run", log))}, ["loss"])
-    assert notes == ["run: loss is no finite number at 2 of 3 steps, first at 2"]
+    assert notes == ["run: loss is no finite number at 2 of 3 steps, first at 2.0"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +116,10 @@ def test_what_is_no_number_is_said(write):
         (["DAMAGED"], "is damaged (JSONDecodeError"),
         (["OTHER"], "is damaged (KeyError: 'log_history')"),
         (["LIST"], "is damaged (TypeError"),
-        (["SILENT"], "holds no logged value: see --logging_steps"),
+        (["SILENT"], "nothing was logged but the end of the run: --logging_steps"),
+        (["SHORT"], "nothing was logged but the end of the run: --logging_steps"),
+        (["HUGE"], "is damaged (OverflowError"),
+        (["FILE"], "is a file: needed is the folder of a run"),
         (["RUN", "RUN/."], "is given twice"),
         (["RUN", "--metrics", "loss", "bleu"], "--metrics bleu: not logged; there are anls, epoch, grad_norm, learning_rate, loss, "),
         (["RUN", "--output", "curves.pdf"], "its name must end in .png"),
@@ -121,6 +133,9 @@ def test_mistakes_get_one_message(write, tmp_path, argv, message):
     (tmp_path / "EMPTY" / "checkpoint-x").mkdir(parents=True)
     for name, text in (("DAMAGED", '{"log_'), ("OTHER", "{}"), ("LIST", "[]"), ("SILENT", '{"log_history": [{"step": 1, "note": "x"}]}')):
         (write(name) / "trainer_state.json").write_text(text)
+    write("SHORT", LOG[-1:])
+    write("HUGE", [{"step": 1, "loss": 10**400}])
+    (tmp_path / "FILE").touch()
     with pytest.raises(SystemExit) as e:
         plot_run.main([arg if arg.startswith("--") else arg.replace(arg.split("/")[0], str(tmp_path / arg.split("/")[0])) if arg.split("/")[0].isupper() else arg for arg in argv])
     assert str(e.value.code).startswith("error: ") and message in str(e.value.code) and not (run / "curves.png").exists()

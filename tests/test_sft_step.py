@@ -242,3 +242,14 @@ def test_needs_the_gpu_it_was_asked_for(capsys):
     with pytest.raises(SystemExit) as stop:
         sft_step.main(["--device", "cuda"])
     assert stop.value.code == 2 and "no GPU found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--seed", "-1"], "--seed: from 0"), (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"), (["--steps", "0"], "at least 1")],
+)
+def test_mistakes_are_said_before_anything_is_measured(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sft_step, "measure", None)
+    with pytest.raises(SystemExit) as stop:
+        sft_step.main(["--tiny", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

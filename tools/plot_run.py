@@ -55,18 +55,19 @@ def parse(argv=None):
 def read(run):
     """A run's folder -> its log, [{"step": n, metric: value}]. Raises SystemExit where there is none."""
     if not run.is_dir():
-        fail(f"{run}: there is no such folder")
+        fail(f"{run} is a file: needed is the folder of a run" if run.exists() else f"{run}: there is no such folder")
     checkpoints = sorted((c for c in run.glob("checkpoint-*/trainer_state.json") if c.parent.name[11:].isdigit()), key=lambda c: -int(c.parent.name[11:]))
-    state = next((path for path in (run / "trainer_state.json", *checkpoints) if path.exists()), None)
-    if state is None:
+    states, log = [path for path in (run / "trainer_state.json", *checkpoints) if path.exists()], None
+    if not states:
         fail(f"{run} holds no trainer_state.json, nor does a checkpoint in it: it is no run, or one that was cut off before its first checkpoint")
-    try:
-        log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-        log = [{"step": entry["step"] + 0} | {k: v for k, v in entry.items() if type(v) in (int, float)} for entry in log]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        fail(f"{state} is damaged ({type(e).__name__}: {e})")
-    if not any(len(entry) > 1 for entry in log):
-        fail(f"{state} holds no logged value: see --logging_steps")
+    for state in states:  # of a run that was cut off while it wrote its newest checkpoint, the one before
+        try:
+            log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            log = [{"step": entry["step"] + 0} | {k: float(v) for k, v in entry.items() if type(v) in (int, float)} for entry in log]
+            break
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+            said = f"{state} is damaged ({type(e).__name__}: {e})"
+            fail(said) if state == states[-1] else print(f"note: {said}", file=sys.stderr)
     if state.parent != run:
         print(f"{run} is not finished: drawn up to {state.parent.name}", file=sys.stderr)
     return log
@@ -82,7 +83,8 @@ def metrics(logs, wanted=None):
     steps = [entry for log in logs for entry in log if "train_runtime" not in entry]  # the last entry sums up the run
     logged = sorted({base(key) for entry in steps for key in entry} - {"step"})
     if wanted is None:
-        return [name for name in [*FIRST, *(name for name in logged if name not in FIRST)] if name in logged and name not in LEFT_OUT]
+        names = [name for name in [*FIRST, *(name for name in logged if name not in FIRST)] if name in logged and name not in LEFT_OUT]
+        return names or fail("nothing was logged but the end of the run: --logging_steps is larger than its number of steps")
     wanted = list(dict.fromkeys(map(base, wanted)))
     if unknown := [name for name in wanted if name not in logged]:
         fail(f"--metrics {' '.join(unknown)}: not logged; there are {', '.join(logged)}")
@@ -92,6 +94,7 @@ def metrics(logs, wanted=None):
 def draw(runs, wanted=None):
     """{label: log} -> the figure, a panel for each metric, and what is to be said about it."""
     names, notes = metrics(runs.values(), wanted), []
+    shown = {label: label.replace("$", r"\$").replace("_", " _", label.startswith("_")) for label in runs}  # matplotlib reads $ as a formula, and hides _
     columns = min(COLUMNS, len(names))
     figure, axes = plt.subplots(math.ceil(len(names) / columns), columns, figsize=(5 * columns, 3.6 * math.ceil(len(names) / columns)),
                                 layout="constrained", squeeze=False)  # fmt: skip
@@ -107,7 +110,7 @@ def draw(runs, wanted=None):
                     colour = f"C{2 * n + (kind == 'held out')}" if len(runs) == 1 else f"C{n}"
                     style = style if len(points) > 1 else "o"
                     pale = len(runs) > 1 and kind == "training" and any(f"eval_{name}" in entry for entry in log)
-                    axis.plot(*zip(*points), style, color=colour, alpha=0.5 if pale else 1, label=f"{label}, {kind}" if len(runs) > 1 else kind, markersize=4)
+                    axis.plot(*zip(*points), style, color=colour, alpha=0.5 if pale else 1, label=f"{shown[label]}, {kind}" if len(runs) > 1 else kind, markersize=4)
         axis.set(title=name.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8 if len(runs) > 1 else None)

@@ -1,0 +1,50 @@
+"""benchmarks/estimate.py: its figures are those of tools/inspect_recipe.py, of the published sizes."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+estimate = importlib.import_module("estimate")
+made_up = importlib.import_module("made_up")
+
+
+def test_a_table_of_all_precisions(capsys, tmp_path):
+    estimate.main(["finetune_minicpm_lora", "--small", "--rows", "16", "--json", str(tmp_path / "found.json")])
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    reports = json.loads((tmp_path / "found.json").read_text())
+    assert list(reports) == ["finetune_minicpm_lora, 16 bits", "finetune_minicpm_lora, 4 bits"] and len(lines) == 2
+    assert len({line.count("|") for line in (head, rule, *lines)}) == 1
+    whole, packed = reports.values()
+    four_bit = lambda report: sum(part["four_bit"] for part in report["parts"].values())
+    assert four_bit(packed) > 0 == four_bit(whole)
+    for line, report in zip(lines, reports.values()):
+        cells, fixed = line.split(" | "), report["memory"]["fixed"]["ddp"]
+        assert cells[2:5] == ["1", str(report["memory"]["longest"]), f"{fixed['weights'] / 1e6:.1f}"]
+        assert re.fullmatch(r"\d+ / \d+ \|", " / ".join(cells[-1].split(" / ")))
+
+
+def test_what_does_not_fit_is_said():
+    kinds = {kind: {"bytes": 5e9, "for_each_row": 1e9} for kind in estimate.KINDS}
+    fits = {str(card): dict.fromkeys(estimate.KINDS, max(0, card - 20)) for card in estimate.CARDS}
+    fixed = {"weights": 14e9, "trained": 1e9, "gradients": 1e9, "optimizer": 2e9, "exchange": 0}
+    report = {"memory": {"strategy": "ddp", "fixed": {"ddp": fixed}, "longest": 700, "activations": kinds, "fits": fits}}
+    assert estimate.line("sft_llava", "16", report) == [
+        "`sft_llava`", "16 bit", "1", "700", "14.0", "4.0", "5.0", "5.0", "no / no", "4 / 4", "20 / 20", "60 / 60"]  # fmt: skip
+
+
+def test_a_refusal_of_the_recipe_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(estimate.RUNS, "sft_llava", ("sft_llava", "llava-1.5-7b", "dataset_name", 1, {"lora_r": -1}, {"16": {"load_in_4bit": False}}))
+    with pytest.raises(SystemExit, match="^error: sft_llava, 16 bits: error: --lora_r and --sample_rows must be 0 or more"):
+        estimate.reckon("sft_llava", "16", 16, True, tmp_path)
+
+
+@pytest.mark.parametrize("argv, message", [(["no_recipe"], "no recipe no_recipe; there are sft_llava"), (["--rows", "15"], "at least 16")])
+def test_mistakes_get_one_message(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        estimate.main(argv)
+    assert e.value.code == 2 and message in capsys.readouterr().err
