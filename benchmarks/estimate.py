@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
 from made_up import configuration, make_processor, make_rows  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("with_checkpointing", "without_checkpointing")
@@ -34,6 +35,7 @@ def reckon(run, bits, rows, small, scratch):
     if not (scratch / model).exists():
         processor.save_pretrained(scratch / model)
         configuration(model, small, processor.tokenizer).save_pretrained(scratch / model)
+        save_file({}, scratch / model / "model.safetensors")  # llava_two_stage.py looks whether there are weights; nobody loads them
     path = make_rows(recipe, rows, processor.tokenizer, scratch / "rows")
     flags = {"model_name_or_path": scratch / model, data: path, "output_dir": scratch / "run", "per_device_train_batch_size": batch} | own | precisions[bits]
     flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]

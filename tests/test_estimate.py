@@ -28,6 +28,12 @@ def test_a_table_of_all_precisions(capsys, tmp_path):
         assert re.fullmatch(r"\d+ / \d+ \|", " / ".join(cells[-1].split(" / ")))
 
 
+@pytest.mark.parametrize("run, bits", [(run, bits) for run, (recipe, *_, precisions) in estimate.RUNS.items() for bits in precisions if recipe == "llava_two_stage"])
+def test_both_stages_are_reckoned(run, bits, tmp_path):
+    trained = {name: part["trainable"] > 0 for name, part in estimate.reckon(run, bits, 16, True, tmp_path)["parts"].items()}
+    assert trained == {"vision tower": False, "projector": True, "language model": "instruct" in run}
+
+
 def test_what_does_not_fit_is_said():
     kinds = {kind: {"bytes": 5e9, "for_each_row": 1e9} for kind in estimate.KINDS}
     fits = {str(card): dict.fromkeys(estimate.KINDS, max(0, card - 20)) for card in estimate.CARDS}
