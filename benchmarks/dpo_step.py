@@ -30,10 +30,8 @@ without --report_only, the scaled model's time or FLOPs miss their thresholds (T
 import argparse
 import copy
 import io
-import json
 import os
 import random
-import statistics
 import sys
 import tempfile
 import warnings
@@ -52,16 +50,19 @@ import trl  # noqa: E402
 from measure import (  # noqa: E402
     TOLERANCE,
     StaticShapes,
+    add_flags,
     apart,
+    check_flags,
+    costs,
     counter,
     flops,
     gradients,
+    held,
     label_positions_only,
-    line,
-    peak,
-    seconds,
+    missed,
     step,
     without_storage,
+    write,
 )
 from PIL import Image  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
@@ -405,30 +406,12 @@ def measure(args, checkpointing, folder, report):
 
     if args.device == "cuda":
         both, batches = measured_sides(args, checkpointing, folder, size)
-    timed = {side: [] for side in both}
-    for n, batch in enumerate(batches):
-        for side in sorted(both, reverse=n % 2 == 0):  # whoever is first may find the caches otherwise
-            timed[side].append(seconds(both[side], batch))
-    found["seconds_each"] = timed
-    found["seconds"] = {side: statistics.median(values) for side, values in timed.items()}
-    ratios = [stock / mine for stock, mine in zip(timed["stock"], timed["recipe"])]
     counted = {side: flops_by_part(trainer, batches[0]) for side, trainer in both.items()}
-    found["flops"] = {side: counts["all"] for side, counts in counted.items()}
+    found |= costs(both, dict.fromkeys(both, batches), report, {side: counts["all"] for side, counts in counted.items()})
     found["flops_by_part"] = counted | {"image": flops_of_image(both["stock"], batches[0])}
-    found["peak_bytes"] = {side: peak(trainer, batches[0]) for side, trainer in both.items()}
-    found["ratios"] = {"time": statistics.median(ratios), "FLOPs": found["flops"]["stock"] / found["flops"]["recipe"]}
-    found["ratios"]["memory"] = found["peak_bytes"]["stock"] / found["peak_bytes"]["recipe"]
-
-    note = f"median of {args.steps}, alternating; ratios from {min(ratios):.2f} to {max(ratios):.2f}"
-    report(line("time", found["seconds"], "s", 1, note, found["ratios"]["time"]))
-    report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
-    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
     report(parts(found["flops_by_part"], args.batch_size, 1e9, "GFLOP"))
     if size == "scaled" and checkpointing:
-        found["thresholds"] = THRESHOLDS[args.arch, args.adapters]
-        found["held"] = {what: found["ratios"][what] >= least for what, least in found["thresholds"].items()}
-        for what, least in found["thresholds"].items():
-            report(f"  {what} at least {least}x: {'holds' if found['held'][what] else 'MISSED'}")
+        held(found, THRESHOLDS[args.arch, args.adapters], report)
     return found
 
 
@@ -437,29 +420,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--arch", choices=list(REAL), default="idefics2", help="Idefics2-8b's proportions or LLaVA-1.5-7b's.")
     parser.add_argument("--adapters", choices=["language", "all"], default="all", help="As in the recipe.")
-    parser.add_argument("--steps", type=int, default=5, help="Measured steps of each side.")
-    parser.add_argument("--batch_size", type=int, default=1, help="Pairs of a step.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
-    parser.add_argument(
-        "--checkpointing", choices=["on", "off", "both"], default="on", help="Activation checkpointing, of both sides."
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check.")
-    parser.add_argument("--report_only", action="store_true", help="Exit status 0 although a threshold is missed.")
-    parser.add_argument("--json", type=Path, help="Write all figures to this file.")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--real_size", action="store_true", help="Count the real model's FLOPs; with --device cuda measure it, too."
-    )
-    size.add_argument("--tiny", action="store_true", help="A model of no meaning, for the tests.")
+    add_flags(parser, steps=5, rows="Pairs")
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch_size) < 1:
-        parser.error("--steps and --batch_size: at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU found")
+    device = check_flags(parser, args)
     torch.set_num_threads(1)
 
     report = lambda text: print(text, flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread, float32, process time"
     report(
         f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n{args.arch}, adapters: "
         f"{args.adapters}, {args.batch_size} pair(s) a step; both sides score label positions only, as TRL does on a GPU"
@@ -467,10 +433,7 @@ def main(argv=None):
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]
     with tempfile.TemporaryDirectory() as folder, label_positions_only():
         found = [measure(args, on, folder, report) for on in wanted]
-    if args.json:
-        everything = {"arguments": {**vars(args), "json": str(args.json)}, "device": device, "settings": found}
-        everything |= {"torch": torch.__version__, "trl": trl.__version__}
-        args.json.write_text(json.dumps(everything, indent=1))
+    write(args, device, found)
     if not all(setting.get("equal", True) for setting in found):
         report("\nerror: the recipe's loss, log-probabilities or gradients are not the stock trainer's")
         return 1
@@ -479,9 +442,7 @@ def main(argv=None):
         for side in ("stock", "recipe"):
             share = {what: found[1][what][side] / found[0][what][side] for what in ("seconds", "flops", "peak_bytes")}
             report(f"  {side:7s}time {share['seconds']:.2f}, FLOPs {share['flops']:.2f}, memory {share['peak_bytes']:.2f}")
-    missed = [what for setting in found for what, held in setting.get("held", {}).items() if not held]
-    if missed and not args.report_only:
-        report(f"\nerror: {' and '.join(missed)} below what this benchmark asks for")
+    if missed(args, found, report):
         return 1
     return 0
 

@@ -1,8 +1,11 @@
 """What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
 
 import contextlib
+import json
 import math
+import statistics
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -146,3 +149,77 @@ def line(what, pair, unit, scale, note, ratio=None):
     """{"stock": value, "recipe": value} -> a line of a report."""
     figures = "".join(f"{side} {value / scale:8.2f} {unit:5s} " for side, value in pair.items())
     return f"  {what:9s}{figures}{ratio or pair['stock'] / pair['recipe']:5.2f}x  {note}"
+
+
+def costs(sides, batches, report, counted=None):
+    """{"stock" and "recipe": trainer}, {the same: batches} -> time, FLOPs and memory of both, and their ratios; reports them. `counted`: FLOPs of the
+    first batch of both, where they are known."""
+    timed = {side: [] for side in sides}
+    for n in range(len(batches["stock"])):
+        for side in sorted(sides, reverse=n % 2 == 0):  # whoever is first may find the caches otherwise
+            timed[side].append(seconds(sides[side], batches[side][n]))
+    ratios = [stock / mine for stock, mine in zip(timed["stock"], timed["recipe"])]
+    found = {"seconds_each": timed, "seconds": {side: statistics.median(values) for side, values in timed.items()}}
+    found["flops"] = counted or {side: flops(trainer, batches[side][0]) for side, trainer in sides.items()}
+    found["peak_bytes"] = {side: peak(trainer, batches[side][0]) for side, trainer in sides.items()}
+    found["ratios"] = {"time": statistics.median(ratios)}
+    for what, values in (("FLOPs", found["flops"]), ("memory", found["peak_bytes"])):
+        found["ratios"][what] = values["stock"] / values["recipe"]
+    note = f"median of {len(ratios)}, alternating; ratios from {min(ratios):.2f} to {max(ratios):.2f}"
+    report(line("time", found["seconds"], "s", 1, note, found["ratios"]["time"]))
+    report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
+    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
+    return found
+
+
+def held(found, thresholds, report, when=""):
+    """A result of `costs`, {what: least ratio} -> the same with whether they hold; reports it."""
+    found |= {"thresholds": thresholds, "held": {what: found["ratios"][what] >= least for what, least in thresholds.items()}}
+    for what, least in thresholds.items():
+        report(f"  {what} at least {least}x{when}: {'holds' if found['held'][what] else 'MISSED'}")
+
+
+def add_flags(parser, steps, rows):
+    """The flags of a benchmark of two sides. `rows`: what a step has."""
+    parser.add_argument("--steps", type=int, default=steps, help="Measured steps of each side.")
+    parser.add_argument("--batch_size", type=int, default=1, help=f"{rows} of a step.")
+    parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
+    parser.add_argument(
+        "--checkpointing", choices=["on", "off", "both"], default="on", help="Activation checkpointing, of both sides."
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check.")
+    parser.add_argument("--report_only", action="store_true", help="Exit status 0 although a threshold is missed.")
+    parser.add_argument("--json", type=Path, help="Write all figures to this file.")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--real_size", action="store_true", help="Count the real model's FLOPs; with --device cuda measure it, too."
+    )
+    size.add_argument("--tiny", action="store_true", help="A model of no meaning, for the tests.")
+
+
+def check_flags(parser, args):
+    """Ends the program where the flags of `add_flags` cannot work. -> the name of the device."""
+    if min(args.steps, args.batch_size) < 1:
+        parser.error("--steps and --batch_size: at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU found")
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed: from 0 to below 2**32")
+    check_json(parser, args.json)
+    return torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread, float32, process time"
+
+
+def write(args, device, found):
+    """All figures into the file that was asked for."""
+    if args.json:
+        everything = {"arguments": {**vars(args), "json": str(args.json)}, "device": device, "settings": found}
+        everything |= {"torch": torch.__version__, "trl": trl.__version__}
+        args.json.write_text(json.dumps(everything, indent=1))
+
+
+def missed(args, found, report):
+    """Whether the benchmark fails because a threshold was missed; says which."""
+    below = [what for setting in found for what, ok in setting.get("held", {}).items() if not ok]
+    if below and not args.report_only:
+        report(f"\nerror: {' and '.join(below)} below what this benchmark asks for")
+    return bool(below) and not args.report_only

@@ -35,10 +35,8 @@ THRESHOLDS."""
 
 import argparse
 import copy
-import json
 import os
 import random
-import statistics
 import sys
 import tempfile
 import warnings
@@ -58,17 +56,20 @@ import trl  # noqa: E402
 from measure import (  # noqa: E402
     TOLERANCE,
     StaticShapes,
+    add_flags,
     apart,
-    check_json,
+    check_flags,
+    costs,
     counter,
     flops,
     gradients,
+    held,
     label_positions_only,
     line,
-    peak,
-    seconds,
+    missed,
     step,
     without_storage,
+    write,
 )
 from PIL import Image  # noqa: E402
 
@@ -402,26 +403,6 @@ def counted_sides(args, checkpointing, folder, size, picture=None, spread=0):
     return found
 
 
-def costs(sides, batches, report):
-    """{"stock" and "recipe": trainer}, {the same: batches} -> time, FLOPs and memory of both, and their ratios; reports them."""
-    timed = {side: [] for side in sides}
-    for n in range(len(batches["stock"])):
-        for side in sorted(sides, reverse=n % 2 == 0):  # whoever is first may find the caches otherwise
-            timed[side].append(seconds(sides[side], batches[side][n]))
-    ratios = [stock / mine for stock, mine in zip(timed["stock"], timed["recipe"])]
-    found = {"seconds_each": timed, "seconds": {side: statistics.median(values) for side, values in timed.items()}}
-    found["flops"] = {side: flops(trainer, batches[side][0]) for side, trainer in sides.items()}
-    found["peak_bytes"] = {side: peak(trainer, batches[side][0]) for side, trainer in sides.items()}
-    found["ratios"] = {"time": statistics.median(ratios)}
-    for what, values in (("FLOPs", found["flops"]), ("memory", found["peak_bytes"])):
-        found["ratios"][what] = values["stock"] / values["recipe"]
-    note = f"median of {len(ratios)}, alternating; ratios from {min(ratios):.2f} to {max(ratios):.2f}"
-    report(line("time", found["seconds"], "s", 1, note, found["ratios"]["time"]))
-    report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
-    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
-    return found
-
-
 def measure(args, checkpointing, folder, report):
     """One setting: the check, then what it costs. Prints as it goes; returns all of it."""
     size = "tiny" if args.tiny else "real" if args.real_size else "scaled"
@@ -466,10 +447,7 @@ def measure(args, checkpointing, folder, report):
             shares = ", ".join(f"{part} {count / total:.1%}" for part, count in counts.items())
             report(f"  {side:7s}{total / len(own) / args.batch_size:6.1f} label positions a row: {shares}")
     if size == "scaled" and checkpointing:
-        found["thresholds"] = THRESHOLDS[args.recipe]
-        found["held"] = {what: found["ratios"][what] >= least for what, least in found["thresholds"].items()}
-        for what, least in found["thresholds"].items():
-            report(f"  {what} at least {least}x at equal settings: {'holds' if found['held'][what] else 'MISSED'}")
+        held(found, THRESHOLDS[args.recipe], report, " at equal settings")
     return found
 
 
@@ -477,32 +455,12 @@ def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal, or a threshold is missed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--recipe", choices=list(RECIPES), default="sft_llava", help="Whose step is measured.")
-    parser.add_argument("--steps", type=int, default=9, help="Measured steps of each side.")
-    parser.add_argument("--batch_size", type=int, default=1, help="Rows of a step.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
-    parser.add_argument(
-        "--checkpointing", choices=["on", "off", "both"], default="on", help="Activation checkpointing, of both sides."
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check.")
-    parser.add_argument("--report_only", action="store_true", help="Exit status 0 although a threshold is missed.")
-    parser.add_argument("--json", type=Path, help="Write all figures to this file.")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--real_size", action="store_true", help="Count the real model's FLOPs; with --device cuda measure it, too."
-    )
-    size.add_argument("--tiny", action="store_true", help="A model of no meaning, for the tests.")
+    add_flags(parser, steps=9, rows="Rows")
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch_size) < 1:
-        parser.error("--steps and --batch_size: at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU found")
-    if not 0 <= args.seed < 2**32:
-        parser.error("--seed: from 0 to below 2**32")
-    check_json(parser, args.json)
+    device = check_flags(parser, args)
     torch.set_num_threads(1)
 
     report = lambda text: print(text, flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread, float32, process time"
     trl_too = args.recipe == "sft_llava"
     report(
         f"{device}; torch {torch.__version__}, transformers {transformers.__version__}"
@@ -514,16 +472,11 @@ def main(argv=None):
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]
     with tempfile.TemporaryDirectory() as folder, label_positions_only():
         found = [measure(args, on, folder, report) for on in wanted]
-    if args.json:
-        everything = {"arguments": {**vars(args), "json": str(args.json)}, "device": device, "settings": found}
-        everything |= {"torch": torch.__version__, "trl": trl.__version__}
-        args.json.write_text(json.dumps(everything, indent=1))
+    write(args, device, found)
     if not all(setting.get("equal", True) for setting in found):
         report("\nerror: the recipe's loss or gradients are not the stock trainer's")
         return 1
-    missed = [what for setting in found for what, held in setting.get("held", {}).items() if not held]
-    if missed and not args.report_only:
-        report(f"\nerror: {' and '.join(missed)} below what this benchmark asks for")
+    if missed(args, found, report):
         return 1
     return 0
 
