@@ -597,6 +597,7 @@ def checkpoint_to_resume(training):
                  "all the same with --resume_from_checkpoint CHECKPOINT")
     if finished:
         PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()  # as at the end of main
         sys.exit(0)
     try:  # now, and not when the weights are loaded
         tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
@@ -656,6 +657,8 @@ def main(argv=None):
     trainer.save_state()  # last: its presence says that the run is finished
     if training.load_best_model_at_end and trainer.state.best_metric is not None:
         say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
+    trainer.accelerator.end_training()  # without it a process may abort at its exit, and the launcher call the run failed
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 
 

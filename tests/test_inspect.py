@@ -1,6 +1,7 @@
 """tools/inspect_recipe.py: its counts are the published ones, its memory is what a step really takes, its examples are what is trained on."""
 
 import contextlib
+import gc
 import io
 import json
 import subprocess
@@ -118,6 +119,7 @@ def measured(recipe, flags):
         inputs = dict(trainer.data_collator([rows[n] for n in order]))
         given = sum(value.nbytes for value in inspect_recipe.tensors(inputs))
         items = torch.tensor(int((inputs["labels"] != -100).sum())) if "labels" in inputs else None
+        gc.collect()  # else an earlier trainer may go within the step, and what it gives back count against what the step takes
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             trainer.training_step(trainer.model, inputs, items)
     events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
