@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
 from made_up import configuration, make_processor, make_rows  # noqa: E402
+from measure import check_json  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,7 @@ def main(argv=None):
         parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     if args.rows < 16:  # a batch of the largest default, and what is held out
         parser.error("--rows: at least 16")
+    check_json(parser, args.json)
     unit, reports = "MB" if args.small else "GB", {}
     head = ["recipe", "weights in", "batch", "tokens", f"weights, {unit}", "trained, gradients, optimizer", "activations, checkpointing", "without"]
     print("| " + " | ".join([*head, *(f"fits {card} GB" for card in CARDS)]) + " |\n" + "|---" * (len(head) + len(CARDS)) + "|")

@@ -590,7 +590,7 @@ def run_all(args, groups, until, scratch, weights):
     """All groups of configurations, one after the other; prints as it goes. -> the exit status of main."""
     free, need, say = shutil.disk_usage(scratch).free, needed(args, weights), lambda text: print(text, flush=True)
     if free < need:
-        sys.exit(f"error: {need / GB:.1f} GB are needed in {scratch.parent} for the weights, {free / GB:.1f} GB are free: --scratch FOLDER on a "
+        sys.exit(f"error: {need / GB:.3g} GB are needed in {scratch.parent} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a "
                  "larger disk, or fewer recipes")  # fmt: skip
     about, results, device = machine(args.cuda), [], {}
     say(f"{about['gpu'] or 'no GPU found: a small copy of everything, on the CPU, in float32 for 16 bits'}; "

@@ -672,7 +672,7 @@ def test_room_is_looked_for_first(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size.shutil, "disk_usage", lambda path: SimpleNamespace(free=20 * GB))
     monkeypatch.setattr(full_size, "apart", None)  # would fail
     message = refusal("--scratch", str(tmp_path))
-    assert message.startswith(f"error: 36.5 GB are needed in {tmp_path} for the weights, 20.0 GB are free: --scratch FOLDER")
+    assert message.startswith(f"error: 36.5 GB are needed in {tmp_path} for the weights, 20 GB are free: --scratch FOLDER")
     assert list(tmp_path.iterdir()) == []
     args = lambda *flags: full_size.parse([*flags, "--scratch", str(tmp_path)])
     assert full_size.needed(args("sft_llava"), tmp_path / "weights") == pytest.approx(14.13e9 + 3e9, rel=1e-3)

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +201,24 @@ def test_a_larger_batch_takes_what_is_foretold(tiny_llava, middle, tmp_path, rep
     assert one["fits"]["16"]["without_checkpointing"] < one["fits"]["80"]["without_checkpointing"]
 
 
+def test_a_large_batch_is_reckoned_from_a_small_one(tiny_llava, middle, tmp_path, report, monkeypatch):
+    """A batch of 100,000, typed by mistake, must not be run."""
+    flags = short_run(middle(tiny_llava), tmp_path / "out", per_device_train_batch_size=6, load_in_4bit=False, eval_fraction=0)
+    run = report(sft_llava, flags)["memory"]["activations"]
+    monkeypatch.setattr(inspect_recipe, "MOST_ROWS", 2)
+    for kind, reckoned in report(sft_llava, flags)["memory"]["activations"].items():
+        assert reckoned["bytes"] == pytest.approx(run[kind]["bytes"], rel=0.05)
+        assert reckoned["for_each_row"] == pytest.approx(run[kind]["for_each_row"], rel=0.05)
+
+
+def test_a_step_that_runs_out_of_memory_is_said(flags, report, monkeypatch):
+    """The system ends the process then."""
+    monkeypatch.setattr(inspect_recipe, "step", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    memory = report(sft_llava, flags())["memory"]
+    assert memory["activations"] is memory["fits"] is None and memory["not_counted"].startswith("BrokenProcessPool")
+    assert memory["fixed"]["ddp"]["weights"] > 0
+
+
 def test_the_posts_table():
     """Idefics2-8b by the DPO post: 32 + 32 + 32 + 64 = 160 GB; 16 bits and LoRA of rank 16: 16 + 16 + 0.1 + 0.2 = 32.3 GB."""
     table = inspect_recipe.by_the_rule(8 * 10**9, 55_348_736, reference=True)
@@ -278,6 +298,14 @@ def test_many_rows_are_looked_at_by_several_processes(flags, write, images, repo
     rows = [said("<image>\nWhat?", f"number {n}" * (n % 400 != 3), image="red.png") for n in range(1200)]
     (data,) = report(sft_llava, flags(dataset_name=write(rows), image_folder=None, eval_fraction=0))["data"]
     assert [bad["row"] for bad in data["bad"]["empty answer"]] == [3, 403, 803] and data["good"] == 1197
+
+
+def test_looking_at_rows_that_runs_out_of_memory_is_said(flags, write, images, monkeypatch):
+    images(1)
+    rows, here = [said("<image>\nWhat?", "one", image="red.png")] * 1200, os.getpid()
+    monkeypatch.setattr(inspect_recipe, "look_at", lambda *args: os.getpid() != here and os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit, match="^error: a process that looked at the rows of .* was ended by the system.*: --rows 1000"):
+        inspect_recipe.main([str(ROOT / "sft_llava.py"), *flags(dataset_name=write(rows), image_folder=None, eval_fraction=0)])
 
 
 def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):

@@ -30,6 +30,8 @@ import sys
 import tempfile
 import warnings
 import weakref
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from unittest.mock import patch
 
@@ -55,6 +57,8 @@ STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"
 CARDS = (16, 24, 40, 80)
 # Of a card's memory: CUDA's own context, and what its allocator cannot use because it is in pieces.
 CONTEXT, PIECES = 1e9, 0.05
+# Rows that are run; what a larger batch takes is on the line through so many and twice as many.
+MOST_ROWS = 16
 # NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256 scales four bytes.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What an optimizer keeps for each trained parameter, in bytes: AdamW has two moments; 8-bit ones have scales for each 256.
@@ -147,13 +151,14 @@ def look_at(rows, collator, recipe):
 
 
 def apart(job, count):
-    """[job(0), job(1), ...], each in a process of its own where these can be forked."""
+    """[job(0), job(1), ...], each in a process of its own where these can be forked. Raises BrokenProcessPool where one is ended from outside."""
     global _job
     _job, cores = job, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(cores, count) == 1 or sys.platform != "linux":
         return [job(n) for n in range(count)]
-    with multiprocessing.get_context("fork").Pool(min(cores, count)) as pool:
-        return pool.map(_run_job, range(count), chunksize=1)
+    # not multiprocessing's Pool, which waits forever for a process that the system has ended because memory ran out
+    with ProcessPoolExecutor(min(cores, count), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_run_job, range(count)))
 
 
 def _run_job(n):
@@ -175,7 +180,10 @@ class Data:
             data = data.select([n * whole // self.most for n in range(self.most)])
         parts = min(os.cpu_count() or 1, 1 + len(data) // 500)  # decoding pictures is what takes the time
         bounds = [n * len(data) // parts for n in range(parts + 1)]
-        found = sum(apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts), [])
+        try:
+            found = sum(apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts), [])
+        except BrokenProcessPool:
+            fail(f"a process that looked at the rows of {name} was ended by the system, which mostly means that memory ran out: --rows 1000 looks at some only")
         limit = max_length(settings, training) or math.inf
         for one in found:
             if one["problem"] is None and one["length"] > limit:  # some recipes look at the length after the collator
@@ -506,10 +514,11 @@ def step(trainer, rows, checkpointing):
 
 
 def measure(trainer, rows, batch):
-    """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows, over and over where they are too few.
-    The steps are independent of each other: where processes can be forked each has its own."""
-    every = [(checkpointing, size) for checkpointing in (True, False) for size in (batch, 2 * batch)]
-    rows = list(itertools.islice(itertools.cycle(rows), batch))
+    """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows, over and over where they are too few,
+    at most 2 * MOST_ROWS at a time. The steps are independent of each other: where processes can be forked each has its own."""
+    few = min(batch, MOST_ROWS)
+    every = [(checkpointing, size) for checkpointing in (True, False) for size in (few, 2 * few)]
+    rows = list(itertools.islice(itertools.cycle(rows), few))
 
     hollow(trainer.model)
     with contextlib.ExitStack() as stack:
@@ -519,9 +528,10 @@ def measure(trainer, rows, batch):
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        found = apart(lambda n: step(trainer, rows * (every[n][1] // batch), every[n][0]), len(every))
+        found = apart(lambda n: step(trainer, rows * (every[n][1] // few), every[n][0]), len(every))
     found = dict(zip(every, found))
-    return {kind: (found[kind, batch], (found[kind, 2 * batch] - found[kind, batch]) / batch) for kind in (True, False)}
+    each = {kind: (found[kind, 2 * few] - found[kind, few]) / few for kind in (True, False)}
+    return {kind: (found[kind, few] + (batch - few) * each[kind], each[kind]) for kind in (True, False)}
 
 
 def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
