@@ -302,7 +302,7 @@ def read_rows(name, split, settings):
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
-    except (OSError, ValueError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
+    except (OSError, ValueError, RecursionError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
         fail(f"cannot read {name}: {'it is empty' if isinstance(e, (StopIteration, IndexError)) else e.__cause__ or e}")
     data = data if isinstance(data, dict) else {"train": data}
     if (split or "test") not in data:
@@ -340,11 +340,14 @@ def check_rows(data, name, collator, settings, training):
     own = [] if "Image(" in str(data.features["image"]) else data.select_columns(["image", "folder"])
     files = {cell for cell in (page_of(row, "") for row in own) if isinstance(cell, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
             attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
             features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
             num_proc=os.cpu_count() if len(data) > 1000 else None)
+    torch.set_num_threads(threads)
     problems = found["problem"]
     bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
     counts = Counter(problems[n].split(":")[0] for n in bad)

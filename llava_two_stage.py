@@ -516,11 +516,14 @@ def check_rows(data, name, collator, settings, training):
         with contextlib.suppress(BadRow):  # it is named below
             files |= set(image_cells(row, ""))
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
             attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
             features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64"), images=datasets.Value("int64")),
             num_proc=os.cpu_count() if len(data) > 1000 else None)
+    torch.set_num_threads(threads)
     problems = found["problem"]
     bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
     counts = Counter(problems[n].split(":")[0] for n in bad)

@@ -42,6 +42,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerState, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 
@@ -161,6 +162,7 @@ def check(settings, training):
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (a 7B needs 24 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} sft_llava.py. One: CUDA_VISIBLE_DEVICES=0"),
+        (training.use_liger_kernel and not is_liger_kernel_available(), "--use_liger_kernel wants a package of its own: pip install liger-kernel"),
         (min(settings.lora_r, settings.sample_rows) < 0, "--lora_r and --sample_rows must be 0 or more"),
         (min(settings.max_eval_rows, settings.sample_tokens, training.per_device_train_batch_size, training.gradient_accumulation_steps,
              training.per_device_eval_batch_size) < 1, "batch sizes, accumulation steps, --max_eval_rows, --sample_tokens: at least 1"),
@@ -237,7 +239,7 @@ def normalize(row):
             if role == "assistant" and not text_of(messages[-1]).strip():
                 raise BadRow("empty answer: a turn of the assistant says nothing")
     except (KeyError, TypeError, AttributeError, UnicodeError) as e:
-        raise BadRow(f"malformed row: {type(e).__name__} {e}; the README shows both formats") from e
+        raise BadRow(f"malformed row: {type(e).__name__} {e} (turn {len(messages)}); the README shows both formats") from e
     return messages
 
 
@@ -289,6 +291,8 @@ def read_rows(name, split, settings):
                 raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
+            if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
+                raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
             cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
             data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
                 lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
@@ -301,7 +305,7 @@ def read_rows(name, split, settings):
             data = datasets.load_from_disk(name)
         else:
             data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
-    except (OSError, ValueError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
+    except (OSError, ValueError, RecursionError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
         fail(f"cannot read {name}: {'it is empty' if isinstance(e, (StopIteration, IndexError)) else e.__cause__ or e}")
     data = data if isinstance(data, dict) else {"train": data}
     if (split or "test") not in data:
@@ -328,11 +332,14 @@ def check_rows(data, name, collator, settings, training):
     own = [c for c in ("image", "images") if c in data.column_names and "Image(" not in str(data.features[c])]
     files = {c for row in (data.select_columns([*own, "folder"]) if own else ()) for c in image_cells(row, "") if isinstance(c, str)}
     version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
     with training.main_process_first(desc=f"checking {name}"):
         found = data.map(
             attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
             features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
             num_proc=(training.dataset_num_proc or os.cpu_count()) if len(data) > 1000 else None)
+    torch.set_num_threads(threads)
     limit = training.max_length or float("inf")
     problems = [p or f"too long: {n} tokens, --max_length is {limit}" * (n > limit) for p, n in zip(found["problem"], found["length"])]
     bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))

@@ -3,48 +3,103 @@ published configurations and on the rows of benchmarks/full_size.py, which measu
 
     python benchmarks/estimate.py                        # all recipes, as a Markdown table
     python benchmarks/estimate.py sft_llava --json sft.json
+    python benchmarks/estimate.py --measure sft_llava --bits 4 --scratch /mnt/disk   # is it right? A step of the real size on a CPU, minutes
     python benchmarks/estimate.py --small                # a small copy of each, to see that it runs
 
 A line is a recipe at its own settings in 4 or 16 bits: GB of frozen weights, of what is trained with gradients and optimizer, of activations of a
 batch with checkpointing and without, and the largest batch that fits in 16, 24, 40 and 80 GB, with and without checkpointing. docs/inspect.md says what each
-figure is and how it was checked; no GPU was among that."""
+figure is and how it was checked; no GPU was among that.
+
+With --measure random weights of the real size are written (14 to 17 GB of a disk for a 7B or 8B), the recipe loads them with its own flags and --use_cpu
+--bf16 true, and its own trainer takes a training step on the longest rows, with checkpointing. Beside each other stand then what was foretold for that (a CPU keeps a
+little more than a GPU does: dropout's masks) and the most that PyTorch's allocator had given out, by torch.profiler. Quantized weights need 16 GB of memory, others 24."""
 
 import argparse
+import contextlib
+import gc
+import importlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
+import transformers  # noqa: E402
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
-from made_up import configuration, make_processor, make_rows  # noqa: E402
-from measure import check_json  # noqa: E402
+from made_up import MODELS, configuration, make_processor, make_rows, write_weights  # noqa: E402
+from measure import check_json, peak  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("with_checkpointing", "without_checkpointing")
 
 
-def reckon(run, bits, rows, small, scratch):
+def flags_of(run, bits, path, scratch, batch, more):
+    """The recipe's flags for an entry of RUNS in one of its precisions."""
+    _, model, data, own_batch, own, precisions = RUNS[run]
+    flags = {"model_name_or_path": scratch / model, data: path, "output_dir": scratch / "run", "per_device_train_batch_size": batch or own_batch}
+    return [part for name, value in (flags | own | precisions[bits] | more).items() for part in (f"--{name}", str(value))]
+
+
+def reckon(run, bits, rows, small, scratch, batch=None, more=None):
     """An entry of RUNS, one of its precisions -> tools/inspect_recipe.py's report. Raises SystemExit with what that says."""
-    recipe, model, data, batch, own, precisions = RUNS[run]
+    recipe, model, *_ = RUNS[run]
     processor = make_processor(model, small)
     if not (scratch / model).exists():
         processor.save_pretrained(scratch / model)
         configuration(model, small, processor.tokenizer).save_pretrained(scratch / model)
         save_file({}, scratch / model / "model.safetensors")  # llava_two_stage.py looks whether there are weights; nobody loads them
     path = make_rows(recipe, rows, processor.tokenizer, scratch / "rows")
-    flags = {"model_name_or_path": scratch / model, data: path, "output_dir": scratch / "run", "per_device_train_batch_size": batch} | own | precisions[bits]
-    flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, ROOT / "tools/inspect_recipe.py", ROOT / f"{recipe}.py", "--json", "--examples", "0", *flags, *["--use_cpu"] * small]
+    flags = flags_of(run, bits, path, scratch, batch, ({"use_cpu": True} if small else {}) | (more or {}))
+    command = [sys.executable, ROOT / "tools/inspect_recipe.py", ROOT / f"{recipe}.py", "--json", "--examples", "0", *flags]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ | {"HF_DATASETS_CACHE": str(scratch / "cache")})
     if done.returncode:
         sys.exit(f"error: {run}, {bits} bits: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
+
+
+class Ready(Exception):
+    """Carries a trainer out of a recipe's main()."""
+
+
+def measure(run, bits, rows, small, scratch, batch=None):
+    """The same -> {"foretold", "measured": bytes of activations, "seconds" of a step, "tokens", "batch"}, on this machine's CPU, in bfloat16."""
+    name, model, *_ = RUNS[run]
+    write_weights(model, small, scratch / model)
+    more = {"use_cpu": True, "bf16": True, "dataloader_num_workers": 0, "report_to": "none"}
+    report = reckon(run, bits, rows, small, scratch, batch, more)["memory"]
+    recipe = importlib.import_module(name)
+
+    def ready(trainer, *args, **kwargs):
+        raise Ready(trainer)
+
+    with mock.patch.object(transformers.Trainer, "train", ready), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            recipe.main(flags_of(run, bits, scratch / "rows" / f"{name}.json", scratch, batch, more))
+        except Ready as e:
+            trainer = e.args[0]
+    trainer.model.activation_checkpointing_enable()
+    trainer.current_gradient_accumulation_steps = 1  # what `train` does first
+    data = trainer.train_dataset
+    longest = sorted(range(len(data)), key=lambda n: -data[n]["length"])[: trainer.args.per_device_train_batch_size]
+    inputs = trainer.data_collator([data[n] for n in longest])
+    for p in trainer.model.parameters():  # as in the second of several accumulated batches
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    gc.collect()
+    start = time.perf_counter()
+    found = {"measured": peak(trainer, inputs) + sum(value.nbytes for value in inputs.values() if torch.is_tensor(value)), "seconds": time.perf_counter() - start}
+    return found | {"foretold": report["activations"][KINDS[0]]["bytes"], "tokens": report["longest"], "batch": len(longest)}
 
 
 def line(run, bits, report, scale=GB):
@@ -57,29 +112,67 @@ def line(run, bits, report, scale=GB):
     return cells + [" / ".join(str(memory["fits"][str(card)][kind] or "no") for kind in KINDS) for card in CARDS]
 
 
+def measured_line(run, bits, found, scale=GB):
+    """What `measure` gives -> the cells of a line."""
+    cells = [f"`{run}`", f"{bits} bit", str(found["batch"]), str(found["tokens"])]
+    cells += [f"{found[which] / scale:.3f}" for which in ("foretold", "measured")]
+    return cells + [f"{found['foretold'] / found['measured'] - 1:+.1%}", f"{found['seconds']:.0f}"]
+
+
 def main(argv=None):
     """Flags -> a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Default: all of {', '.join(RECIPES)}.")
     parser.add_argument("--rows", type=int, default=32, help="Rows that are made up; the longest are reckoned with (default 32).")
-    parser.add_argument("--small", action="store_true", help="Small models, in float32, in MB: for the tests.")
+    parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
+    parser.add_argument("--batch_size", type=int, help="With --measure: rows of the step. Default: the recipe's own.")
+    parser.add_argument("--measure", action="store_true", help="Take a step of each on this CPU, and compare.")
+    parser.add_argument("--scratch", type=Path, help="With --measure: a folder for the weights, which stay there. Default: a temporary one.")
+    parser.add_argument("--small", action="store_true", help="Small models, in MB: for the tests.")
     parser.add_argument("--json", type=Path, help="Write the reports to this file.")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.recipes if name not in RECIPES]:
         parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     if args.rows < 16:  # a batch of the largest default, and what is held out
         parser.error("--rows: at least 16")
+    if (args.batch_size or args.scratch) and not args.measure:
+        parser.error("--batch_size and --scratch are for --measure")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error("--batch_size: at least 1")
     check_json(parser, args.json)
-    unit, reports = "MB" if args.small else "GB", {}
+    unit, scale, found = "MB" if args.small else "GB", 1e6 if args.small else GB, {}
     head = ["recipe", "weights in", "batch", "tokens", f"weights, {unit}", "trained, gradients, optimizer", "activations, checkpointing", "without"]
-    print("| " + " | ".join([*head, *(f"fits {card} GB" for card in CARDS)]) + " |\n" + "|---" * (len(head) + len(CARDS)) + "|")
-    with tempfile.TemporaryDirectory() as scratch:
-        for run, (recipe, *_, bits) in RUNS.items():
-            for one in bits if recipe in (args.recipes or RECIPES) else ():
-                reports[f"{run}, {one} bits"] = report = reckon(run, one, args.rows, args.small, Path(scratch))
-                print("| " + " | ".join(line(run, one, report, 1e6 if args.small else GB)) + " |", flush=True)
+    head += [f"fits {card} GB" for card in CARDS]
+    if args.measure:
+        head = ["recipe", "weights in", "batch", "tokens", f"foretold, {unit}", "measured", "difference", "seconds a step"]
+    wanted = [(run, bits) for run, (recipe, *_, precisions) in RUNS.items() if recipe in (args.recipes or RECIPES)
+              for bits in precisions if args.bits in ("both", bits)]
+    with contextlib.ExitStack() as stack:
+        scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.measure:
+            check_room(parser, scratch, {RUNS[run][1] for run, _ in wanted}, args.small)
+        print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+        for run, bits in wanted:
+            if args.measure:
+                found[f"{run}, {bits} bits"] = one = measure(run, bits, args.rows, args.small, scratch, args.batch_size)
+                cells = measured_line(run, bits, one, scale)
+            else:
+                found[f"{run}, {bits} bits"] = one = reckon(run, bits, args.rows, args.small, scratch)
+                cells = line(run, bits, one, scale)
+            print("| " + " | ".join(cells) + " |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(reports, indent=1))
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+def check_room(parser, scratch, models, small):
+    """Ends the program where the weights that are still to be written find no room, or no folder."""
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        need = sum(2 * MODELS[name]["parameters"] for name in models if not (small or (scratch / name / "done").exists()))
+        if (free := shutil.disk_usage(scratch).free) < need:
+            parser.error(f"{need / GB:.3g} GB are needed in {scratch} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a larger disk")
+    except OSError as e:
+        parser.error(f"--scratch {scratch}: {e.strerror}")
 
 
 if __name__ == "__main__":

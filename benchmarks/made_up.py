@@ -10,6 +10,7 @@ import datasets
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 from tiny import idefics2, llava
 
@@ -147,6 +148,33 @@ def make_weights(name, small, folder, cuda):
     (folder / "done").write_text(f"{model.num_parameters()}\n")
     del model
     tidy(cuda)
+
+
+def write_weights(name, small, folder, shard=1.5e9):
+    """The same, in bfloat16 and a file after the other of some `shard` bytes each, so that it takes no more memory than that."""
+    if (folder / "done").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = make_processor(name, small)
+    config, weights, files = configuration(name, small, processor.tokenizer), {}, {}
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    tied, random_numbers = set(model.all_tied_weights_keys), torch.Generator().manual_seed(0)
+    names = [key for key in model.state_dict() if key not in tied]
+    for key in names:
+        shape = model.get_parameter_or_buffer(key).shape
+        if len(shape) > 1:
+            weights[key] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=random_numbers)
+        else:  # norms and biases
+            weights[key] = torch.full(shape, float(key.endswith("weight")), dtype=torch.bfloat16)
+        if key == names[-1] or sum(w.nbytes for w in weights.values()) > shard:
+            files |= dict.fromkeys(weights, f"model-{len(set(files.values()))}.safetensors")
+            save_file(weights, folder / files[key], metadata={"format": "pt"})
+            weights = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "done").write_text(f"{model.num_parameters()}\n")
 
 
 def make_rows(recipe, count, tokenizer, folder, seed=0):

@@ -4,8 +4,10 @@ import importlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+import transformers
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -34,6 +36,38 @@ def test_both_stages_are_reckoned(run, bits, tmp_path):
     assert trained == {"vision tower": False, "projector": True, "language model": "instruct" in run}
 
 
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_a_step_is_measured_beside(bits, tmp_path, capsys):
+    estimate.main(["sft_llava", "--measure", "--small", "--bits", bits, "--rows", "16", "--scratch", str(tmp_path / "disk"), "--json", str(tmp_path / "found.json")])
+    (found,) = json.loads((tmp_path / "found.json").read_text()).values()
+    assert found["foretold"] == pytest.approx(found["measured"], rel=0.15) and found["batch"] == 1
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.split(" | ")[:3] == ["| `sft_llava`", f"{bits} bit", "1"]
+    written = (tmp_path / "disk" / "llava-1.5-7b" / "model-0.safetensors").stat().st_mtime_ns
+    made_up.write_weights("llava-1.5-7b", True, tmp_path / "disk" / "llava-1.5-7b")  # once
+    assert (tmp_path / "disk" / "llava-1.5-7b" / "model-0.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("model", list(made_up.MODELS))
+def test_weights_of_several_files_are_whole(model, tmp_path):
+    made_up.write_weights(model, True, tmp_path / "model", shard=100_000)
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.num_parameters() == int((tmp_path / "model" / "done").read_text())
+
+
+def test_no_room_for_the_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(9.5e9)))
+    with pytest.raises(SystemExit):
+        estimate.main(["idefics2_docvqa", "--measure", "--scratch", str(tmp_path)])
+    assert f"16.8 GB are needed in {tmp_path} for the weights, 9.5 GB are free" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        estimate.main(["--measure", "--scratch", str(tmp_path / "file")])
+    assert "file: File exists" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_said():
     kinds = {kind: {"bytes": 5e9, "for_each_row": 1e9} for kind in estimate.KINDS}
     fits = {str(card): dict.fromkeys(estimate.KINDS, max(0, card - 20)) for card in estimate.CARDS}
@@ -49,7 +83,8 @@ def test_a_refusal_of_the_recipe_is_passed_on(tmp_path, monkeypatch):
         estimate.reckon("sft_llava", "16", 16, True, tmp_path)
 
 
-@pytest.mark.parametrize("argv, message", [(["no_recipe"], "no recipe no_recipe; there are sft_llava"), (["--rows", "15"], "at least 16")])
+@pytest.mark.parametrize("argv, message", [(["no_recipe"], "no recipe no_recipe; there are sft_llava"), (["--rows", "15"], "at least 16"), (["--batch_size", "2"], "are for --measure"),
+                                           (["--measure", "--batch_size", "0"], "at least 1"), (["--json", "nowhere/x.json"], "cannot be written")])
 def test_mistakes_get_one_message(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         estimate.main(argv)

@@ -214,6 +214,27 @@ BY_LENGTH = [name for name in RECIPES if name != "llava_two_stage"]  # has a sam
 LENGTHS = torch.randint(20, 200, (71,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
+FORKED = """
+import sys, datasets, torch
+recipe = __import__(sys.argv[1])
+stage = ["--stage", "instruct"] if sys.argv[1] == "llava_two_stage" else []
+settings, training = recipe.parse(["--use_cpu", "--output_dir", sys.argv[2], *stage])
+big = lambda: torch.cat([torch.ones(300_000), torch.ones(300_000)])  # work for several threads
+big()
+collator = lambda rows: {"input_ids": torch.zeros(1, 1 + int(big().sum() > 0)), "labels": torch.zeros(1, 2), "completion_mask": torch.ones(1, 2)}
+data = datasets.Dataset.from_dict({"row": list(range(1001)), "image": [None] * 1001, "folder": [""] * 1001})
+print(len(recipe.check_rows(data, "rows", collator, settings, training)), "rows,", torch.get_num_threads(), "threads")
+"""
+
+
+def test_many_rows_are_checked_where_pytorch_has_several_threads(recipe, tmp_path):
+    """As it has by default: forked processes must not wait for threads that only their parent has."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", FORKED, recipe.__name__, str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["1001 rows, 2 threads"], done.stderr[-3000:]
+
+
 def trainer_of(recipe, epoch=0, **settings):
     """A recipe's Trainer without a model, that can choose a sampler."""
     usual = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1, "train_sampling_strategy": "random"}

@@ -265,6 +265,43 @@ def test_a_file_half_written_is_gone_on_with(run, tiny_llava, ask, tmp_path, cal
     assert len(calls) == -(-left // 4) <= whole_calls
 
 
+def test_a_file_begun_by_resume_can_be_resumed(run, tiny_llava, ask, tmp_path, monkeypatch):
+    """As a script does that is started again and again."""
+    flags = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test", "--batch_size", "4"]
+    whole, out, stock = ask(run, *flags), tmp_path / "again.jsonl", generate.answer
+    again = lambda: generate.main([*map(str, (run, *flags)), "--max_new_tokens", "6", "--output", str(out), "--resume"])
+    calls = iter(range(3))
+
+    def killed(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return stock(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "answer", killed)
+        again()
+    assert len(lines(out)) == 8
+    again()
+    assert lines(out) == whole and not generate.record(out).exists()
+
+
+def test_a_full_disk_is_said_and_gone_on_after(run, tiny_llava, ask, tmp_path, monkeypatch):
+    flags = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test", "--batch_size", "4", "--max_new_tokens", "6"]
+    whole, out, calls, stock = ask(run, *flags[:-2]), tmp_path / "full.jsonl", iter(range(9)), json.dumps
+
+    def full(*args, **kwargs):
+        if "ensure_ascii" in kwargs and next(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return stock(*args, **kwargs)
+
+    command = [*map(str, (run, *flags)), "--output", str(out)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="full.jsonl cannot be written, after 5 answers: No space left on device; .*--resume"):
+        patch.setattr(generate.json, "dumps", full)
+        generate.main(command)
+    generate.main([*command, "--resume"])
+    assert lines(out) == whole
+
+
 def test_the_bar_counts_rows(run, tiny_llava, ask, tmp_path, monkeypatch):
     """Those that are answered, of all; after a restart it begins where the file ended."""
     bars = []
@@ -344,6 +381,37 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
         assert not out.exists()
 
 
+def test_flags_may_have_dashes(run, ask, tmp_path):
+    """The recipe's own parser takes them: they must not mean something else here."""
+    (tmp_path / "own.json").write_text(json.dumps([said("Is three odd?", "odd"), said("Is four odd?", "even")]))
+    assert ask(run, "--dataset-name", tmp_path / "own.json") == ask(run, "--dataset_name", tmp_path / "own.json") != []
+    assert generate.underscored(["--a-b=c-d", "--use-cpu", "-1", "a-b", "--x_y"]) == ["--a_b=c-d", "--use_cpu", "-1", "a-b", "--x_y"]
+
+
+def test_what_leaves_no_room_for_an_answer_is_found_before_weights_load(run, ask, tmp_path, monkeypatch, capsys):
+    (tmp_path / "long.json").write_text(json.dumps([said("Is three odd?", "odd"), said("odd " * 1200, "odd", "And?", "even")]))
+    assert [line["row"] for line in ask(run, "--dataset_name", tmp_path / "long.json", "--on_bad_rows", "skip")] == [0]
+    assert "row 1: too long: " in capsys.readouterr().err
+    monkeypatch.setattr(generate, "load_recipe", lambda *_: sft_llava)
+    monkeypatch.setattr(sft_llava, "load_model", None)
+    for argv in (["--dataset_name", str(tmp_path / "long.json")], ["--question", "odd " * 1200], ["--question", "odd?", "--append", "odd " * 1200]):
+        with pytest.raises(SystemExit, match=r"too long: \d+ tokens with its pictures, and the model reads 1024 with its answer"):
+            generate.main([str(run), *argv])
+
+
+def test_a_recipe_is_loaded_once(run, tmp_path):
+    """What is sent to other processes must be the functions of the module that has the name."""
+    one = generate.load_recipe(ROOT / "sft_llava.py", run)
+    assert generate.load_recipe(None, run) is one is sys.modules["recipe_sft_llava"]
+    (tmp_path / "sft_llava.py").write_text((ROOT / "sft_llava.py").read_text())
+    other = generate.load_recipe(tmp_path / "sft_llava.py", run)
+    assert other is not one and other.__file__ == str(tmp_path / "sft_llava.py")
+    for text in ("import sys; sys.exit(3)", "1 / 0"):
+        (tmp_path / "ends.py").write_text(text)
+        with pytest.raises(SystemExit, match="^error: .*ends.py cannot be imported as a recipe: "):
+            generate.load_recipe(tmp_path / "ends.py", run)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -372,6 +440,10 @@ def test_bad_rows_stop_it_before_weights_load_or_are_skipped(run, ask, tmp_path,
         (["RUN", "--question", "x", "--output", "FOLDER", "--overwrite"], "is a folder: needed is the .jsonl"),
         (["RUN", "--question", "x", "--recipe", "FOLDER"], "it is a folder; needed is a recipe"),
         (["RUN", "--question", "x", "--recipe", "README"], "is no Python file; needed is a recipe"),
+        (["RUN", "--question", "x", "--recipe", str(ROOT / "idefics2_docvqa.py")], "is of sft_llava.py, and "),
+        (["RUN", "--question", "x", "--model-name-or-path", "RUN"], "is an adapter itself; needed is the model beneath"),
+        (["RUN", "--question", "x", "--temperature", "inf"], "--temperature 0 or more"),
+        (["RUN", "--question", "x", "--dataset-name", "BAD"], "--question and a data set: one of them"),
     ],
 )
 def test_mistakes_get_one_message(run, tmp_path, argv, message):
@@ -398,6 +470,7 @@ def cut(path, size=200):
         (lambda run: cut(run / "adapter_config.json", 40), [], "its adapter_config.json is damaged (JSONDecodeError"),
         (lambda run: (run / "adapter_config.json").write_text("[]"), [], "its adapter_config.json is damaged (TypeError"),
         (lambda run: (run / "processor_config.json").unlink(), [], "holds no processor (processor_config.json)"),
+        (lambda run: (run / "settings.yaml").write_bytes(b"\xff\xfe# sft"), [], "settings.yaml must hold lines of 'name: value'"),
         (lambda run: (run / "adapter_config.json").unlink(), [], "holds no adapter (adapter_config.json) and no model (config.json); needed is"),
         (lambda run: (run / "adapter_config.json").rename(run / "checkpoint-6"), [], "but checkpoints: the same training command finishes it"),
         (None, ["--model_name_or_path", "NEXT"], "does not fit NEXT: that is a llava_next, and the run has a LlavaProcessor"),

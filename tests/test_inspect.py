@@ -50,8 +50,14 @@ def report(capsys):
 
     def make(recipe, flags, *own):
         capsys.readouterr()
-        inspect_recipe.main([recipe.__file__, "--json", *own, *flags])
-        return json.loads(capsys.readouterr().out)
+        status = 0
+        try:
+            inspect_recipe.main([recipe.__file__, "--json", *own, *flags])
+        except SystemExit as e:
+            status = e.code
+        found = json.loads(capsys.readouterr().out)
+        assert status == found["plan"]["would_stop"]  # 0 or 1
+        return found
 
     return make
 
@@ -115,6 +121,7 @@ def measured(recipe, flags):
     trainer = stopped.value.args[0]
     if trainer.args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable()
+    model = trainer.accelerator.prepare_model(trainer.model)  # as train() does: autocast, where the run is in 16 bits
     rows, trainer.current_gradient_accumulation_steps = trainer.train_dataset, 1
     order = sorted(range(len(rows)), key=lambda n: -rows[n]["length"])[: trainer.args.per_device_train_batch_size]
     for _ in range(2):
@@ -123,7 +130,7 @@ def measured(recipe, flags):
         items = torch.tensor(int((inputs["labels"] != -100).sum())) if "labels" in inputs else None
         gc.collect()  # else an earlier trainer may go within the step, and what it gives back count against what the step takes
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            trainer.training_step(trainer.model, inputs, items)
+            trainer.training_step(model, inputs, items)
     events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     now, peak = 0, 0
     for _, size in events:
@@ -311,6 +318,43 @@ def test_looking_at_rows_that_runs_out_of_memory_is_said(flags, write, images, m
 def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):
     with pytest.raises(SystemExit, match="error: .*No modules were targeted"):
         inspect_recipe.main([finetune_minicpm_lora.__file__, *minicpm_flags(lora_target_modules="nothing.like.this")])
+
+
+def test_flags_may_have_dashes(flags, report, uncounted):
+    dashed = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags()]
+    assert report(sft_llava, dashed)["precision"] == report(sft_llava, flags())["precision"] == "float32"
+
+
+def test_some_rows_of_few(flags, write, report, uncounted):
+    """At least one row is held out, of those that are looked at, too: that says nothing of the share of all."""
+    same = flags(dataset_name=write([said("Which?", f"number {n}") for n in range(30)]), image_folder=None, eval_fraction=0.02)
+    plans = [report(sft_llava, same, *few)["plan"] for few in ([], ["--rows", "7"])]
+    assert [(plan["rows"], plan["evaluation_rows"]) for plan in plans] == [(29, 1)] * 2
+
+
+def test_a_config_that_is_no_text_gets_the_recipes_message(flags, tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1", encoding="utf-16")
+    with pytest.raises(SystemExit, match="^error: --config .*run.yaml must hold lines"):
+        inspect_recipe.main([sft_llava.__file__, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_strategy_that_the_recipe_refuses_is_odd(flags, report, uncounted):
+    odd = lambda strategy: [one for one in report(sft_llava, flags(load_in_4bit=False), "--gpus", "4", "--strategy", strategy)["odd"] if "takes no" in one]
+    assert "takes no --deepspeed" in odd("zero3")[0] and "takes no --fsdp" in odd("fsdp")[0] and odd("ddp") == []
+
+
+def test_what_a_cpu_takes_says_nothing_of_cards(flags, uncounted, capsys):
+    inspect_recipe.main([sft_llava.__file__, *flags(), "--no-color"])
+    text = capsys.readouterr().out
+    assert "Memory of a CPU (--use_cpu), in GB" in text and "GPU" not in text and "Largest batch" not in text
+
+
+def test_several_threads_of_pytorch(flags, tmp_path):
+    """As it has by default: forked processes must not wait for threads that only their parent has."""
+    program = "import sys, torch; torch.ones(600_000).add(1); from tools import inspect_recipe; inspect_recipe.main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, sft_llava.__file__, "--json", *flags(per_device_train_batch_size=16)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and json.loads(done.stdout)["memory"]["activations"], done.stderr[-2000:]
 
 
 def test_some_rows_only(flags, report, uncounted):

@@ -88,7 +88,7 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "part without type": (asked([{"text": "Which?"}]), "malformed row"),
     "text null": (asked([{"type": "text", "text": None}]), "malformed row"),
     "text a number": (asked([{"type": "text", "text": 5}]), "malformed row"),
-    "value a number": (said("Which?", 3), "malformed row"),
+    "value a number": (said("Which?", 3), r"malformed row: .* \(turn 1\); the README"),
     "turn without value": ({"conversations": [{"from": "human"}, {"from": "gpt"}]}, "malformed row"),
     "turn null": ({"conversations": [None]}, "malformed row"),
     "turn a text": ({"messages": ["Which?", "three"], "images": []}, "malformed row"),
@@ -213,6 +213,8 @@ FILES = {  # name, how to write it, what the message says beside its name
     "json with a slip": ("x.json", lambda path: path.write_text('[{"conversations": [}]'), UNREADABLE),
     "jsonl with a slip": ("x.jsonl", lambda path: path.write_text(json.dumps(GOOD) + '\n{"conversations": \n'), UNREADABLE),
     "json not in UTF-8": ("x.json", lambda path: path.write_bytes('[{"a": "é"}]'.encode("latin-1")), UNREADABLE),
+    "half a character": ("x.json", lambda path: path.write_text(json.dumps([GOOD, said("Which\ud83d?", "two")])), r"lone surrogate. is in rows \[1\]; mend"),
+    "nested without end": ("x.json", lambda path: path.write_text("[" * 100_000), "recursion"),
     "no parquet": ("x.parquet", lambda path: path.write_text("PAR1"), UNREADABLE),
     "nowhere.json": ("nowhere.json", lambda path: None, UNREADABLE),
     "nowhere.parquet": ("nowhere.parquet", lambda path: None, UNREADABLE),
@@ -257,6 +259,7 @@ def test_one_row_cannot_be_divided(stops, write):
         ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel .*pip install liger-kernel"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
         ({"push_to_hub": True}, "--push_to_hub"),
     ],
@@ -320,7 +323,7 @@ def test_a_program_that_fails_ends_with_the_message(flags, write, tmp_path):
 
 def test_half_a_character_is_not_dropped(stops, write, collate):
     broken = chat(("user", "Which\ud83d?"), ("assistant", "three"))
-    assert "surrogates not allowed" in stops(dataset_name=write([GOOD, broken]))
+    assert re.search(r"lone surrogate. is in rows \[1\]; mend", stops(dataset_name=write([GOOD, broken])))
     with pytest.raises(sft_llava.BadRow, match="malformed row: UnicodeEncodeError"):
         collate()([broken])
 

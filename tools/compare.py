@@ -19,6 +19,7 @@ import copy
 import datetime
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -37,7 +38,7 @@ from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe, put_on, start  # noqa: E402
+from tools.generate import fail, load, load_recipe, put_on, start, underscored  # noqa: E402
 
 MAX_QUESTION = 4000  # characters
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
@@ -69,7 +70,8 @@ def parse(argv=None):
     parser.add_argument("--recipe", type=Path, help="file that trained the RUNs (default: what each settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
-    if min(args.max_new_tokens, args.max_upload) < 1 or args.examples < 0 or args.temperature < 0:
+    rest = underscored(rest)
+    if min(args.max_new_tokens, args.max_upload) < 1 or args.examples < 0 or not 0 <= args.temperature < math.inf:
         fail("--max_new_tokens and --max_upload must be at least 1, --examples and --temperature 0 or more")
     if not 0 < args.port < 65536:
         fail(f"--port {args.port}: ports go from 1 to 65535")
@@ -393,7 +395,8 @@ def page(gr, runs, answers, votes, keep):
             samples[run.label].append([str(file), question, reference])
 
     def titles(run, order, blind):
-        names = {BASE: f"Base: {Path(run.base).name}", TUNED: f"Fine-tuned: {run.label}"}
+        base = " + ".join("/".join(Path(part).parts[-2:]) for part in run.base.split(" + "))
+        names = {BASE: f"Base: {base}", TUNED: f"Fine-tuned: {run.label}"}
         return ["Answer A", "Answer B"] if blind else [names[side] for side in order]
 
     def ask(path, question, label, blind, reference):

@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -37,6 +38,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+# Image tokens that a model makes of one picture at most, of those that the recipes train: LLaVA-NeXT's five views.
+MOST_OF_A_PICTURE = 5 * 576 + 100
 # What a recipe must have to be asked.
 CONTRACT = "parse check load_processor load_data read_rows load_model load_image text_of BadRow Settings Collator.ask Collator.read Collator.tokenize"
 
@@ -46,26 +49,40 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
+def underscored(flags):
+    """The recipe's flags as their fields are named: its parser takes --dataset-name for --dataset_name, too."""
+    parts = [flag.partition("=") if flag.startswith("--") else ("", "", flag) for flag in flags]
+    return [name.replace("-", "_").replace("__", "--", 1) + equals + value for name, equals, value in parts]
+
+
+def recipe_of(run):
+    """The file's name in the first line of a run's settings.yaml; None where that says none."""
+    config = Path(run, "settings.yaml")
+    said = config.read_text(encoding="utf-8", errors="replace").split("\n")[0].removeprefix("#").strip() if config.is_file() else ""
+    return said if said.endswith(".py") else None
+
+
 def load_recipe(path, run, contract=CONTRACT):
     """The recipe as a module: this file, or else the one that is named in the first line of the run's settings.yaml. Raises SystemExit where it
     is none."""
     if path is None:
-        config = Path(run, "settings.yaml")
-        said = config.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip() if config.exists() else ""
-        if not said.endswith(".py"):
+        if (said := recipe_of(run)) is None:
             print(f"note: no settings.yaml says which recipe {run} is of: taken for sft_llava.py's, or else give --recipe", file=sys.stderr)
-        path = Path(__file__).parents[1] / (said if said.endswith(".py") else "sft_llava.py")
+        path = Path(__file__).parents[1] / (said or "sft_llava.py")
     if not path.is_file():
         fail(f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}; needed is a recipe{f', which {run} was trained by: --recipe' if run else ''}")
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         fail(f"{path} is no Python file; needed is a recipe")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # somebody else's file
-        fail(f"{path} cannot be imported as a recipe: {type(e).__name__}: {e}")
+    module = sys.modules.get(name)
+    if module is None or not os.path.samefile(module.__file__, path):  # once: several processes could not be given the functions of a module that was replaced
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as e:  # somebody else's file
+            del sys.modules[name]
+            fail(f"{path} cannot be imported as a recipe: {type(e).__name__}: {e}")
     there = lambda part: functools.reduce(lambda holder, name: getattr(holder, name, None), part.split("."), module) is not None
     if missing := [part for part in contract.split() if not there(part)]:
         fail(f"{path} is no recipe: it has no {', '.join(missing)}")
@@ -90,6 +107,7 @@ def parse(argv=None):
     parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
+    rest = underscored(rest)
     if args.resume and (args.overwrite or not args.output):
         fail("--resume goes on with an --output, --overwrite begins it anew: one of them, and an --output")
     if args.output and args.output.is_dir():
@@ -111,7 +129,7 @@ def parse(argv=None):
             tempfile.TemporaryFile(dir=args.output.absolute().parent).close()
         except OSError as e:
             fail(f"--output {args.output} cannot be written: {e}")
-    if min(args.batch_size, args.max_new_tokens) < 1 or args.temperature < 0:
+    if min(args.batch_size, args.max_new_tokens) < 1 or not 0 <= args.temperature < math.inf:
         fail("--batch_size and --max_new_tokens must be at least 1, --temperature 0 or more")
     return args, rest
 
@@ -139,7 +157,12 @@ def load(recipe, run, rest, base_only=False):
         flags = flags or ["--model_name_or_path", str(said)]
     else:  # in 16 bits unless 4 are asked for
         flags += ["--load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "--q_lora", "false"]
-    settings, training = recipe.parse([*flags, *rest])
+    try:
+        settings, training = recipe.parse([*flags, *rest])
+    except SystemExit as e:
+        if (mine := recipe_of(run)) and mine != Path(recipe.__file__).name:
+            fail(f"{run} is of {mine}, and {recipe.__file__} does not take its settings: {str(e.code).removeprefix('error: ')}")
+        raise
     recipe.check(settings, training)
     base = settings.model_name_or_path
     if not adapter and not (base_only and (config.exists() or "--model_name_or_path" in given)):
@@ -154,11 +177,13 @@ def load(recipe, run, rest, base_only=False):
         if "--model_name_or_path" not in given:
             fail(f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path")
         print(f"note: the adapter in {run} was trained on {said}, it is put on {base}, as asked", file=sys.stderr)
+    if base and Path(base, "adapter_config.json").exists():
+        fail(f"--model_name_or_path {base} is an adapter itself; needed is the model beneath")
     settings.model_name_or_path = str(run)
     try:
         processor = recipe.load_processor(settings)
     except SystemExit as e:
-        fail(f"{run}: there is no such folder, and as a model of the hub: {e.code}" if there is None else str(e.code).removeprefix("error: "))
+        fail(f"{run}: there is no such folder, and as a model of the hub: " * (there is None) + str(e.code).removeprefix("error: "))
     settings.model_name_or_path = base
     kind = None
     with contextlib.suppress(OSError, ValueError):  # load_model has a message for that
@@ -211,16 +236,37 @@ def questions(recipe, collator, row, more=None):
     return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
 
 
-def readable(recipe, collator, rows, skip):
-    """Rows -> those that can be asked about; read once before any weights load. Raises SystemExit where a row cannot be
-    read, unless such rows are to be skipped: then they are listed."""
+def reads(settings):
+    """How many tokens a model reads with its answer, by its configuration; infinity where that does not say."""
+    config = {}
+    with contextlib.suppress(OSError, ValueError):  # load_model has a message for that; parts that are yet to be joined have none
+        config = PreTrainedConfig.get_config_dict(settings.model_name_or_path or "", revision=settings.model_revision)[0]
+    return (config.get("text_config") or config).get("max_position_embeddings") or math.inf
+
+
+def too_long(collator, messages, most):
+    """What is wrong with a conversation that leaves no room for an answer; None where it does. Pictures are prepared only where it could be."""
+    pictures = sum(part["type"] == "image" for m in messages for part in m["content"])
+    letters = 200 + sum(len(part.get("text", "").encode()) for m in messages for part in m["content"])  # at least as many as tokens, the template's too
+    if letters + MOST_OF_A_PICTURE * pictures < most or (count := collator.tokenize([messages], prompt=True)["input_ids"].shape[1]) < most:
+        return None
+    return f"too long: {count} tokens with its pictures, and the model reads {most} with its answer; shorten it"
+
+
+def readable(recipe, collator, rows, skip, most, more):
+    """Rows -> those that can be asked about; read once before any weights load. `most`: tokens that the model reads, `more`: what is added to each
+    question. Raises SystemExit where a row cannot be read, unless such rows are to be skipped: then they are listed."""
     good, bad = [], []
     for n, row in enumerate(tqdm(rows, desc="Checking")):
         try:
-            questions(recipe, collator, row)
-            good.append(n)
+            asked = questions(recipe, collator, row, more)
+            problem = too_long(collator, asked[-1][0], most) if asked else None  # the last one holds all before it
         except recipe.BadRow as e:
-            bad.append(f"  row {row['row']}: {e}")
+            problem = e
+        if problem:
+            bad.append(f"  row {row['row']}: {problem}")
+        else:
+            good.append(n)
     report = "\n".join([f"{len(bad)} of {len(rows)} rows cannot be read", *bad[:20], *([f"  ... and {len(bad) - 20} more"] * (len(bad) > 20))])
     if bad and not (skip and good):
         fail(report + ("\nMend them, or answer the others: --on_bad_rows skip" if good else "\nNo row would be left."))
@@ -311,6 +357,8 @@ def main(argv=None):
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
         turn = add(args.append, turn)
+        if problem := too_long(collator, [*system, turn], reads(settings)):
+            fail(f"the question is {problem}")
         asked, rows = [({}, [*system, turn], 0, recipe.text_of(turn), None, 1)], [{}]
     else:
         given = {flag.split("=")[0].removeprefix("--") for flag in rest}
@@ -324,10 +372,10 @@ def main(argv=None):
         rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(*source, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}")
-        rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip")
+        rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip", reads(settings), args.append)
         found = ((n, row, questions(recipe, collator, row, args.append)) for n, row in enumerate(rows))
         asked = ((row, *one, n + (k == len(every))) for n, row, every in found for k, one in enumerate(every, start=1))
-    asked, stay, count, over = lines(asked), 0, 0, 0
+    asked, stay, count, over, begun = lines(asked), 0, 0, 0, False
     if args.resume:
         stay, count, over, asked = unanswered(args.output, asked, args.batch_size)
         if asked is None:
@@ -335,7 +383,7 @@ def main(argv=None):
             record(args.output).unlink(missing_ok=True)
             print(f"{count} answers in {args.output}; nothing is left to ask")
             return
-        if args.output.exists() and args.output.stat().st_size:
+        if begun := args.output.exists() and args.output.stat().st_size > 0:
             check_how(args, rest)
 
     try:
@@ -345,22 +393,28 @@ def main(argv=None):
     if adapter and not args.base_only:
         model = put_on(model, args.run, settings.model_name_or_path)
     model.eval()
-    if args.resume:
-        with open(args.output, "ab") as file:
-            file.truncate(stay)
-    elif args.output:
-        record(args.output).write_text(json.dumps(how(args, rest), indent=1), encoding="utf-8")
-    out = open(args.output, "a" if args.resume else "w", encoding="utf-8") if args.output else sys.stdout
     bar = tqdm(total=len(rows), initial=over, desc="Answering rows", disable=args.question is not None)
-    while some := list(itertools.islice(asked, args.batch_size)):
-        for (line, *_), said in zip(some, answer(model, collator, [messages for _, messages, _ in some], args)):
-            text = json.dumps({**line, "prediction": said}, ensure_ascii=False)
-            print(said if args.question is not None and not args.output else text, file=out, flush=True)
-            count += 1
-        bar.update(some[-1][2] - bar.n)
+    try:
+        if args.output and not begun:
+            record(args.output).write_text(json.dumps(how(args, rest), indent=1), encoding="utf-8")
+        if args.resume:
+            with open(args.output, "ab") as file:
+                file.truncate(stay)
+        with open(args.output, "a" if args.resume else "w", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as out:
+            while some := list(itertools.islice(asked, args.batch_size)):
+                for (line, *_), said in zip(some, answer(model, collator, [messages for _, messages, _ in some], args)):
+                    text = json.dumps({**line, "prediction": said}, ensure_ascii=False)
+                    print(said if args.question is not None and not args.output else text, file=out, flush=True)
+                    count += 1
+                bar.update(some[-1][2] - bar.n)
+    except recipe.BadRow as e:
+        fail(f"the data changed since they were looked at: {e}")
+    except OSError as e:
+        if not args.output:
+            raise
+        fail(f"--output {args.output} cannot be written, after {count} answers: {e.strerror or e}; mend that, and go on with --resume")
     bar.close()
     if args.output:
-        out.close()
         record(args.output).unlink(missing_ok=True)
         print(f"{count} answers in {args.output}")
 

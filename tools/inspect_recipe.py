@@ -44,13 +44,14 @@ import transformers
 import transformers.quantizers.auto
 import trl.trainer.utils
 import yaml
+from accelerate.utils import convert_outputs_to_fp32
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load_recipe, start  # noqa: E402
+from tools.generate import fail, load_recipe, start, underscored  # noqa: E402
 
 CONTRACT = "Settings Training parse check load_processor load_data check_rows BadRow load_image Collator load_model main"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
@@ -77,6 +78,7 @@ def parse(argv=None):
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
+    rest = underscored(rest)
     if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
         fail("--rows and --gpus must be at least 1, --examples 0 or more")
     return args, rest
@@ -89,7 +91,7 @@ def asked_for(flag, rest):
     own.add_argument(f"--{flag}", nargs="?", const="true")
     given, said = own.parse_known_args(rest)[0], None
     if given.config:
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # the recipe's own parse() has a message for that
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the recipe's own parse() has a message for that
             said = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get(flag)
     said = getattr(given, flag) or said
     return None if said is None else str(said).lower() in ("true", "1", "yes", "y", "t")
@@ -156,9 +158,13 @@ def apart(job, count):
     _job, cores = job, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(cores, count) == 1 or sys.platform != "linux":
         return [job(n) for n in range(count)]
-    # not multiprocessing's Pool, which waits forever for a process that the system has ended because memory ran out
-    with ProcessPoolExecutor(min(cores, count), multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_run_job, range(count)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    try:  # not multiprocessing's Pool, which waits forever for a process that the system has ended because memory ran out
+        with ProcessPoolExecutor(min(cores, count), multiprocessing.get_context("fork")) as pool:
+            return list(pool.map(_run_job, range(count)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_job(n):
@@ -504,8 +510,10 @@ def step(trainer, rows, checkpointing):
     count.ignore([list(model.parameters()), list(model.buffers()), [p.grad for p in trained]])
     inputs = {name: value for name, value in batch.items()}
     items = sum(int(values.ne(-100).sum()) for name, values in inputs.items() if name == "labels") or None
-    trainer.current_gradient_accumulation_steps = 1
-    with count:
+    trainer.current_gradient_accumulation_steps, forward = 1, model.forward
+    if trainer.args.bf16:  # what Accelerate makes of it before the first step
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(forward))
+    with patch.object(model, "forward", forward), count:
         count.watch(inputs)
         trainer.training_step(model, inputs, items if items is None else torch.tensor(items))
     for p in trained:
@@ -527,6 +535,9 @@ def measure(trainer, rows, batch):
         if trainer.args.for_gpu:  # which has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
+            if trainer.args.bf16:  # PEFT and CUDA's autocast
+                stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: True))
+                stack.enter_context(patch.object(torch.nn.functional, "layer_norm", layer_norm_of_a_gpu))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         found = apart(lambda n: step(trainer, rows * (every[n][1] // few), every[n][0]), len(every))
     found = dict(zip(every, found))
@@ -537,6 +548,11 @@ def measure(trainer, rows, batch):
 def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
     """F.dropout as it runs on a GPU; on a CPU its mask is as large as what it masks."""
     return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
+
+
+def layer_norm_of_a_gpu(x, shape, weight=None, bias=None, eps=1e-5, stock=torch.nn.functional.layer_norm):
+    """F.layer_norm as CUDA's autocast runs it: in float32, which a CPU's does not."""
+    return stock(x.float(), shape, *(None if one is None else one.float() for one in (weight, bias)), eps)
 
 
 def state_bytes(optim):
@@ -581,7 +597,7 @@ def about_memory(trainer, parts, rows, args):
               for module in trainer.model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     fixed = {name: per_gpu(parts, optim, name, args.gpus, training.bf16, max(layers, default=0), hidden) for name in STRATEGIES}
     total = {key: sum(part[key] for part in parts.values()) for key in ("total", "trainable", "adapters")}
-    report = {"optim": optim, "batch": batch, "gpus": args.gpus, "strategy": args.strategy, "fixed": fixed, "checkpointing": training.activation_checkpointing,
+    report = {"optim": optim, "batch": batch, "for_gpu": training.for_gpu, "gpus": args.gpus, "strategy": args.strategy, "fixed": fixed, "checkpointing": training.activation_checkpointing,
               "by_the_rule": by_the_rule(total["total"] - total["adapters"], total["trainable"], isinstance(trainer, trl.DPOTrainer)),
               "activations": None, "fits": None}
     try:
@@ -627,7 +643,11 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     """-> the report's section on steps, and a list of what is odd."""
     main = data[-1]  # the training rows are looked at last
     share = main["looked_at"] / main["rows"]
-    rows = round(len(train) / share)
+    rows, of_them = round(len(train) / share), None  # of_them: how many of the training rows the recipe holds out
+    if share < 1 and held_out is not None and len(data) == 1:  # of all of them it holds out another share than of some
+        whole = round(main["good"] / share)
+        of_them = math.ceil(whole * max(settings.eval_fraction, 1 / whole))
+        rows = whole - of_them
     batch = training.per_device_train_batch_size * gpus * training.gradient_accumulation_steps
     a_pass = math.ceil(rows / batch)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
@@ -636,7 +656,7 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     evaluations = math.floor(steps / every) + bool(training.eval_on_start) if every else 0
     scored = len(held_out) if held_out is not None else 0
     if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
-        scored = min(round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
+        scored = min(of_them or round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
     fields = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(settings)}
     answered = scored if "answer" in fields.get("max_eval_rows", "").lower() else min(scored, getattr(settings, "sample_rows", 0))
     tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
@@ -671,16 +691,18 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
         odd.append(f"a step takes {batch} rows, and there are {rows}")
     if steps / a_pass > 10:
         odd.append(f"{steps / a_pass:.0f} passes over the data")
+    would_stop = False
     for part in data:
         stops = [reason for reason in part["bad"] if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"]
         if stops:
+            would_stop = True
             odd.append(f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): mend them, or --on_bad_rows skip, --on_long_rows drop")
         elif part["looked_at"] - part["good"] > 0.1 * part["looked_at"]:
             odd.append(f"{1 - part['good'] / part['looked_at']:.0%} of the rows of {part['name']} are left out")
     if not any(part["trainable"] for part in parts.values()):
         odd.append("nothing is trained")
     return {"rows": rows, "evaluation_rows": scored, "effective_batch": batch, "steps": steps, "epochs": steps / a_pass, "evaluations": evaluations,
-            "warmup_steps": round(warmup), "learning_rates": rates, "gpus": gpus}, odd
+            "warmup_steps": round(warmup), "learning_rates": rates, "gpus": gpus, "would_stop": would_stop}, odd
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -723,6 +745,8 @@ def inspect(recipe, args, rest):
             report["odd"].append(f"{most[now] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
     if report["memory"]["fixed"][args.strategy] is None:
         report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
+    if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in getattr(recipe, "REFUSED", ()):
+        report["odd"].append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
     return report
 
 
@@ -764,7 +788,8 @@ def show(report, console, colour):
             say(f"  image sizes: {of(sizes['smallest'])} to {of(sizes['largest'])}, median {of(sizes['median'])}" if sizes["different"] > 1 else f"  image sizes: all {of(sizes['median'])}")
 
     for shown in report["examples"]:
-        head(f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens, {shown['trained_share']:.1%} trained on")
+        both = " in both sequences" if len(shown["sequences"]) > 1 else ""
+        head(f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens{both}, {shown['trained_share']:.1%} trained on")
         for n, pieces in enumerate(shown["sequences"]):
             if len(shown["sequences"]) > 1:
                 say(f"[dim]{('chosen', 'rejected')[n % 2]}:[/dim]")
@@ -782,7 +807,8 @@ def show(report, console, colour):
 
     if memory := report["memory"]:
         shown = list(STRATEGIES) if memory["gpus"] > 1 else [memory["strategy"]]
-        head(f"Memory of each of {memory['gpus']} GPUs, in GB" if memory["gpus"] > 1 else "Memory of the GPU, in GB")
+        where = f"of each of {memory['gpus']} GPUs" if memory["gpus"] > 1 else "of the GPU" if memory["for_gpu"] else "of a CPU (--use_cpu)"
+        head(f"Memory {where}, in GB")
         rows = table("", *(STRATEGIES[name] if memory["gpus"] > 1 else "" for name in shown))
         for key, label in (("weights", "frozen weights"), ("trained", "what is trained"), ("gradients", "gradients"), ("optimizer", f"optimizer ({memory['optim']})"),
                            ("exchange", "sent between GPUs")):
@@ -797,10 +823,11 @@ def show(report, console, colour):
                          style="bold" if used and colour else None)
         console.print(rows)
         if memory["activations"]:
-            say(f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens. On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces.")
+            on_top = f" On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces." if memory["for_gpu"] else " On top: Python and its libraries."
+            say(f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens.{on_top}")
         else:
             say(escape(f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."))
-        if memory["fits"]:
+        if memory["fits"] and memory["for_gpu"]:  # a CPU keeps other things: what it takes says nothing of a card
             head(f"Largest batch that fits, rows of {memory['longest']} tokens{', ' + STRATEGIES[memory['strategy']] if memory['gpus'] > 1 else ''}")
             rows = table("", *(f"{card} GB" for card in CARDS))
             for kind in memory["activations"]:
@@ -846,6 +873,8 @@ def main(argv=None):
         show(report, console, colour=not plain and console.is_terminal)
     if not report["plan"]:
         fail(report["odd"][0])
+    if report["plan"]["would_stop"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe, put_on, start  # noqa: E402
+from tools.generate import fail, load, load_recipe, put_on, start, underscored  # noqa: E402
 
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -45,6 +45,7 @@ def parse(argv=None):
     parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
+    rest = underscored(rest)
     if not args.run.is_dir():
         fail(f"{args.run}: no such folder")
     if not (args.run / "adapter_config.json").exists() and (args.run / "config.json").exists():
