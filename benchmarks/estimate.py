@@ -90,7 +90,8 @@ def measure(run, bits, rows, small, scratch, batch=None):
         except Ready as e:
             trainer = e.args[0]
     trainer.model.activation_checkpointing_enable()
-    trainer.current_gradient_accumulation_steps = 1  # what `train` does first
+    trainer.current_gradient_accumulation_steps = 1  # what `train` does first, and autocast
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
     data = trainer.train_dataset
     longest = sorted(range(len(data)), key=lambda n: -data[n]["length"])[: trainer.args.per_device_train_batch_size]
     inputs = trainer.data_collator([data[n] for n in longest])

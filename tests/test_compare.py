@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, minicpm_run, two_stage_run
+from conftest import ROOT, minicpm_run, said, two_stage_run
 from PIL import Image
 from test_generate import lines, train
 
@@ -205,6 +205,16 @@ def test_a_whole_model_stands_beside_its_base(tiny_parts, tmp_path, kind):
     assert shared("model.multi_modal_projector") == {False} or kind == "merged"
     assert shared("model.language_model.layers") == {"instruct": {False}, "align": {True}, "merged": {True, False}}[kind]
     assert not (tmp_path / "adapter").exists()  # nothing is written beside the page's own files
+
+
+def test_examples_of_several_runs_on_many_rows(runs, images, tmp_path):
+    """Rows are read by several processes then."""
+    images(1)
+    rows = [said("<image>\nWhich?", f"number {n}", image="red.png") for n in range(1100)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = ["--dataset_name", str(tmp_path / "rows.json"), "--image_folder", str(tmp_path), "--eval_fraction", "0.01"]
+    args, rest = compare.parse([str(runs / "lora"), str(runs / "projector"), "--port", str(free_port()), *data])
+    assert [len(run.examples) for run in compare.load_runs(args, rest)] == [6, 6]
 
 
 def test_runs_of_the_same_name_are_shown_by_their_paths(runs, tmp_path):

@@ -166,6 +166,7 @@ def middle(tmp_path_factory):
 @pytest.mark.parametrize("recipe, tiny, large, settings", [
     (sft_llava, "tiny_llava", False, {}),
     (sft_llava, "tiny_llava", True, {}),
+    (sft_llava, "tiny_llava", True, {"bf16": True}),
     (sft_llava, "tiny_llava", False, {"use_dora": True}),
     (sft_llava, "tiny_llava", True, {"load_in_4bit": False, "bf16": True, "use_dora": True}),
     (sft_llava, "tiny_llava", True, {"load_in_4bit": False, "lora_r": 0}),
@@ -206,6 +207,15 @@ def test_a_larger_batch_takes_what_is_foretold(tiny_llava, middle, tmp_path, rep
     at, more = one["activations"]["without_checkpointing"].values()
     assert one["fits"]["24"]["without_checkpointing"] == 1 + (room - at) // more
     assert one["fits"]["16"]["without_checkpointing"] < one["fits"]["80"]["without_checkpointing"]
+
+
+def test_what_a_gpu_keeps_differs(tiny_llava, middle, tmp_path, report):
+    """Under CUDA's autocast PEFT hands the input of a 4-bit layer to its adapter as it is; on a CPU it makes a copy in float32."""
+    found = [report(sft_llava, short_run(middle(tiny_llava), tmp_path / "out", eval_fraction=0, per_device_train_batch_size=3, **how))["memory"]["activations"]
+             for how in ({"use_cpu": False}, {"bf16": True})]
+    assert found[0]["without_checkpointing"]["bytes"] < 0.9 * found[1]["without_checkpointing"]["bytes"]
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    assert inspect_recipe.layer_norm_of_a_gpu(x, (8,)).dtype == torch.float32 and torch.nn.functional.layer_norm(x, (8,)).dtype == torch.bfloat16
 
 
 def test_a_large_batch_is_reckoned_from_a_small_one(tiny_llava, middle, tmp_path, report, monkeypatch):
@@ -405,7 +415,7 @@ def test_a_sound_run_is_not_odd(flags, report, uncounted, tmp_path):
     found = report(sft_llava, flags(eval_steps=12, save_steps=12, sample_rows=1, sample_tokens=4))
     assert found["odd"] == []
     assert found["plan"] | {"learning_rates": {}} == {"rows": 96, "evaluation_rows": 24, "effective_batch": 4, "steps": 24, "epochs": 1, "evaluations": 2, "warmup_steps": 1,
-                                                      "learning_rates": {}, "gpus": 1}
+                                                      "learning_rates": {}, "gpus": 1, "would_stop": False}
     assert found["plan"]["learning_rates"] == {"language model, adapters": 2e-4}
     assert not (tmp_path / "out").exists()  # nothing is written
 
@@ -433,7 +443,7 @@ def test_joined_parts_with_adapters(tiny_parts, tmp_path, report):
 
 
 def test_plain_text_and_colour(flags, uncounted, capsys):
-    inspect_recipe.main([sft_llava.__file__, "--no-color", *flags()])
+    inspect_recipe.main([sft_llava.__file__, "--no-color", *flags(use_cpu=False)])
     plain = capsys.readouterr().out
     assert "<image> x 16" in plain and "«" in plain and "\x1b[" not in plain
     for section in ("Data", "as the model sees it", "Parameters of", "Memory of the GPU", "Largest batch that fits", "Plan", "24 GB", "no evaluation will happen"):

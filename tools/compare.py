@@ -379,7 +379,8 @@ class Votes:
 # --------------------------------------------------------------------------------------------------------------------- page
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: auto !important; }
-#examples img { height: 56px; width: 56px; object-fit: contain; }
+#examples .container, #examples img { height: 56px; width: 56px; margin: auto; object-fit: contain; }
+#left label > span, #right label > span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #status { min-height: 1.6em; }
 #votes table { width: 100%; } #votes th, #votes td { padding: 2px 8px; border-color: var(--border-color-primary); }
 """
@@ -505,7 +506,7 @@ def page(gr, runs, answers, votes, keep):
                         for n, side in enumerate(("left", "right"))
                     )
                 status = gr.Markdown("Upload or pick a picture, and ask.", elem_id="status")
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     buttons = [
                         gr.Button(text, interactive=False, min_width=80, elem_id=f"vote-{choice}")
                         for choice, text in (("left", "Left is better"), ("tie", "Tie"), ("right", "Right is better"))
