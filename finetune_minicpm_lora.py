@@ -254,7 +254,7 @@ def load_config(settings):
         if kind == "minicpmv" and not settings.trust_remote_code:
             fail(f"{name} brings code of its own that runs on this machine: read it, pin it by --model_revision, and then give --trust_remote_code")
         config = AutoConfig.from_pretrained(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
         fail(f"--model_name_or_path {name}: {' '.join(str(e).split())}")
     return config
 

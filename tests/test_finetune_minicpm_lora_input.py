@@ -458,6 +458,14 @@ def test_26_without_its_code_is_one_message_and_no_question(tiny_minicpm26, stop
         assert re.search("brings code of its own that runs on this machine.*--model_revision.*--trust_remote_code", message) and "\n" not in message
 
 
+def test_26_whose_code_wants_another_package(tiny_minicpm26, stops, tmp_path):
+    shutil.copytree(tiny_minicpm26 / "model", tmp_path / "model")
+    code = tmp_path / "model" / "configuration_minicpm.py"
+    code.write_text(f"import nowhere_at_all\n{code.read_text()}")
+    message = stops(model_name_or_path=tmp_path / "model", trust_remote_code=True)
+    assert re.search("--model_name_or_path .*nowhere_at_all. Run `pip install nowhere_at_all`", message) and "\n" not in message
+
+
 def test_26_knows_no_4x(tiny_minicpm26, stops):
     for trust in (True, False):
         message = stops(model_name_or_path=tiny_minicpm26 / "model", trust_remote_code=trust, downsample_mode="4x")
