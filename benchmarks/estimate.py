@@ -76,6 +76,7 @@ class Ready(Exception):
 def measure(run, bits, rows, small, scratch, batch=None):
     """The same -> {"foretold", "measured": bytes of activations, "seconds" of a step, "tokens", "batch"}, on this machine's CPU, in bfloat16."""
     name, model, *_ = RUNS[run]
+    gc.collect()  # the model before this one
     write_weights(model, small, scratch / model)
     more = {"use_cpu": True, "bf16": True, "dataloader_num_workers": 0, "report_to": "none"}
     report = reckon(run, bits, rows, small, scratch, batch, more)["memory"]
