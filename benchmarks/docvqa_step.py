@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from measure import TOLERANCE, apart, counter, flops, gradients, line, peak, seconds, step, without_storage  # noqa: E402
+from measure import TOLERANCE, apart, check_json, counter, flops, gradients, line, peak, seconds, start, step, without_storage  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from transformers.models.idefics2 import modeling_idefics2  # noqa: E402
@@ -305,6 +305,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.steps, args.batch_size) < 1:
         parser.error("--steps and --batch_size: at least 1")
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed: from 0 to below 2**32")
+    check_json(parser, args.json)
     if args.real_size and not torch.cuda.is_available():
         parser.error("--real_size needs a CUDA GPU; without one, idefics2-8b's FLOPs are counted, not its time")
     torch.set_num_threads(1)
@@ -332,4 +335,4 @@ def main(argv=None):
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(main())
+    start(main)

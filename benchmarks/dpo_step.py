@@ -60,6 +60,7 @@ from measure import (  # noqa: E402
     held,
     label_positions_only,
     missed,
+    start,
     step,
     without_storage,
     write,
@@ -450,4 +451,4 @@ def main(argv=None):
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(main())
+    start(main)

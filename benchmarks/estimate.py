@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -34,11 +35,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
 from made_up import MODELS, configuration, make_processor, make_rows, write_weights  # noqa: E402
-from measure import check_json, peak  # noqa: E402
+from measure import check_json, peak, start  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,8 +101,8 @@ def measure(run, bits, rows, small, scratch, batch=None):
     for p in trainer.model.parameters():  # as in the second of several accumulated batches
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     gc.collect()
-    start = time.perf_counter()
-    found = {"measured": peak(trainer, inputs) + sum(value.nbytes for value in inputs.values() if torch.is_tensor(value)), "seconds": time.perf_counter() - start}
+    begin = time.perf_counter()
+    found = {"measured": peak(trainer, inputs) + sum(value.nbytes for value in inputs.values() if torch.is_tensor(value)), "seconds": time.perf_counter() - begin}
     return found | {"foretold": report["activations"][KINDS[0]]["bytes"], "tokens": report["longest"], "batch": len(longest)}
 
 
@@ -118,7 +120,7 @@ def measured_line(run, bits, found, scale=GB):
     """What `measure` gives -> the cells of a line."""
     cells = [f"`{run}`", f"{bits} bit", str(found["batch"]), str(found["tokens"])]
     cells += [f"{found[which] / scale:.3f}" for which in ("foretold", "measured")]
-    return cells + [f"{found['foretold'] / found['measured'] - 1:+.1%}", f"{found['seconds']:.0f}"]
+    return cells + [f"{found['foretold'] / found['measured'] - 1:+.1%}", f"{found['seconds']:.3g}"]
 
 
 def main(argv=None):
@@ -178,4 +180,8 @@ def check_room(parser, scratch, models, small):
 
 
 if __name__ == "__main__":
-    main()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # in the table
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    start(main)

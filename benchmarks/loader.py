@@ -41,7 +41,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from measure import check_json  # noqa: E402
+from measure import check_json, start  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference  # noqa: E402
@@ -325,4 +325,4 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*(pin_memory|This DataLoader will create).*")
-    sys.exit(main())
+    start(main)

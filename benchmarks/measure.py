@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import signal
 import statistics
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -15,6 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 
 TOLERANCE = 1e-5
+
+
+def start(main):
+    """main(), as a program: Ctrl+C and SIGTERM end it without a traceback, its processes and temporary folders with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def check_json(parser, path):

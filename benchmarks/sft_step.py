@@ -67,6 +67,7 @@ from measure import (  # noqa: E402
     label_positions_only,
     line,
     missed,
+    start,
     step,
     without_storage,
     write,
@@ -484,4 +485,4 @@ def main(argv=None):
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(main())
+    start(main)

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -212,3 +214,33 @@ def test_dpo_needs_the_gpu_it_was_asked_for(capsys):
     with pytest.raises(SystemExit) as stop:
         dpo_step.main(["--device", "cuda"])
     assert stop.value.code == 2 and "no GPU found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [(["--seed", "-1"], "--seed: from 0"), (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"),
+                                           (["--steps", "0"], "at least 1")])  # fmt: skip
+def test_docvqas_mistakes_get_one_message(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        docvqa_step.main(argv)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+ENDED = """
+import os, signal, sys, tempfile
+sys.path.insert(0, "benchmarks")
+import measure
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        print(folder, flush=True)
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        signal.pause()
+
+measure.start(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_benchmark_that_is_ended_leaves_nothing(name):
+    done = subprocess.run([sys.executable, "-c", ENDED, name], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("interrupted\n") and "Traceback" not in done.stderr
+    assert not Path(done.stdout.strip().splitlines()[-1]).exists()

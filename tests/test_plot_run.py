@@ -105,7 +105,7 @@ def test_names_of_runs_are_shown_as_they_are(write):
 def test_what_is_no_number_is_said(write):
     log = [entry | ({"loss": float("nan")} if entry["step"] > 1 and "loss" in entry else {}) for entry in LOG]
     figure, notes = plot_run.draw({"run": plot_run.read(write("run", log))}, ["loss"])
-    assert notes == ["run: loss is no finite number at 2 of 3 steps, first at 2.0"]
+    assert notes == ["run: loss is no finite number at 2 of 3 steps, first at 2"]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def read(run):
     for state in states:  # of a run that was cut off while it wrote its newest checkpoint, the one before
         try:
             log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-            log = [{"step": entry["step"] + 0} | {k: float(v) for k, v in entry.items() if type(v) in (int, float)} for entry in log]
+            log = [{k: float(v) for k, v in entry.items() if type(v) in (int, float)} | {"step": entry["step"] + 0} for entry in log]
             break
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             said = f"{state} is damaged ({type(e).__name__}: {e})"
