@@ -334,5 +334,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     start(main)

@@ -34,7 +34,6 @@ import os
 import random
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -450,5 +449,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     start(main)

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import io
 import json
 import os
 import shutil
@@ -26,9 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,11 +33,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets  # noqa: E402
-import torch  # noqa: E402
 import transformers  # noqa: E402
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
-from made_up import MODELS, configuration, make_processor, make_rows, write_weights  # noqa: E402
-from measure import check_json, peak, start  # noqa: E402
+from made_up import configuration, make_processor, make_rows, missing, write_weights  # noqa: E402
+from measure import activations, check_json, start, trainer_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,10 +67,6 @@ def reckon(run, bits, rows, small, scratch, batch=None, more=None):
     return json.loads(done.stdout)
 
 
-class Ready(Exception):
-    """Carries a trainer out of a recipe's main()."""
-
-
 def measure(run, bits, rows, small, scratch, batch=None):
     """The same -> {"foretold", "measured": bytes of activations, "seconds" of a step, "tokens", "batch"}, on this machine's CPU, in bfloat16."""
     name, model, *_ = RUNS[run]
@@ -82,28 +74,10 @@ def measure(run, bits, rows, small, scratch, batch=None):
     write_weights(model, small, scratch / model)
     more = {"use_cpu": True, "bf16": True, "dataloader_num_workers": 0, "report_to": "none"}
     report = reckon(run, bits, rows, small, scratch, batch, more)["memory"]
-    recipe = importlib.import_module(name)
-
-    def ready(trainer, *args, **kwargs):
-        raise Ready(trainer)
-
-    with mock.patch.object(transformers.Trainer, "train", ready), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            recipe.main(flags_of(run, bits, scratch / "rows" / f"{name}.json", scratch, batch, more))
-        except Ready as e:
-            trainer = e.args[0]
-    trainer.model.activation_checkpointing_enable()
-    trainer.current_gradient_accumulation_steps = 1  # what `train` does first, and autocast
-    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
-    data = trainer.train_dataset
-    longest = sorted(range(len(data)), key=lambda n: -data[n]["length"])[: trainer.args.per_device_train_batch_size]
-    inputs = trainer.data_collator([data[n] for n in longest])
-    for p in trainer.model.parameters():  # as in the second of several accumulated batches
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    gc.collect()
+    trainer = trainer_of(importlib.import_module(name), flags_of(run, bits, scratch / "rows" / f"{name}.json", scratch, batch, more))
     begin = time.perf_counter()
-    found = {"measured": peak(trainer, inputs) + sum(value.nbytes for value in inputs.values() if torch.is_tensor(value)), "seconds": time.perf_counter() - begin}
-    return found | {"foretold": report["activations"][KINDS[0]]["bytes"], "tokens": report["longest"], "batch": len(longest)}
+    found = {"measured": activations(trainer), "seconds": time.perf_counter() - begin, "batch": trainer.args.per_device_train_batch_size}
+    return found | {"foretold": report["activations"][KINDS[0]]["bytes"], "tokens": report["longest"]}
 
 
 def line(run, bits, report, scale=GB):
@@ -172,8 +146,7 @@ def check_room(parser, scratch, models, small):
     """Ends the program where the weights that are still to be written find no room, or no folder."""
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        need = sum(2 * MODELS[name]["parameters"] for name in models if not (small or (scratch / name / "done").exists()))
-        if (free := shutil.disk_usage(scratch).free) < need:
+        if (free := shutil.disk_usage(scratch).free) < (need := missing(models, scratch, small)):
             parser.error(f"{need / GB:.3g} GB are needed in {scratch} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a larger disk")
     except OSError as e:
         parser.error(f"--scratch {scratch}: {e.strerror}")
@@ -183,5 +156,4 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # in the table
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     start(main)

@@ -53,8 +53,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from made_up import MODELS, for_trl, make_rows, make_weights, tidy  # noqa: E402
-from measure import check_json, counter  # noqa: E402
+from made_up import MODELS, for_trl, make_rows, make_weights, missing, tidy  # noqa: E402
+from measure import check_json, counter, start  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -435,8 +435,8 @@ def plan(args):
 
 def needed(args, weights):
     """Bytes that the weights still to be made will take on the disk, and what comes beside them."""
-    models = {model for recipe, model, *_ in RUNS.values() if recipe in args.recipes and not (weights / model / "done").exists()}
-    return SPARE / (1 if args.cuda and not args.small else 100) + sum(2 * MODELS[name]["parameters"] for name in models if not args.small)
+    models = {model for recipe, model, *_ in RUNS.values() if recipe in args.recipes}
+    return SPARE / (1 if args.cuda and not args.small else 100) + missing(models, weights, args.small)
 
 
 def fits(results, memory):
@@ -630,5 +630,4 @@ def run_all(args, groups, until, scratch, weights):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: its processes end, its weights are removed, what was measured is shown
-    sys.exit(main())
+    start(main)  # ended by Ctrl+C or SIGTERM: its processes end, its weights are removed, what was measured is shown

@@ -323,6 +323,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*(pin_memory|This DataLoader will create).*")
     start(main)

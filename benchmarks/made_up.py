@@ -150,6 +150,11 @@ def make_weights(name, small, folder, cuda):
     tidy(cuda)
 
 
+def missing(models, folder, small):
+    """Bytes that the weights of these models which are not yet whole in a folder will take there."""
+    return sum(2 * MODELS[name]["parameters"] for name in models if not (small or (folder / name / "done").exists()))
+
+
 def write_weights(name, small, folder, shard=1.5e9):
     """The same, in bfloat16 and a file after the other of some `shard` bytes each, so that it takes no more memory than that."""
     if (folder / "done").exists():

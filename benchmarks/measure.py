@@ -1,6 +1,8 @@
 """What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
 
 import contextlib
+import gc
+import io
 import json
 import math
 import signal
@@ -11,21 +13,21 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers
 import trl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 
+from tools import generate
+
 TOLERANCE = 1e-5
 
 
 def start(main):
-    """main(), as a program: Ctrl+C and SIGTERM end it without a traceback, its processes and temporary folders with it."""
+    """main(), as a program that the tools' start() starts; SIGTERM ends it as Ctrl+C does, its processes and temporary folders with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    generate.start(lambda: sys.exit(main()))
 
 
 def check_json(parser, path):
@@ -110,6 +112,7 @@ def peak(trainer, batch):
         step(trainer, batch)
         most = torch.cuda.max_memory_allocated() - before
     else:
+        gc.collect()  # else an earlier trainer may go within the step, and what it gives back count against what the step takes
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             step(trainer, batch)
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -119,6 +122,42 @@ def peak(trainer, batch):
             most = max(most, held)
     trainer.model.zero_grad()
     return most
+
+
+class Ready(Exception):
+    """Carries a trainer out of a recipe's main()."""
+
+
+def trainer_of(recipe, flags):
+    """The trainer of a recipe's own main(), real weights in it, at the moment when it would train; as `train` then prepares it: checkpointing, autocast."""
+
+    def ready(trainer, *args, **kwargs):
+        raise Ready(trainer)
+
+    with mock.patch.object(transformers.Trainer, "train", ready), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            recipe.main(flags)
+        except Ready as e:
+            trainer = e.args[0]
+    if trainer.args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)
+    return trainer
+
+
+def activations(trainer):
+    """Bytes at most allocated in the second of several accumulated steps on the longest rows, besides weights and gradients: what tools/inspect_recipe.py
+    foretells."""
+    from tools.inspect_recipe import tensors  # here: the other benchmarks start without it
+
+    rows = trainer.train_dataset
+    longest = sorted(range(len(rows)), key=lambda n: -rows[n]["length"])[: trainer.args.per_device_train_batch_size]
+    batch = dict(trainer.data_collator([rows[n] for n in longest]))
+    for p in trainer.model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    given = sum(value.nbytes for value in tensors(batch))
+    return peak(trainer, batch) + given
 
 
 def without_storage(model):

@@ -1,7 +1,5 @@
 """tools/inspect_recipe.py: its counts are the published ones, its memory is what a step really takes, its examples are what is trained on."""
 
-import contextlib
-import gc
 import io
 import json
 import os
@@ -9,11 +7,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
-import transformers
 from conftest import ROOT, minicpm_run, said, short_run, two_stage_run
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -23,6 +19,9 @@ import idefics2_docvqa
 import llava_two_stage
 import sft_llava
 from tools import inspect_recipe
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import measure  # noqa: E402
 
 LLAVA_7B = {
     "model_type": "llava", "image_seq_length": 576, "tie_word_embeddings": False,
@@ -109,34 +108,7 @@ def test_parameters_are_the_published_ones(recipe, tiny, config, settings, train
 def measured(recipe, flags):
     """Bytes at most allocated in the second of two accumulated training steps, besides weights and gradients, by torch's profiler of its own
     allocator: real weights, the recipe's own trainer, the longest rows."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(trainer, *args, **kwargs):
-        raise Stop(trainer)
-
-    with patch.object(transformers.Trainer, "train", stop), contextlib.redirect_stdout(io.StringIO()), pytest.raises(Stop) as stopped:
-        recipe.main(flags)
-    trainer = stopped.value.args[0]
-    if trainer.args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable()
-    model = trainer.accelerator.prepare_model(trainer.model)  # as train() does: autocast, where the run is in 16 bits
-    rows, trainer.current_gradient_accumulation_steps = trainer.train_dataset, 1
-    order = sorted(range(len(rows)), key=lambda n: -rows[n]["length"])[: trainer.args.per_device_train_batch_size]
-    for _ in range(2):
-        inputs = dict(trainer.data_collator([rows[n] for n in order]))
-        given = sum(value.nbytes for value in inspect_recipe.tensors(inputs))
-        items = torch.tensor(int((inputs["labels"] != -100).sum())) if "labels" in inputs else None
-        gc.collect()  # else an earlier trainer may go within the step, and what it gives back count against what the step takes
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            trainer.training_step(model, inputs, items)
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    now, peak = 0, 0
-    for _, size in events:
-        now += size
-        peak = max(peak, now)
-    return peak + given
+    return measure.activations(measure.trainer_of(recipe, flags))
 
 
 @pytest.fixture(scope="module")
