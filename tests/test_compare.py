@@ -501,7 +501,9 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
     expect(page.locator("#votes")).to_contain_text("2 votes in votes.jsonl")
     vote = lines(served.votes)[1]
     assert vote["blind"] and vote["chosen"] == value("left") == answers[vote["preferred"]] and "reference" not in vote
-    expect(page.locator("#left")).to_contain_text(re.compile("Base: model" if vote["preferred"] == "base" else "Fine-tuned: run"))
+    names = {"base": f"Base: {learnt.name}/model", "fine-tuned": "Fine-tuned: run"}  # both sides: which is left is shuffled
+    expect(page.locator("#left")).to_contain_text(names.pop(vote["preferred"]))
+    expect(page.locator("#right")).to_contain_text(*names.values())
 
     # a tie is no pair
     page.locator("#ask").click()
