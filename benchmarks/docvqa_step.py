@@ -20,7 +20,6 @@ within these, attention has a larger part in the tower and lm_head in the langua
 FLOPs for idefics2-8b itself: both trainers run on weights that have a shape and no storage. Both ratios and both shares are
 printed. Times cannot be had that way."""
 
-import argparse
 import contextlib
 import copy
 import json
@@ -39,7 +38,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from measure import TOLERANCE, apart, check_json, counter, flops, gradients, line, peak, seconds, start, step, without_storage  # noqa: E402
+from measure import (  # noqa: E402
+    SMALL,
+    TOLERANCE,
+    apart,
+    check_json,
+    counter,
+    flag_parser,
+    flops,
+    gradients,
+    line,
+    peak,
+    seconds,
+    start,
+    step,
+    without_storage,
+)
 from peft import get_peft_model  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from transformers.models.idefics2 import modeling_idefics2  # noqa: E402
@@ -291,7 +305,7 @@ def measure(args, checkpointing, folder, report):
 
 def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = flag_parser(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="Measured steps of each side.")
     parser.add_argument("--batch_size", type=int, default=2, help="Rows of a step.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, pages and texts.")
@@ -314,7 +328,7 @@ def main(argv=None):
 
     report = lambda text: print(text, flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread, float32, process time"
-    report(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; {args.batch_size} rows a step")
+    report(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; {args.batch_size} rows a step" + f"\n{SMALL}" * args.tiny)
     with tempfile.TemporaryDirectory() as folder:
         found = [
             measure(args, on, folder, report) for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")

@@ -27,7 +27,6 @@ Exit status 1 where, in float64, loss, log-probabilities or any adapter's gradie
 relative; gradients in the largest element and in the norm); no speed-up is printed then. Also where, with checkpointing and
 without --report_only, the scaled model's time or FLOPs miss their thresholds (THRESHOLDS)."""
 
-import argparse
 import copy
 import io
 import os
@@ -47,6 +46,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 from measure import (  # noqa: E402
+    SMALL,
     TOLERANCE,
     StaticShapes,
     add_flags,
@@ -54,6 +54,7 @@ from measure import (  # noqa: E402
     check_flags,
     costs,
     counter,
+    flag_parser,
     flops,
     gradients,
     held,
@@ -417,7 +418,7 @@ def measure(args, checkpointing, folder, report):
 
 def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal, or a threshold is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = flag_parser(__doc__)
     parser.add_argument("--arch", choices=list(REAL), default="idefics2", help="Idefics2-8b's proportions or LLaVA-1.5-7b's.")
     parser.add_argument("--adapters", choices=["language", "all"], default="all", help="As in the recipe.")
     add_flags(parser, steps=5, rows="Pairs")
@@ -429,6 +430,7 @@ def main(argv=None):
     report(
         f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n{args.arch}, adapters: "
         f"{args.adapters}, {args.batch_size} pair(s) a step; both sides score label positions only, as TRL does on a GPU"
+        + f"\n{SMALL}" * args.tiny
     )
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]
     with tempfile.TemporaryDirectory() as folder, label_positions_only():

@@ -14,7 +14,6 @@ With --measure random weights of the real size are written (14 to 17 GB of a dis
 --bf16 true, and its own trainer takes a training step on the longest rows, with checkpointing. Beside each other stand then what was foretold for that (a CPU keeps a
 little more than a GPU does: dropout's masks) and the most that PyTorch's allocator had given out, by torch.profiler. Quantized weights need 16 GB of memory, others 24."""
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -33,10 +32,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets  # noqa: E402
+import psutil  # noqa: E402
 import transformers  # noqa: E402
 from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
-from made_up import configuration, make_processor, make_rows, missing, write_weights  # noqa: E402
-from measure import activations, check_json, start, trainer_of  # noqa: E402
+from made_up import configuration, least_memory, make_processor, make_rows, missing, write_weights  # noqa: E402
+from measure import SMALL, activations, check_json, flag_parser, start, trainer_of  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def measured_line(run, bits, found, scale=GB):
 
 def main(argv=None):
     """Flags -> a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = flag_parser(__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Default: all of {', '.join(RECIPES)}.")
     parser.add_argument("--rows", type=int, default=32, help="Rows that are made up; the longest are reckoned with (default 32).")
     parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
@@ -128,7 +128,9 @@ def main(argv=None):
     with contextlib.ExitStack() as stack:
         scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.measure:
-            check_room(parser, scratch, {RUNS[run][1] for run, _ in wanted}, args.small)
+            check_room(parser, scratch, {(RUNS[run][1], bits) for run, bits in wanted}, args.small)
+        if args.small:
+            print(f"{SMALL}\n")
         print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         for run, bits in wanted:
             if args.measure:
@@ -143,10 +145,14 @@ def main(argv=None):
 
 
 def check_room(parser, scratch, models, small):
-    """Ends the program where the weights that are still to be written find no room, or no folder."""
+    """Ends the program where the weights that are still to be written find no room, or no folder, or, of `models`, (name, bits), one does not fit into memory."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    for name, bits in sorted(models):
+        if not small and free < (need := least_memory(name, bits)):
+            parser.error(f"--measure: the weights of {name} in {bits} bits alone take {need / GB:.3g} GB of memory, {free / GB:.3g} GB are free")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(scratch).free) < (need := missing(models, scratch, small)):
+        if (free := shutil.disk_usage(scratch).free) < (need := missing({name for name, _ in models}, scratch, small)):
             parser.error(f"{need / GB:.3g} GB are needed in {scratch} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a larger disk")
     except OSError as e:
         parser.error(f"--scratch {scratch}: {e.strerror}")

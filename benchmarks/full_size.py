@@ -53,8 +53,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from made_up import MODELS, for_trl, make_rows, make_weights, missing, tidy  # noqa: E402
-from measure import check_json, counter, start  # noqa: E402
+from made_up import for_trl, least_memory, make_rows, make_weights, missing, tidy  # noqa: E402
+from measure import SMALL, check_json, counter, flag_parser, start  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -336,8 +336,7 @@ def work(job):
     yield (device := describe(cuda))
     run, bits = cells[0]["run"], cells[0]["bits"]
     model, weights = RUNS[run][1], Path(job["weights"]) / RUNS[run][1]
-    least = MODELS[model]["parameters"] * (2 if bits == "16" else 0.6)
-    if cuda and not job["small"] and device["free"] < least:
+    if cuda and not job["small"] and device["free"] < (least := least_memory(model, bits)):
         why = f"does not fit: the weights alone take {least / GB:.1f} GB in {bits} bits, {device['free'] / GB:.1f} GB of this GPU are free"
         yield from ({**cell, "status": why} for cell in cells)
         return
@@ -370,7 +369,9 @@ def apart(job):
     status, too."""
     folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
     (folder / "job.json").write_text(json.dumps(job))
-    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": first_gpu()}
+    # What a process that is killed leaves, the loader's sockets, goes with this folder; not in --scratch, whose path may be too long for a socket.
+    temporary = tempfile.TemporaryDirectory(prefix="full-size-", ignore_cleanup_errors=True)
+    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": first_gpu(), "TMPDIR": temporary.name}
     with open(job["log"], "a") as log:
         command = [sys.executable, __file__, "--worker", str(folder)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -392,6 +393,7 @@ def apart(job):
         with contextlib.suppress(ProcessLookupError):  # the loader's processes with it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        temporary.cleanup()
 
 
 def last_words(log):
@@ -468,8 +470,7 @@ def named(one, *more):
 
 def show(results, device, console):
     """The tables, then all that was not measured, and why."""
-    small = "A small copy, to see that it runs: its figures say nothing of the real size"
-    table = Table(title="Real size, random weights" if device.get("real") else small)
+    table = Table(title="Real size, random weights" if device.get("real") else SMALL)
     columns = "recipe|bits|ckpt|batch|workers|s/step|rows/s|tokens/s|h/100k rows|MFU|peak GB|reserved|waits|stock s/step|stock GB|stock/recipe"
     for n, column in enumerate(columns.split("|")):
         table.add_column(column, justify="right" if n else "left", no_wrap=n == 0)
@@ -523,8 +524,7 @@ def machine(cuda):
 
 def parse(argv=None):
     """Flags, checked. Raises SystemExit with one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser = flag_parser(__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Default: all of {', '.join(RECIPES)}.")
     parser.add_argument("--minutes", type=float, help="Start nothing that would not be done by then; what was not run is listed.")
     parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
@@ -556,7 +556,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """Flags -> exit status: 1 where nothing could be measured."""
+    """Flags -> exit status: 1 where nothing could be measured, or it was interrupted."""
     args = parse(argv)
     if args.worker:
         job = json.loads((args.worker / "job.json").read_text())
@@ -626,7 +626,7 @@ def run_all(args, groups, until, scratch, weights):
     show(results, {**device, "real": not args.small}, Console(width=None if sys.stdout.isatty() else 190, highlight=False))
     if args.keep:
         say(f"the weights are kept in {weights}")
-    return 0 if any(one.get("recipe", {}).get("status") == "ok" for one in results) else 1
+    return 0 if not stopped and any(one.get("recipe", {}).get("status") == "ok" for one in results) else 1
 
 
 if __name__ == "__main__":

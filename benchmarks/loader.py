@@ -18,7 +18,6 @@ cores, the CPU time of a row, taken without workers, says more.
 Padding is counted from the lengths of the rows, drawn with replacement to some 4,096, at the recipe's default step (more
 where a batch is larger): padded tokens / all tokens of the batches. For pairs a row is the longer of its two sequences."""
 
-import argparse
 import functools
 import importlib
 import json
@@ -41,7 +40,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-from measure import check_json, start  # noqa: E402
+from measure import SMALL, check_json, flag_parser, start  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference  # noqa: E402
@@ -270,8 +269,8 @@ def measure(name, args, folder, images, report):
 
 
 def arguments(argv=None):
-    """Flags -> their values. Ends with one message and status 2 where one cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """Flags -> their values. Ends with one message and status 1 where one cannot be."""
+    parser = flag_parser(__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Any of {', '.join(RECIPES)}. Default: all.")
     parser.add_argument("--rows", type=int, help="Rows a pass. Default: 32.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="Numbers of loader processes.")
@@ -309,6 +308,7 @@ def main(argv=None):
             report(
                 f"{cores} CPU cores; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; {args.rows} rows "
                 f"with a JPEG of {size[0]} x {size[1]} pixels, {large:.0f} kB; batches of {args.batch_size}; median of {args.rounds}, wall time"
+                + f"\n{SMALL}" * args.tiny
             )
             found = {name: measure(name, args, folder, images, report) for name in args.recipes}
             if args.json:

@@ -155,6 +155,11 @@ def missing(models, folder, small):
     return sum(2 * MODELS[name]["parameters"] for name in models if not (small or (folder / name / "done").exists()))
 
 
+def least_memory(name, bits):
+    """Bytes of memory that a model's weights in "4" or "16" bits take at the very least."""
+    return MODELS[name]["parameters"] * (2 if bits == "16" else 0.6)
+
+
 def write_weights(name, small, folder, shard=1.5e9):
     """The same, in bfloat16 and a file after the other of some `shard` bytes each, so that it takes no more memory than that."""
     if (folder / "done").exists():

@@ -1,5 +1,6 @@
 """What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
 
+import argparse
 import contextlib
 import gc
 import io
@@ -22,12 +23,20 @@ from torch.utils import flop_counter
 from tools import generate
 
 TOLERANCE = 1e-5
+SMALL = "A small copy, to see that it runs: its figures say nothing of the real size"
 
 
 def start(main):
     """main(), as a program that the tools' start() starts; SIGTERM ends it as Ctrl+C does, its processes and temporary folders with it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     generate.start(lambda: sys.exit(main()))
+
+
+def flag_parser(doc):
+    """A parser of flags, with `doc` as its help; a mistake in them ends the program with one line and exit status 1, as in recipes and tools."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = generate.fail
+    return parser
 
 
 def check_json(parser, path):

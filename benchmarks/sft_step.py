@@ -53,6 +53,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
 from measure import (  # noqa: E402
+    SMALL,
     TOLERANCE,
     StaticShapes,
     add_flags,
@@ -60,6 +61,7 @@ from measure import (  # noqa: E402
     check_flags,
     costs,
     counter,
+    flag_parser,
     flops,
     gradients,
     held,
@@ -453,7 +455,7 @@ def measure(args, checkpointing, folder, report):
 
 def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal, or a threshold is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = flag_parser(__doc__)
     parser.add_argument("--recipe", choices=list(RECIPES), default="sft_llava", help="Whose step is measured.")
     add_flags(parser, steps=9, rows="Rows")
     args = parser.parse_args(argv)
@@ -468,6 +470,7 @@ def main(argv=None):
         + "\n"
         f"{args.recipe}, {args.batch_size} row(s) a step; "
         + ("SFTTrainer scores label positions only, as on a GPU" if trl_too else "MiniCPM-V 4.6, against transformers.Trainer")
+        + f"\n{SMALL}" * args.tiny
     )
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]
     with tempfile.TemporaryDirectory() as folder, label_positions_only():

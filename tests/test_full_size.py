@@ -7,7 +7,9 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -287,7 +289,7 @@ def test_interrupted(run, scripted):
 
     scripted(answer)
     status, found, printed = run("sft_llava", "dpo_idefics2", *SHORT, "--bits", "4", "--checkpointing", "on", "--stock", "none")
-    assert status == 0 and [one["status"] for one in found["results"]] == ["ok", "not run: interrupted"] and "not run: interrupted" in printed
+    assert status == 1 and [one["status"] for one in found["results"]] == ["ok", "not run: interrupted"] and "not run: interrupted" in printed
 
 
 # ---------------------------------------------------------------- one run
@@ -625,6 +627,13 @@ def test_what_a_process_has_found_survives_its_end(child, tmp_path):
     assert child("""echo '{"n": 1}' >> $2/results.jsonl; sleep 0.5; echo '{"n": 2}' >> $2/results.jsonl; printf '{"n":' >> $2/results.jsonl
         echo "$CUDA_VISIBLE_DEVICES $HF_DATASETS_CACHE"; kill -9 $$""") == [{"n": 1}, {"n": 2}, {"kind": "end", "status": -9}]
     assert (tmp_path / "log.txt").read_text() == f"0 {tmp_path}/datasets\n"
+
+
+def test_what_a_killed_process_leaves_behind_goes(child, tmp_path):
+    child('mkdir "$TMPDIR/pymp-1"; touch "$TMPDIR/pymp-1/listener"; echo "$TMPDIR"; kill -9 $$')
+    left = Path((tmp_path / "log.txt").read_text().strip())
+    assert left.name.startswith("full-size-") and not left.exists()
+    assert left.parent == Path(tempfile.gettempdir()) != tmp_path  # a socket's path is bounded, --scratch is not
 
 
 def test_one_gpu_of_several(child, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_reports_costs_and_equality(tmp_path, capsys, recipe):
     assert tiny(recipe, "--batch_size", "2", "--checkpointing", "both", "--json", str(tmp_path / "step.json")) == 0
     printed = capsys.readouterr().out
     assert printed.count(": equal") == printed.count("at equal settings") == 2
-    assert "NOT EQUAL" not in printed and "MISSED" not in printed
+    assert "NOT EQUAL" not in printed and "MISSED" not in printed and sft_step.SMALL in printed
     found = json.loads((tmp_path / "step.json").read_text())["settings"]
     assert [setting["checkpointing"] for setting in found] == [True, False]
     for setting in found:
@@ -238,18 +238,18 @@ def test_texts_have_the_stated_lengths(tmp_path, recipe, size, by):
         assert 16 // by <= answer - 1 <= 24 // by
 
 
-def test_needs_the_gpu_it_was_asked_for(capsys):
+def test_needs_the_gpu_it_was_asked_for():
     with pytest.raises(SystemExit) as stop:
         sft_step.main(["--device", "cuda"])
-    assert stop.value.code == 2 and "no GPU found" in capsys.readouterr().err
+    assert "no GPU found" in stop.value.code
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [(["--seed", "-1"], "--seed: from 0"), (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"), (["--steps", "0"], "at least 1")],
 )
-def test_mistakes_are_said_before_anything_is_measured(flags, message, capsys, monkeypatch):
+def test_mistakes_are_said_before_anything_is_measured(flags, message, monkeypatch):
     monkeypatch.setattr(sft_step, "measure", None)
     with pytest.raises(SystemExit) as stop:
         sft_step.main(["--tiny", *flags])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert message in stop.value.code
