@@ -173,6 +173,7 @@ def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
     gpus, out, losses, smoothing = training.n_gpu, Path(training.output_dir), set(training.loss_type), training.label_smoothing
     weights = training.loss_weights or [1]
+    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
     for wrong, message in (
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 24 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} dpo_idefics2.py. One: CUDA_VISIBLE_DEVICES=0"),
@@ -180,7 +181,7 @@ def check(settings, training):
          "--sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
         (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0 or not 0 < training.beta < math.inf or not training.discopop_tau > 0,
          "--learning_rate, --lora_alpha, --beta and --discopop_tau must be above 0, the first below 10"),
-        (min(training.eval_steps or 1, training.save_steps, training.logging_steps) <= 0, "--eval_steps, --save_steps, --logging_steps: above 0"),
+        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
         (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.longest_edge,
              1 if training.max_length is None else training.max_length,
              training.per_device_train_batch_size, training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
@@ -190,6 +191,7 @@ def check(settings, training):
         (not 0 <= settings.eval_fraction < 1, "--eval_fraction: from 0 to below 1"),
         (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
+        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
         (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: TRL gives the choice no other metric than loss"),
         (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
@@ -324,6 +326,13 @@ def load_image(cell):
         raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
 
 
+def once(pairs):
+    """A JSON object -> dict. Raises ValueError where a key stands twice: the last one would win without a word."""
+    if len(named := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice in {str(pairs):.200}; once is right")
+    return named
+
+
 def read_rows(name, split, settings):
     """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
     `test`, or None where there is none. Raises SystemExit."""
@@ -332,8 +341,8 @@ def read_rows(name, split, settings):
         if path.suffix.lower() in (".json", ".jsonl"):
             text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
             try:
-                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text)
-            except ValueError as e:
+                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text, object_pairs_hook=once)
+            except json.JSONDecodeError as e:
                 raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")

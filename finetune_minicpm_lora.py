@@ -196,7 +196,9 @@ def check(settings, training):
     gpus, out, default = training.n_gpu, Path(training.output_dir), {f.name: f.default for f in fields(Settings)}
     adapter = [name for name in ("lora_target_modules", "lora_weight_path") if getattr(settings, name) != default[name]]
     adapter += [name for name in ("lora_modules_to_save", "lora_layers_to_transform") if getattr(settings, name)]
+    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
     for wrong, message in (
+        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (2.6 needs 24 GB, 4.6 less); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} finetune_minicpm_lora.py. One: CUDA_VISIBLE_DEVICES=0"),
         (settings.use_lora and settings.tune_llm, "--use_lora adapts the language model, --tune_llm trains all of it: one of them, --use_lora false for the other"),

@@ -175,21 +175,27 @@ def parse(argv=None):
 def check(settings, training):
     """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
     gpus, out = training.n_gpu, Path(training.output_dir)
+    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
     for wrong, message in (
+        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
         (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 16 GB); for tiny models: --use_cpu"),
         (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} idefics2_docvqa.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0, "--sample_rows, --dataloader_num_workers, --seed: 0 or more"),
+        (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or training.seed >= 2**32,
+         "--sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
         (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0, "--learning_rate and --lora_alpha must be above 0"),
         (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.max_length, training.per_device_train_batch_size,
              training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
          "--lora_r, batch sizes, accumulation steps, --max_eval_rows, --max_new_tokens, --max_length: at least 1"),
-        (training.max_steps == 0 or training.num_train_epochs <= 0, "--max_steps and --num_train_epochs must be above 0"),
+        (training.max_steps == 0 or not 0 < training.num_train_epochs < math.inf, "--max_steps and --num_train_epochs must be above 0"),
         (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
         (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
         (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
          "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
+        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
         (training.load_best_model_at_end and str(training.metric_for_best_model).removeprefix("eval_") not in ("anls", "exact_match", "loss"),
          f"--metric_for_best_model {training.metric_for_best_model}: known are anls, exact_match and loss"),
+        (training.load_best_model_at_end and training.greater_is_better == str(training.metric_for_best_model).endswith("loss"),
+         f"--greater_is_better {str(training.greater_is_better).lower()} would keep the checkpoint that is worst by {training.metric_for_best_model}"),
     ):
         if wrong:
             fail(message)
@@ -275,6 +281,13 @@ def load_image(cell):
         raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
 
 
+def once(pairs):
+    """A JSON object -> dict. Raises ValueError where a key stands twice: the last one would win without a word."""
+    if len(named := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice in {str(pairs):.200}; once is right")
+    return named
+
+
 def read_rows(name, split, settings):
     """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
     `test`, or None where there is none. Raises SystemExit."""
@@ -283,8 +296,8 @@ def read_rows(name, split, settings):
         if path.suffix.lower() in (".json", ".jsonl"):
             text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
             try:
-                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text)
-            except ValueError as e:
+                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text, object_pairs_hook=once)
+            except json.JSONDecodeError as e:
                 raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
             if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
@@ -431,6 +444,7 @@ class Collator:
                 raise BadRow(f"empty {what}: {text!r} holds nothing but white space")
             if found := [token for token in self.control if token in text]:
                 raise BadRow(f"control token: {found[0]} is typed in the {what} and would become a real one; take it out")
+        question, answers = question.strip(), [answer.strip() for answer in answers]
         turns = [self.ask(question, [load_image(page_of(row, self.folder))])]
         said = {"role": "assistant", "content": [{"type": "text", "text": answers[0]}], "references": answers} if answers else None
         return turns + [said] * bool(answers)

@@ -343,9 +343,9 @@ ELSEWHERE = "kto orpo cpo simpo grpo sigmoid_norms Sigmoid".split()
     [
         *(({"loss_type": loss}, f"--loss_type {loss}: .*sigmoid, hinge, .*kto, orpo, cpo, simpo and others have trainers of their own") for loss in ELSEWHERE),
         ({"loss_type": ["sigmoid", "kto", "nll"]}, "--loss_type kto nll: "),
-        ({"eval_steps": -5}, "--eval_steps, --save_steps, --logging_steps: above 0"),
+        ({"eval_steps": -5}, "--eval_steps: above 0"),
         ({"greater_is_better": True, "load_best_model_at_end": True}, "--greater_is_better true would keep the checkpoint with the highest loss"),
-        ({"save_steps": -3}, "--eval_steps, --save_steps, --logging_steps: above 0"),
+        ({"save_steps": -3}, "--save_steps: above 0"),
         ({"loss_type": "exo_pair"}, "exo_pair needs --label_smoothing above 0"),
         ({"loss_type": ["sft", "exo_pair"], "label_smoothing": 1}, "exo_pair needs --label_smoothing above 0 and below 1"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "robust and aot take --label_smoothing from 0 to below 0.5"),

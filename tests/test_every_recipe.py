@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import transformers
 import yaml
 from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
+from PIL import Image
 
 RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
 VALUES = {  # of a refused setting, where "x" would not be read at all
@@ -50,6 +52,51 @@ def every_name(recipe):
 
 
 # -------------------------------------------------------------------------------------------------------- settings
+CANNOT_WORK = {  # what would fail, or train something else, only after the weights are loaded
+    "no epochs": (["--num_train_epochs", "nan"], "--num_train_epochs"),
+    "endless": (["--num_train_epochs", "inf"], "--num_train_epochs"),
+    "seed": (["--seed", "4294967296"], r"--seed: 0 or more, and a seed below 2\*\*32"),
+    "rate": (["--learning_rate", "nan"], "learning.rate"),
+    "fp16": (["--fp16", "true"], "--fp16 needs a GPU"),
+    "eval_steps": (["--eval_strategy", "steps", "--eval_steps", "-5", "--save_steps", "-5"], "--eval_steps, --save_steps: above 0"),
+    "save_steps": (["--save_steps", "0"], "--save_steps: above 0"),
+    "worst": (["--load_best_model_at_end", "true", "--metric_for_best_model", "loss", "--greater_is_better", "true"], "--greater_is_better true would keep"),
+    "no metric": (["--load_best_model_at_end", "true", "--metric_for_best_model", "rouge"], "--metric_for_best_model rouge"),
+}
+
+
+@pytest.mark.parametrize("flags, message", CANNOT_WORK.values(), ids=CANNOT_WORK)
+def test_what_cannot_end_well_does_not_start(recipe, flags, message, tmp_path):
+    data = ["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else []
+    settings, training = recipe.parse(["--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path), *data, *flags])
+    with pytest.raises(SystemExit, match=f"^error: .*(?i:{message})"):
+        recipe.check(settings, training)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_key_that_stands_twice_is_not_passed_over(recipe, name, tmp_path):
+    """The last one would win, and the rest of the row be forgotten."""
+    turns = {"sft_llava": "from value human gpt", "llava_two_stage": "from value human gpt", "finetune_minicpm_lora": "role content user assistant"}.get(recipe.__name__)
+    if turns:
+        who, what, *speakers = turns.split()
+        row = json.dumps({"conversations": [{who: speaker, what: "WORDS"} for speaker in speakers]}).replace('"WORDS"', f'"one", "{what}": "two"')
+    else:
+        row = '{"image": "0.png", "question": "which?", "question": "why?", "answers": "one", "chosen": "one", "rejected": "two"}'
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else f"{row}\n")
+    Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
+    flag = "data_path" if "data_path" in every_name(recipe) else "dataset_name"
+    settings, training = recipe.parse(["--use_cpu", f"--{flag}", str(tmp_path / name), *(["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else [])])
+    try:
+        rows = recipe.read_rows(str(tmp_path / name), "train", settings)
+    except SystemExit as e:
+        assert f"cannot read {tmp_path / name}: a key stands twice in" in e.code and ("two" in e.code or "why?" in e.code)
+        return
+    collator = recipe.Collator.__new__(recipe.Collator)  # these two name the row
+    collator.folder, collator.control, collator.instruction = None, [], None
+    with pytest.raises(recipe.BadRow, match="one.*two"):
+        collator.read(rows[0])
+
+
 def test_every_setting_is_a_flag_with_help(recipe, capsys):
     with pytest.raises(SystemExit) as end:
         recipe.parse(["--help"])

@@ -58,7 +58,7 @@ def test_trained_are_the_answer_and_its_end(side, pad, split, form_collate, page
     collator = form_collate(model_name_or_path=tmp_path / "model", image_splitting=split)
     tokenizer, batch = collator.processor.tokenizer, collator(ROWS)
     assert tokenizer.padding_side == side and tokenizer.pad_token == (pad or "</s>")
-    assert trained(batch, tokenizer) == [[f" {row['answers'][0]}{END}"] for row in ROWS]  # nothing else: no page, no question
+    assert trained(batch, tokenizer) == [[f" {row['answers'][0].strip()}{END}"] for row in ROWS]  # nothing else: no page, no question
     padded = batch["attention_mask"] == 0
     assert padded.any() and (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
     assert (batch["attention_mask"][:, 0 if side == "right" else -1] == 1).all()
@@ -71,7 +71,7 @@ def test_trained_are_the_answer_and_its_end(side, pad, split, form_collate, page
         assert unpadded(batch, n) == unpadded(alone)
         assert torch.equal(batch["labels"][n][~padded[n]], alone["labels"][0])
         text = tokenizer.decode(unpadded(alone))
-        assert text.startswith("<s> User: Answer briefly.<fake") and text.endswith(f"{row['answers'][0]}{END}\n")
+        assert text.startswith("<s> User: Answer briefly.<fake") and text.endswith(f"{row['answers'][0].strip()}{END}\n")
 
 
 def test_quarters_and_the_whole_are_what_splitting_shows(form_collate):
@@ -124,6 +124,12 @@ def test_the_printed_example(form_collate, pages):
     )
     plain = form_collate(instruction="")
     assert recipe.marked(plain([ROWS[0]]), plain.processor) == f"<s> User:{page} What is the total?{END}\nAssistant:« 47{END}»\n"
+
+
+def test_white_space_around_texts_is_not_learnt(form_collate, pages):
+    collator, padded = form_collate(), asks("  What is the total?\r\n", "  47 \r\n", "\t47 dollars ")
+    assert recipe.marked(collator([padded]), collator.processor) == recipe.marked(collator([asks("What is the total?", "47")]), collator.processor)
+    assert collator.read(padded)[1]["references"] == ["47", "47 dollars"]
 
 
 # ------------------------------------------------------------------------------------------------ the drawn answer

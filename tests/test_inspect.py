@@ -355,13 +355,15 @@ def test_control_characters_of_the_data_are_written_out(flags, write, images, un
     assert "What \\x1b[31mis" in text and "\\u202e" in text and "\\x1b[31m.png" in text and "\x1b" not in text and "\u202e" not in text
 
 
-def test_some_rows_only_where_some_are_held_out(flags, write, images, report, uncounted):
+def test_some_rows_only_where_some_are_held_out(flags, write, images, report, uncounted, capsys):
     images(1)
     rows = write([said("<image>\nWhat?", f"number {n}", image="red.png") for n in range(200)])
     plan = report(sft_llava, flags(dataset_name=rows, image_folder=None, eval_fraction=0.1, max_eval_rows=15), "--rows", "50")["plan"]
     assert (plan["rows"], plan["evaluation_rows"]) == (180, 15)
     plan = report(sft_llava, flags(dataset_name=rows, image_folder=None, eval_fraction=0.1), "--rows", "50")["plan"]
-    assert (plan["rows"], plan["evaluation_rows"]) == (180, 20)
+    assert (plan["rows"], plan["evaluation_rows"]) == (180, 20) and plan["sampled"]
+    inspect_recipe.main([sft_llava.__file__, "--no-color", "--rows", "50", *flags(dataset_name=rows, image_folder=None, eval_fraction=0.1)])
+    assert "\nabout 180 rows to train on" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- plan, output
@@ -373,7 +375,8 @@ def test_some_rows_only_where_some_are_held_out(flags, write, images, report, un
     ({"eval_steps": 1, "save_steps": 1, "sample_rows": 24, "sample_tokens": 256}, "evaluation takes longer than training"),
     ({"max_steps": 2}, "less than one pass"),
     ({"eval_strategy": "no"}, "nothing will be evaluated"),
-    ({"eval_steps": 1000, "save_steps": 1000}, "no evaluation will happen"),
+    ({"eval_steps": 1000, "save_steps": 1000}, "no evaluation before the end: one comes every 1000 steps, and there are 24"),
+    ({"eval_delay": 25}, "no evaluation will happen: --eval_delay is 25, and there are 24 steps"),
     ({"warmup_steps": 100}, "never comes up"),
     ({"gradient_accumulation_steps": 1000}, "a step takes 1000 rows, and there are 96"),
     ({"num_train_epochs": 40}, "40 passes over the data"),
@@ -387,9 +390,35 @@ def test_a_sound_run_is_not_odd(flags, report, uncounted, tmp_path):
     found = report(sft_llava, flags(eval_steps=12, save_steps=12, sample_rows=1, sample_tokens=4))
     assert found["odd"] == []
     assert found["plan"] | {"learning_rates": {}} == {"rows": 96, "evaluation_rows": 24, "effective_batch": 4, "steps": 24, "epochs": 1, "evaluations": 2, "warmup_steps": 1,
-                                                      "learning_rates": {}, "gpus": 1, "would_stop": False}
+                                                      "learning_rates": {}, "gpus": 1, "would_stop": False, "sampled": False}
     assert found["plan"]["learning_rates"] == {"language model, adapters": 2e-4}
     assert not (tmp_path / "out").exists()  # nothing is written
+
+
+@pytest.mark.parametrize("settings", [
+    {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 5},
+    {"eval_strategy": "steps", "eval_steps": 0.3, "save_steps": 0.3, "max_steps": 5},
+    {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 7, "eval_delay": 4, "eval_on_start": True},
+    {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 5},
+    {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 1.5},
+    {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2, "eval_delay": 2},
+    {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 3, "warmup_steps": 2},
+], ids=str)
+def test_the_plan_is_what_the_run_does(settings, flags, report, uncounted, tmp_path):
+    """Four steps an epoch: evaluations and warm-up as the trainer's own log has them."""
+    settings = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 1, "logging_steps": 1, "warmup_steps": 0.3, "lr_scheduler_type": "constant_with_warmup",
+                "load_best_model_at_end": False, "sample_rows": 0, "max_eval_rows": 2, **settings}
+    plan = report(sft_llava, flags(**settings))["plan"]
+    sft_llava.main(flags(**settings))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert plan["evaluations"] == sum("eval_loss" in one for one in log)
+    rates = [one["learning_rate"] for one in log if "loss" in one]
+    assert (plan["steps"], plan["warmup_steps"]) == (len(rates), sum(rate < 2e-4 for rate in rates))
+
+
+def test_every_row_is_shown_where_so_many_are_asked_for(flags, report, uncounted):
+    found = report(sft_llava, flags(), "--examples", "100")
+    assert [one["row"] for one in found["examples"]] == list(range(96))
 
 
 def test_a_finished_run_is_left_as_it_is(flags, report, uncounted, tmp_path):
@@ -418,7 +447,7 @@ def test_plain_text_and_colour(flags, uncounted, capsys):
     inspect_recipe.main([sft_llava.__file__, "--no-color", *flags(use_cpu=False)])
     plain = capsys.readouterr().out
     assert "<image> x 16" in plain and "«" in plain and "\x1b[" not in plain
-    for section in ("Data", "as the model sees it", "Parameters of", "Memory of the GPU", "Largest batch that fits", "Plan", "24 GB", "no evaluation will happen"):
+    for section in ("Data", "as the model sees it", "Parameters of", "Memory of the GPU", "Largest batch that fits", "Plan", "24 GB", "no evaluation before the end"):
         assert section in plain
     found = {"data": [], "examples": [{"row": 0, "tokens": 3, "trained_share": 0.5, "sequences": [[{"kind": "text", "text": "[red]q"}, {"kind": "trained", "text": "yes"}]]}],
              "parts": {}, "memory": None, "plan": None, "odd": []}

@@ -55,9 +55,15 @@ def underscored(flags):
     return [name.replace("-", "_").replace("__", "--", 1) + equals + value for name, equals, value in parts]
 
 
+def home(run):
+    """The folder whose settings.yaml says how a run was trained: its own, or, of a checkpoint, the one that it stands in."""
+    folder = Path(run).absolute()
+    return folder.parent if folder.name.startswith("checkpoint-") and not (folder / "settings.yaml").exists() else folder
+
+
 def recipe_of(run):
     """The file's name in the first line of a run's settings.yaml; None where that says none."""
-    config = Path(run, "settings.yaml")
+    config = home(run) / "settings.yaml"
     said = config.read_text(encoding="utf-8", errors="replace").split("\n")[0].removeprefix("#").strip() if config.is_file() else ""
     return said if said.endswith(".py") else None
 
@@ -138,7 +144,7 @@ def load(recipe, run, rest, base_only=False):
     """RUN, the recipe's flags -> (whether RUN is an adapter, the processor that was saved with it, the recipe's settings and training).
     settings.model_name_or_path is what to load: what is beneath an adapter; of a whole model itself, or with base_only what it was trained from (None:
     its parts, joined once more). Raises SystemExit where RUN is not all there, or its adapter is one for another base model than settings.yaml says."""
-    folder, config, given, said = Path(run), Path(run, "settings.yaml"), {flag.split("=")[0] for flag in rest}, None
+    folder, config, given, said = Path(run), home(run) / "settings.yaml", {flag.split("=")[0] for flag in rest}, None
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else None  # None: a name on the hub
     adapter = there is not None and "adapter_config.json" in there
     if there is not None and not adapter and "config.json" not in there:
@@ -172,7 +178,7 @@ def load(recipe, run, rest, base_only=False):
     elif not adapter and base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
         settings.lora_r = 0
     elif base is None:  # an adapter on joined parts: the run holds them, wherever it is by now
-        base, settings.pretrain_mm_mlp_adapter = str(folder / "base"), None
+        base, settings.pretrain_mm_mlp_adapter = str(home(run) / "base"), None
     elif said and os.path.normpath(said) != os.path.normpath(base):
         if "--model_name_or_path" not in given:
             fail(f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path")
@@ -295,7 +301,7 @@ def lines(asked):
 
 
 def record(output):
-    """Where it stands how a file of answers was begun, until it is finished."""
+    """Where it stands how a file of answers was begun."""
     return output.with_name(f"{output.name}.flags")
 
 
@@ -378,13 +384,12 @@ def main(argv=None):
     asked, stay, count, over, begun = lines(asked), 0, 0, 0, False
     if args.resume:
         stay, count, over, asked = unanswered(args.output, asked, args.batch_size)
-        if asked is None:
-            os.truncate(args.output, stay)
-            record(args.output).unlink(missing_ok=True)
-            print(f"{count} answers in {args.output}; nothing is left to ask")
-            return
         if begun := args.output.exists() and args.output.stat().st_size > 0:
             check_how(args, rest)
+        if asked is None:
+            os.truncate(args.output, stay)
+            print(f"{count} answers in {args.output}; nothing is left to ask")
+            return
 
     try:
         model = recipe.load_model(settings, training)
@@ -415,7 +420,6 @@ def main(argv=None):
         fail(f"--output {args.output} cannot be written, after {count} answers: {e.strerror or e}; mend that, and go on with --resume")
     bar.close()
     if args.output:
-        record(args.output).unlink(missing_ok=True)
         print(f"{count} answers in {args.output}")
 
 

@@ -653,7 +653,10 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
     every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"]
     every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
-    evaluations = math.floor(steps / every) + bool(training.eval_on_start) if every else 0
+    marks = {*range(int(every), steps + 1, int(every)), steps} if every else ()  # the trainer evaluates at the end, too
+    if every and training.eval_strategy == "epoch":  # after each, the last one whole or not; --eval_delay then counts in epochs
+        marks = [min(n, steps / a_pass) for n in range(1, math.ceil(steps / a_pass) + 1)]
+    evaluations = sum(mark >= training.eval_delay for mark in marks) + bool(every and training.eval_on_start)
     scored = len(held_out) if held_out is not None else 0
     if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
         scored = min(of_them or round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
@@ -663,7 +666,7 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     # In forward passes of a row: training takes three, four with checkpointing, and a generated token of a batch a fifth of one.
     train_cost = steps * batch * (4 if training.activation_checkpointing else 3)
     eval_cost = evaluations * (scored + math.ceil(answered / training.per_device_eval_batch_size) * tokens / 5)
-    warmup = training.warmup_steps * steps if training.warmup_steps < 1 else training.warmup_steps
+    warmup = training.get_warmup_steps(steps)
     try:
         rates = learning_rates(trainer)
     except Exception:  # an optimizer that wants a GPU even to be made
@@ -678,7 +681,9 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     elif held_out is None:
         odd.append("there is no evaluation split, and none is held out: nothing will tell when to stop")
     elif evaluations == 0:
-        odd.append(f"no evaluation will happen: one comes every {every:g} steps, and there are {steps}")
+        odd.append(f"no evaluation will happen: --eval_delay is {training.eval_delay:g}, and there are {steps} steps, {steps / a_pass:.3g} epochs")
+    elif training.eval_strategy == "steps" and steps < every:
+        odd.append(f"no evaluation before the end: one comes every {every:g} steps, and there are {steps}")
     if eval_cost > train_cost:
         odd.append(f"evaluation takes longer than training: {evaluations} evaluations of {scored} rows, {answered} of them answered with up to {tokens} tokens")
     if training.save_strategy.value == "steps" and 1 <= steps < training.save_steps:
@@ -702,7 +707,7 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     if not any(part["trainable"] for part in parts.values()):
         odd.append("nothing is trained")
     return {"rows": rows, "evaluation_rows": scored, "effective_batch": batch, "steps": steps, "epochs": steps / a_pass, "evaluations": evaluations,
-            "warmup_steps": round(warmup), "learning_rates": rates, "gpus": gpus, "would_stop": would_stop}, odd
+            "warmup_steps": warmup, "learning_rates": rates, "gpus": gpus, "would_stop": would_stop, "sampled": share < 1}, odd
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -721,7 +726,8 @@ def inspect(recipe, args, rest):
         return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
     processor = recipe.load_processor(settings)
     collator = recipe.Collator(processor, settings, training)
-    chosen = sorted((train[n * len(train) // max(1, args.examples)] for n in range(min(args.examples, len(train)))), key=lambda row: row["row"])
+    few = min(args.examples, len(train))
+    chosen = sorted((train[n * len(train) // few] for n in range(few)), key=lambda row: row["row"])
     report["examples"] = [{"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen]
     for shown in report["examples"]:
         pieces = [piece for pieces in shown["sequences"] for piece in pieces]
@@ -842,7 +848,7 @@ def show(report, console, colour):
 
     if plan := report["plan"]:
         head("Plan")
-        say(f"{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
+        say(f"{'about ' * plan['sampled']}{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
             f"{' on ' + str(plan['gpus']) + ' GPUs' if plan['gpus'] > 1 else ''}, {plan['epochs']:.2f} epochs; {plan['evaluations']} evaluations; {plan['warmup_steps']} steps of warm-up")
         say("learning rate: " + (", ".join(f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()) or "not known"))
     head("Odd" if report["odd"] else "Nothing odd")

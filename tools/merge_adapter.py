@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe, put_on, start, underscored  # noqa: E402
+from tools.generate import fail, home, load, load_recipe, put_on, start, underscored  # noqa: E402
 
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -142,8 +142,8 @@ def save(model, processor, args, settings, folder):
         for file in folder.glob("*.json"):
             if "--" in (text := file.read_text(encoding="utf-8")) and "auto_map" in text and file.name != "tokenizer.json":
                 file.write_text(re.sub(r'"[\w.-]+/[\w.-]+?--(\w+\.\w+)"', r'"\1"', text), encoding="utf-8")
-    if (args.run / "settings.yaml").exists():  # which recipe, and how it asks
-        shutil.copy(args.run / "settings.yaml", folder)
+    if (said := home(args.run) / "settings.yaml").exists():  # which recipe, and how it asks
+        shutil.copy(said, folder)
 
 
 def main(argv=None):
