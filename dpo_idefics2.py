@@ -30,6 +30,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -864,7 +865,8 @@ def main(argv=None):
     if training.load_best_model_at_end and trainer.state.best_metric is not None:
         say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
-    trainer.accelerator.end_training()  # without it a process may abort at its exit, and the launcher call the run failed
+    time.sleep(0.5 * (training.world_size > 1))  # Gloo (CPUs) lets go of that barrier in a thread, which aborts where Python shuts down: PyTorch's issue 190489
+    trainer.accelerator.end_training()
     say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
 
 

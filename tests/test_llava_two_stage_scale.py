@@ -117,8 +117,9 @@ def aborted(done):
 
 
 def finished(done, out):
-    """Whether a run came to its end. On a CPU a process with ZeRO-3 now and then aborts after that, while Python shuts down and DeepSpeed's
-    communication is taken apart; the launcher then takes the others down, too, and exits with 1."""
+    """Whether a run came to its end. On a CPU a process with ZeRO-3 now and then aborted after that: while Python shut down, a thread of Gloo let go of
+    the last barrier (PyTorch's issue 190489); DeepSpeed holds the group, so that no end of it waits for that thread. The launcher then takes the others
+    down, too, and exits with 1."""
     return (done.returncode == 0 or aborted(done)) and (out / "trainer_state.json").exists()  # it is written last
 
 
