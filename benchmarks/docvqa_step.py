@@ -22,7 +22,6 @@ printed. Times cannot be had that way."""
 
 import contextlib
 import copy
-import json
 import os
 import random
 import statistics
@@ -42,7 +41,7 @@ from measure import (  # noqa: E402
     SMALL,
     TOLERANCE,
     apart,
-    check_json,
+    check_flags,
     counter,
     flag_parser,
     flops,
@@ -53,6 +52,7 @@ from measure import (  # noqa: E402
     start,
     step,
     without_storage,
+    write,
 )
 from peft import get_peft_model  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
@@ -316,27 +316,20 @@ def main(argv=None):
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--real_size", action="store_true", help="idefics2-8b's widths and depths; needs a CUDA GPU.")
     size.add_argument("--tiny", action="store_true", help="A model and pages of no meaning, for the tests.")
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch_size) < 1:
-        parser.error("--steps and --batch_size: at least 1")
-    if not 0 <= args.seed < 2**32:
-        parser.error("--seed: from 0 to below 2**32")
-    check_json(parser, args.json)
+    device = check_flags(parser, args)
     if args.real_size and not torch.cuda.is_available():
         parser.error("--real_size needs a CUDA GPU; without one, idefics2-8b's FLOPs are counted, not its time")
     torch.set_num_threads(1)
 
     report = lambda text: print(text, flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread, float32, process time"
     report(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; {args.batch_size} rows a step" + f"\n{SMALL}" * args.tiny)
     with tempfile.TemporaryDirectory() as folder:
         found = [
             measure(args, on, folder, report) for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")
         ]
-    if args.json:
-        given = {**vars(args), "json": str(args.json)}
-        everything = {"arguments": given, "device": device, "torch": torch.__version__, "settings": found}
-        args.json.write_text(json.dumps(everything, indent=1))
+    write(args, device, found)
     if not all(setting["equal"] for setting in found):
         report("\nerror: the recipe's loss or gradients are not the stock Trainer's")
         return 1

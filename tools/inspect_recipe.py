@@ -653,9 +653,11 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
     every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"]
     every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
-    marks = {*range(int(every), steps + 1, int(every)), steps} if every else ()  # the trainer evaluates at the end, too
-    if every and training.eval_strategy == "epoch":  # after each, the last one whole or not; --eval_delay then counts in epochs
+    marks = ()  # when it is evaluated, in what --eval_delay counts in
+    if every and training.eval_strategy == "epoch":  # after each, the last one whole or not
         marks = [min(n, steps / a_pass) for n in range(1, math.ceil(steps / a_pass) + 1)]
+    elif every:  # and at the end
+        marks = {*range(int(every), steps + 1, int(every)), steps}
     evaluations = sum(mark >= training.eval_delay for mark in marks) + bool(every and training.eval_on_start)
     scored = len(held_out) if held_out is not None else 0
     if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
