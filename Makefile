@@ -1,6 +1,7 @@
 # make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
 #                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora, llava_two_stage
-# make test                                ruff and every test
+# make test                                ruff, the copies of the workbench, and every test
+# make sync                                copy workbench/workbench.py into the recipes
 RECIPE ?= sft_llava
 SEED ?= 0
 PYTHON ?= python3
@@ -22,7 +23,11 @@ TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --g
   --per_device_eval_batch_size 50 --eval_steps 100 --save_steps 100 --activation_checkpointing false --sample_tokens 16 \
   --dataloader_num_workers 1
 
-.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test clean
+# The rules of the recipes and of what they share.
+RECIPES := sft_llava.py
+READABLE := --line-length 119 --extend-select E501,C4,SIM,N,RET,PLR0915,C901 --ignore SIM905,N818 --config 'lint.mccabe.max-complexity=12'
+
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test sync clean
 
 demo: demo-$(RECIPE)
 
@@ -112,7 +117,14 @@ demo-llava_two_stage: .venv/done
 
 test: .venv/done
 	.venv/bin/ruff check .
+	.venv/bin/ruff check $(READABLE) $(RECIPES) workbench
+	.venv/bin/ruff format --check --line-length 119 $(RECIPES) workbench
+	$(PY) workbench/sync.py --check
 	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one
+
+# After a change to workbench/workbench.py: copy what each recipe uses of it under the line in that recipe.
+sync: .venv/done
+	$(PY) workbench/sync.py
 
 clean:
 	rm -rf build

@@ -218,6 +218,8 @@ def samplers(module, lengths, step, batch):
     random_order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(SEED)).tolist()
     if step == batch:
         alike = random_order  # the recipes leave it at that
+    elif hasattr(module, "LongestFirst"):
+        alike = list(module.LongestFirst(lengths, step, SEED, lambda: 0))
     elif hasattr(module, "AlikeInAStep"):
         alike = list(module.AlikeInAStep(lengths, step, SEED, epoch=lambda: 0))
     else:

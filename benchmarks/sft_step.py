@@ -381,6 +381,10 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
         alone = trainer, split(trainer.data_collator, own), trained
     for trainer in (*both.values(), *([alone[0]] if alone else [])):
         trainer.train()  # a step: checkpointing and autocast are set up as for a user, kernels are warm
+    for callback in both["recipe"].callback_handler.callbacks:
+        if isinstance(callback, sft_llava.ProductLast):  # which ended with the training
+            for layer in callback.layers:
+                sft_llava.product_last(layer)
     for stock, mine in zip(*(trainer.model.parameters() for trainer in both.values())):
         if mine.requires_grad:
             mine.data.copy_(stock.data)  # MiniCPM-V's recipe knows no learning rate of 0, and an AdamW of its own

@@ -207,12 +207,13 @@ def test_a_whole_model_stands_beside_its_base(tiny_parts, tmp_path, kind):
     assert not (tmp_path / "adapter").exists()  # nothing is written beside the page's own files
 
 
-def test_examples_of_several_runs_on_many_rows(runs, images, tmp_path):
+def test_examples_of_several_runs_on_many_rows(runs, tmp_path):
     """Rows are read by several processes then."""
-    images(1)
-    rows = [said("<image>\nWhich?", f"number {n}", image="red.png") for n in range(1100)]
+    for n in range(20):
+        Image.new("RGB", (56, 56), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    rows = [said("<image>\nWhich?", f"number {n}", image=f"{n % 20}.png") for n in range(1100)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data = ["--dataset_name", str(tmp_path / "rows.json"), "--image_folder", str(tmp_path), "--eval_fraction", "0.01"]
+    data = ["--dataset_name", str(tmp_path / "rows.json"), "--image_folder", str(tmp_path), "--eval_fraction", "0.1"]
     args, rest = compare.parse([str(runs / "lora"), str(runs / "projector"), "--port", str(free_port()), *data])
     assert [len(run.examples) for run in compare.load_runs(args, rest)] == [6, 6]
 

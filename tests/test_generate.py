@@ -447,7 +447,7 @@ def test_a_recipe_is_loaded_once(run, tmp_path):
         (["RUN", "--question", "x", "--append", "<image>"], "<image> in --append"),
         (["RUN", "--append", "now </s>"], "</s> in --append"),
         (["RUN", "--append", " "], "--append is blank"),
-        (["RUN", "--dataset_name", "AMBER"], "row 0: missing column: needed are messages + images"),
+        (["RUN", "--dataset_name", "AMBER"], "row 0: missing column: a row needs messages or conversations"),
         (["RUN", "--dataset_name", "AMBER", "--question_column", "query"], "--question_column"),
         (["RUN", "--question", "x", "--batch_size", "0"], "--batch_size"),
         (["RUN", "--question", "x", "--output", "nowhere/x.jsonl"], "no such folder"),
@@ -486,7 +486,7 @@ def cut(path, size=200):
         (lambda run: cut(run / "adapter_config.json", 40), [], "its adapter_config.json is damaged (JSONDecodeError"),
         (lambda run: (run / "adapter_config.json").write_text("[]"), [], "its adapter_config.json is damaged (TypeError"),
         (lambda run: (run / "processor_config.json").unlink(), [], "holds no processor (processor_config.json)"),
-        (lambda run: (run / "settings.yaml").write_bytes(b"\xff\xfe# sft"), [], "settings.yaml must hold lines of 'name: value'"),
+        (lambda run: (run / "settings.yaml").write_bytes(b"\xff\xfe# sft"), [], "settings.yaml cannot be read: "),
         (lambda run: (run / "adapter_config.json").unlink(), [], "holds no adapter (adapter_config.json) and no model (config.json); needed is"),
         (lambda run: (run / "adapter_config.json").rename(run / "checkpoint-6"), [], "but checkpoints: the same training command finishes it"),
         (None, ["--model_name_or_path", "NEXT"], "does not fit NEXT: that is a llava_next, and the run has a LlavaProcessor"),
@@ -513,7 +513,7 @@ def test_an_adapter_of_other_layers_is_not_half_put_on(run, tmp_path):
 
 def test_which_recipe_is_said_where_nothing_says_it(tiny_minicpm, tmp_path, capsys):
     """MiniCPM's processor wants torchvision where it is not loaded by its own recipe: it would be the wrong advice."""
-    with pytest.raises(SystemExit, match="needed is LLaVA-1.5 or LLaVA-NeXT; "):
+    with pytest.raises(SystemExit, match="this needs a LLaVA-1.5 or LLaVA-NeXT processor"):
         generate.main([str(tiny_minicpm / "model"), "--question", "Is three odd?", "--use_cpu"])
     assert "taken for sft_llava.py's, or else give --recipe" in capsys.readouterr().err
 

@@ -335,6 +335,54 @@ def test_what_is_evaluated_on_can_be_said(settings, expected, saved, parse):
     assert (held_out and sorted(answers_of(held_out))) == (expected and sorted(expected))
 
 
+def keys(row):
+    image = row.get("image") or []
+    return {image} if isinstance(image, str) else set(image)
+
+
+CHAIN = [["a"], ["a", "b"], ["c", "b"], ["c"]]  # the first and the last share no picture, and are connected all the same
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_connected_by_pictures_stay_on_one_side(seed, parse, write, tmp_path):
+    names = {name for some in CHAIN for name in some} | {"lone"}
+    for n, name in enumerate(sorted(names)):
+        Image.new("RGB", (56, 56), (n, 0, 0)).save(tmp_path / f"{name}.png")
+    rows = [said("<image>" * len(some) + "q", "a", image=[f"{name}.png" for name in some]) for some in [*CHAIN, ["lone"], ["lone"]]]
+    rows += [said("q", str(n)) for n in range(6)]
+    train, held_out = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0.3, seed=seed))
+    numbers = set(train["row"]), set(held_out["row"])
+    assert not numbers[0] & numbers[1] and numbers[0] | numbers[1] == set(range(12)) and all(numbers)
+    for together in ({0, 1, 2, 3}, {4, 5}):
+        assert together <= numbers[0] or together <= numbers[1]
+    pictures = [{key for row in side for key in keys(row)} for side in (train, held_out)]
+    assert not pictures[0] & pictures[1]
+    assert len(pictures[1]) + sum(n > 5 for n in numbers[1]) == 3  # of ten images, a row without one counted as one
+
+
+def test_all_rows_connected_cannot_be_divided(parse, write, images, capsys):
+    red, lime = images(2)
+    rows = [said("<image>q", "a", image=red), said("<image><image>q", "b", image=[red, lime]), said("<image>q", "c", image=lime)]
+    with pytest.raises(SystemExit, match="^error: 3 rows cannot be divided .*--eval_fraction 0"):
+        sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0.5))
+
+
+@pytest.mark.parametrize("keys, groups", [
+    ([], []), ([["a"], ["b"], ["a"]], [[0, 2], [1]]), (CHAIN, [[0, 1, 2, 3]]),
+    ([["d"], ["a"], ["b"], ["a", "b"], ["c", "d"]], [[0, 4], [1, 2, 3]]), ([["a"], ["b"], ["c"], ["c", "a"], ["b", "a"]], [[0, 1, 2, 3, 4]])])  # fmt: skip
+def test_groups_of_connected_rows(keys, groups):
+    found = sft_llava.connected_groups(keys)
+    assert [[n for n, group in enumerate(found) if group == one] for one in dict.fromkeys(found)] == groups
+
+
+def test_a_group_larger_than_what_is_wanted_is_trained_on(parse, write, images):
+    red, lime = images(2)
+    rows = [said("<image><image>q", str(n), image=[red, lime]) for n in range(10)] + [said("q", str(n)) for n in range(8)]
+    for seed in range(5):
+        train, held_out = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0.1, seed=seed))
+        assert len(held_out) == 1 and held_out["row"][0] >= 10 and len(train) == 17
+
+
 def test_rows_trained_on_are_not_held_out_by_default(saved, parse):
     train, held_out = sft_llava.load_data(*parse(dataset_name=saved["saved dict"], dataset_train_split="test"))
     assert held_out is None or not set(answers_of(train)) & set(answers_of(held_out))

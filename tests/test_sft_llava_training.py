@@ -398,6 +398,40 @@ def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, time
         assert grad.abs().max() > 0 and torch.equal(grad, found["ours"][part]), part
 
 
+@pytest.mark.parametrize("settings", [FLOAT, FLOAT | PROJECTOR, FLOAT | {"activation_checkpointing": False}, FLOAT | DORA], ids=str)
+def test_the_trained_model_can_be_merged_in_the_same_process(mixed, tmp_path, settings):
+    """PEFT's layers have their own forward back, and merged they say what the adapter says."""
+    trainer = run(command(mixed, tmp_path, **settings)).trainer
+    layers = [layer for name, layer in trainer.model.named_modules() if name.endswith(".down_proj") and hasattr(layer, "lora_A")]
+    assert len(layers) == 2 and not any("forward" in vars(module) for layer in layers for module in (layer, layer.base_layer))
+    batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
+    adapted = logits(trainer.model, batch)
+    with trainer.model.disable_adapter():
+        assert (logits(trainer.model, batch) - adapted).abs().max() > 0.01
+    torch.testing.assert_close(logits(trainer.model.merge_and_unload(), batch), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_even_before_the_end_a_merge_is_right(mixed, tmp_path):
+    """Where training was interrupted, another forward is still in place."""
+    trainer = run(command(mixed, tmp_path, **FLOAT), train=False).trainer
+    for name, p in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    assert any("forward" in vars(layer) for name, layer in trainer.model.named_modules() if name.endswith(".down_proj"))
+    batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
+    trainer.compute_loss(trainer.model.train(), dict(batch)).backward()  # checkpointing leaves a forward half-way
+    adapted = logits(trainer.model, batch)
+    torch.testing.assert_close(logits(trainer.model.merge_and_unload(), batch), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_in_the_vision_tower_are_refused(mixed, tmp_path, monkeypatch):
+    """It runs without a graph: they would never get a gradient, and would be counted as trained."""
+    everywhere = lambda settings: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    monkeypatch.setattr(sft_llava, "lora_config", everywhere)
+    message = refusal(sft_llava.main, command(mixed, tmp_path, **FLOAT))
+    assert re.search("vision tower runs without a graph: no gradient for .*q_proj.lora_A.*lora_config.*Trainer", message), message
+
+
 def test_an_evaluation_leaves_the_gradients_alone(mixed, tmp_path, trained):
     """On a CPU with AVX512-BF16 the first forward in eval mode would put 4-bit weights into a kernel without autograd."""
     trainer = run(command(mixed, tmp_path, lora_dropout=0), train=False).trainer
@@ -607,7 +641,7 @@ def test_killed_and_started_again(whole, killed, mixed):
     (half / "trainer_state.json").unlink()
     (half / "optimizer.pt").write_bytes(b"")
     resumed = run(command(mixed, killed, **LONG))
-    assert f"going on from {killed / 'checkpoint-8'}\n" in resumed.text
+    assert f"resuming from {killed / 'checkpoint-8'}\n" in resumed.text
     assert len(resumed.weights) == 1 + 4
     same_end(whole(), resumed, 8)
     assert (killed / "samples.md").read_text() == (whole().out / "samples.md").read_text()
@@ -639,7 +673,7 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(whole, mixed, tmp_path, 
         patch.setattr(sft_llava.Trainer, "training_step", interrupt)
         sft_llava.main(command(mixed, out, **longer))
     again = run(command(mixed, out, **{**longer, "resume_from_checkpoint": "auto"}))
-    assert f"going on from {out / 'checkpoint-12'}" in again.text and max(log(out)) == 20
+    assert f"resuming from {out / 'checkpoint-12'}" in again.text and max(log(out)) == 20
 
 
 @pytest.mark.slow
@@ -655,7 +689,7 @@ def test_interrupted_by_the_keyboard(mixed, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_path_names_the_checkpoint(whole, killed, mixed, tmp_path):
     resumed = run(command(mixed, tmp_path / "other", **LONG, resume_from_checkpoint=killed / "checkpoint-4"))
-    assert f"going on from {killed / 'checkpoint-4'}\n" in resumed.text
+    assert f"resuming from {killed / 'checkpoint-4'}\n" in resumed.text
     same_end(whole(), resumed, 4)
 
 

@@ -145,8 +145,10 @@ def look_at(rows, collator, recipe):
             try:
                 ids, trained, real = shape_of(collator([row]))
                 found.append({"problem": None, "length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum()), "images": list(sizes)})
+                if hasattr(recipe, "row_images"):  # a recipe with a workbench holds out by these
+                    found[-1]["image_keys"] = [recipe.image_key(image) for image in recipe.row_images(row)]
             except recipe.BadRow as e:
-                problem = str(e).split(": ", 1)[1]
+                problem = f"{e.reason}: {e.detail}" if hasattr(e, "reason") else str(e).split(": ", 1)[1]
                 length = re.match(r"too long: (\d+) tokens", problem)
                 found.append({"problem": problem, "length": int(length[1]) if length else 0, "trained": 0, "tokens": 0, "images": list(sizes)})
     return found
@@ -198,7 +200,10 @@ class Data:
         good = [n for n, one in enumerate(found) if one["problem"] is None]
         if not good:
             raise Seen
-        return datasets.concatenate_datasets([data, datasets.Dataset.from_dict({"length": [one["length"] for one in found]})], axis=1).select(good)
+        columns = {"length": [one["length"] for one in found], "image_keys": [one.get("image_keys", []) for one in found]}
+        if not hasattr(self.recipe, "row_images"):
+            del columns["image_keys"]
+        return datasets.concatenate_datasets([data, datasets.Dataset.from_dict(columns)], axis=1).select(good)
 
 
 def max_length(settings, training):
@@ -291,7 +296,7 @@ def build(recipe, settings, training, train, held_out):
         raise Seen(trainer)
 
     stand_ins = {
-        "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training: None,
+        "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training, *args: None,
         "load_data": lambda *args: (train, held_out),
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
         "save": lambda model, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
