@@ -3,22 +3,27 @@
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0",
 #   "pillow==13.0.0", "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
+#   "networkx==3.6.1",
 # ]
 # ///
-"""Preference optimization (DPO) of Idefics2-8b against hallucination: 4-bit NF4 + LoRA on all linear layers, TRL's DPOTrainer,
-one 24 GB GPU or several, with prompt and image computed once for each pair.
+"""Align Idefics2-8b by DPO, on pairs of a better and a worse answer: 4-bit NF4 + LoRA, DPOTrainer, one 24 GB GPU.
 
-    accelerate launch dpo_idefics2.py                                     # idefics2-8b on RLAIF-V-Dataset
-    python dpo_idefics2.py --dataset_name pairs.jsonl --image_folder pictures   # your own: image, question, chosen, rejected
-    python dpo_idefics2.py --loss_type sigmoid sft                        # add the likelihood of the chosen answer: saner text
-    python dpo_idefics2.py --adapters language                            # vision tower frozen: faster still
+    python dpo_idefics2.py                                                # idefics2-8b on RLAIF-V-Dataset
+    python dpo_idefics2.py --dataset_name pairs.jsonl --image_folder pictures   # your own pairs
+    python dpo_idefics2.py --loss_type sigmoid sft                        # also keeps the chosen answer likely
     python dpo_idefics2.py --model_name_or_path llava-hf/llava-1.5-7b-hf  # LLaVA-1.5, or google/paligemma-3b-mix-224
-    python dpo_idefics2.py --config idefics2-dpo/settings.yaml            # the same again; after a crash it resumes
+    accelerate launch --num_processes 4 dpo_idefics2.py                   # several GPUs, DDP
+    python dpo_idefics2.py --config idefics2-dpo/settings.yaml            # resume that run after a crash
 
-Stock DPO sends each image through the vision tower and each prompt through the language model twice for the policy and twice
-for the reference. Here a pair is one sequence, prompt | chosen | rejected, in which the answers do not see each other: the
-same losses and gradients, from 1.5 to 3.7 times less work. Every setting is a flag; every metric: docs/dpo_idefics2.md."""
+Loss: DPO (arXiv:2305.18290), -log sigmoid(beta x margin), averaged over the pairs, with
+    margin = [log p(chosen) - log p(rejected)] of the policy - the same difference of the reference.
+    log p is summed over the answer's tokens. The reference is the same model with its adapter off.
+Tokens in the loss: both answers, each with the token that ends it. The question and its image are only read.
+Trained weights: LoRA on all linear layers except lm_head; with --adapters language on the language model only.
+Result: the last weights; with --load_best_model_at_end true the lowest eval_loss. Read samples.md: both can babble.
+Every setting is a flag: python dpo_idefics2.py --help. The format of a row is shown in load_data."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -32,842 +37,1554 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections import Counter, namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Literal, get_args, get_type_hints
 
 import datasets
 import torch
+import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
+from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerState, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, TrlParser
-from trl.trainer.utils import flush_left
 
 
 @dataclass
 class Settings:
-    """What is trained on what: model, data, adapter, quantization."""
+    """Model, adapter, data, samples. Each line is a flag: --lora_r 32."""
 
-    model_name_or_path: str = field(default="HuggingFaceM4/idefics2-8b", metadata={"help": "Idefics2, LLaVA-1.5, PaliGemma (or another, on TRL's stock path): hub id or folder."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated."})
-    shared_prompt: bool = field(default=True, metadata={"help": "Compute prompt and image once for each pair. false: TRL's stock path, the same losses, slower."})
-    dataset_name: str = field(default="openbmb/RLAIF-V-Dataset", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set that has several."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: 'test' where there is one, else eval_fraction."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluate on another data set, in any of the same forms."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the .json file."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the image. Default: image, else images."})
-    question_column: str | None = field(default=None, metadata={"help": "Column of the question, text or one message. Default: question, else prompt."})
-    chosen_column: str = field(default="chosen", metadata={"help": "Column of the better answer, text or one message."})
-    rejected_column: str = field(default="rejected", metadata={"help": "Column of the worse answer, text or one message."})
-    eval_fraction: float = field(default=0.01, metadata={"help": "Share of the images held out, by seed, where there is no split to evaluate on. 0: none."})
-    max_eval_rows: int = field(default=200, metadata={"help": "Score at most so many pairs at each evaluation, the same ones each time."})
-    on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
-    on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
-    longest_edge: int = field(default=490, metadata={"help": "Idefics2: images are shrunk to this many pixels, as in the post half of its own 980. Larger: sharper, slower."})
-    load_in_4bit: bool = field(default=True, metadata={"help": "Language model and connector in 4-bit NF4. false: 16 bits as in the post, about 11 GB more."})
-    adapters: str = field(default="all", metadata={"help": "LoRA on all linear layers, or on the language model's only.", "choices": ["all", "language"]})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by alpha / r."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: weight-decomposed LoRA; slower, at low ranks sometimes better."})
-    sample_rows: int = field(default=8, metadata={"help": "Answer so many held-out prompts at each evaluation, into samples.md. 0: none."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer there, in tokens."})
+    # model
+    model_name_or_path: str = HfArg(default="HuggingFaceM4/idefics2-8b", help="Idefics2, LLaVA, PaliGemma: hub id.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the model, to repeat a run.")
+    load_in_4bit: bool = HfArg(default=True, help="Language model, connector in NF4. false: 16 bits, 11 GB more.")
+    longest_edge: int = HfArg(default=490, help="Idefics2: longest side of an image, in pixels. 980: sharper, slower.")
+    shared_prompt: bool = HfArg(default=True, help="Faster, same losses: compute prompt and image once for each pair.")
+    # adapter
+    adapters: Literal["all", "language"] = HfArg(default="all", help="Adapt all layers, or the language model's.")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Overrides adapters: q_proj v_proj, or a regex.")
+    lora_r: int = HfArg(default=16, help="Rank of the adapter.")
+    lora_alpha: int = HfArg(default=32, help="The adapter is scaled by alpha / r.")
+    use_dora: bool = HfArg(default=False, help="DoRA: weight-decomposed LoRA; slower, at low ranks sometimes better.")
+    # data
+    dataset_name: str = HfArg(default="openbmb/RLAIF-V-Dataset", help="Hub id, folder, saved data set or file.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if any.")
+    eval_dataset_name: str | None = HfArg(default=None, help="Evaluate on this; default split: dataset_train_split.")
+    image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
+    image_column: str | None = HfArg(default=None, help="Column of the image. Default: image, else images.")
+    question_column: str | None = HfArg(default=None, help="Column of the question. Default: question, else prompt.")
+    chosen_column: str = HfArg(default="chosen", help="Column of the better answer.")
+    rejected_column: str = HfArg(default="rejected", help="Column of the worse answer.")
+    eval_fraction: float = HfArg(default=0.01, help="Share of the images held out, if there is no such split.")
+    max_eval_rows: int = HfArg(default=200, help="Most pairs scored per evaluation, always the same ones.")
+    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="Rows that cannot be trained on: stop, or skip.")
+    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows above max_length: drop them, or stop.")
+    # samples.md
+    sample_rows: int = HfArg(default=8, help="Number of held-out prompts to answer at each evaluation. 0: none.")
+    max_new_tokens: int = HfArg(default=128, help="Longest answer in samples.md, in tokens.")
 
 
 @dataclass
 class Training(DPOConfig):
-    """TRL's DPOConfig with this recipe's defaults; docs/dpo_idefics2.md says why where they differ from the 2024 post."""
+    """TRL's DPOConfig with this recipe's defaults. All its other settings are flags, too."""
 
-    output_dir: str = field(default="idefics2-dpo", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: refuse a used output_dir. Or a checkpoint."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs. Raise it first where memory is left."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs scored, and prompts answered, at once."})
-    gradient_accumulation_steps: int = field(default=32, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "The post's; TRL's own default is 50 times less by now, too little for LoRA."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 a share of the run."})
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt and answer in tokens, image tokens included. Never cut."})
-    beta: float = field(default=0.1, metadata={"help": "How much it costs to depart from the reference; higher: stay closer."})
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"], metadata={"help": "One of TRL's losses, or several: sigmoid sft."})
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "Weight of each loss. Default: 1."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
-    eval_steps: float = field(default=50, metadata={"help": "Steps between evaluations."})
-    save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints: what a crash can cost."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and, where asked for, the best."})
-    load_best_model_at_end: bool = field(default=False, metadata={"help": "Save the checkpoint with the lowest eval_loss. Read samples.md before you trust it."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true hides NaN losses in the log."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode images while the GPU works."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "true where another family of models leaves adapters unused."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in the backward pass: far less memory, slower."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
+    output_dir: str = HfArg(default="idefics2-dpo", help="Adapter, processor, settings, samples, logs, checkpoints.")
+    resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data. max_steps, if given, wins.")
+    per_device_train_batch_size: int = HfArg(default=2, help="Pairs. Raise it first if memory is left.")
+    per_device_eval_batch_size: int = HfArg(default=4, help="Pairs scored, and prompts answered, at once.")
+    gradient_accumulation_steps: int = HfArg(default=32, help="Effective batch = this x per-device batch x GPUs.")
+    loss_type: list[str] = HfArg(default_factory=lambda: ["sigmoid"], help="sigmoid is DPO; several: sigmoid sft.")
+    beta: float = HfArg(default=0.1, help="Strength of the pull towards the reference.")
+    learning_rate: float = HfArg(default=5e-5, help="Lower it if rewards rise while answers in samples.md decay.")
+    warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a share of the run.")
+    max_length: int | None = HfArg(default=1024, help="Longest prompt + answer in tokens, image included. Never cut.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=50, help="Steps between evaluations.")
+    save_steps: float = HfArg(default=50, help="Steps between checkpoints: what a crash can cost.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest, and the best if asked for.")
+    load_best_model_at_end: bool = HfArg(default=False, help="Result: lowest eval_loss. false: last weights.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
+    report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
+    dataloader_num_workers: int = HfArg(default=4, help="Processes that decode images while the GPU works.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the columns.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="true if DDP reports unused parameters.")
+    activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: saves memory.")
+    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it, else fp16.")
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = gpu and not self.bf16
-        self.load_best_model_at_end &= self.eval_strategy != "no"  # nothing tells which would be the best
+        pick_precision(self)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
         super().__post_init__()
 
 
-# Inherited, but this recipe would ignore them, they would break a promise, or have a new name (gradient_... is
-# activation_checkpointing); and those that may change when a run is taken up again without making it another run.
-REFUSED = """precompute_ref_log_probs precompute_ref_batch_size sync_ref_model ref_model_mixup_alpha ref_model_sync_steps padding_free
-pad_to_multiple_of truncation_mode dataset_num_proc pad_token model_init_kwargs trust_remote_code router_aux_loss_coef
-use_liger_kernel label_smoothing_factor label_names prediction_loss_only save_only_model remove_unused_columns
-gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval do_predict
-activation_offloading neftune_noise_alpha torch_compile dataloader_drop_last""".split()
-FREE_TO_CHANGE = """output_dir resume_from_checkpoint shared_prompt report_to run_name disable_tqdm log_level dataloader_num_workers
-push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows max_new_tokens logging_steps
-save_total_limit per_device_eval_batch_size""".split()
-# TRL 1.16's: all are functions of the log-probabilities of both answers' tokens under policy and reference.
-LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft
-sigmoid_norm""".split()
-
-
-def fail(message):
-    """End the program with one message, of the first process where there are several, and exit status 1."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
-
-
 def parse(argv=None):
-    """Flags and `--config run.yaml` -> (Settings, Training), on any machine. Raises SystemExit with one line."""
-    parser = TrlParser([Settings, Training], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
-    if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
-        try:
-            for name, value in yaml.safe_load(Path(file).read_text()).items():
-                if value in (None, []):
-                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
-                        raise ValueError(f"{name} must have a value")
-                    parser.set_defaults(**{name: value})
-                else:
-                    value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-                    argv = [f"--{name}", *map(str, value), *argv]
-        except (OSError, AttributeError, ValueError, yaml.YAMLError) as e:
-            fail(f"--config {file} must hold lines of 'name: value': {e}")
-    try:
-        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
-        if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused))
-        settings, training = parser.parse_dict(given)
-    except (OSError, ValueError, TypeError) as e:
-        fail(e)
-    training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
-    return settings, training
+    """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
+    return parse_arguments(TrlParser([Settings, Training], allow_abbrev=False), REFUSED, argv)
 
 
 def check(settings, training):
-    """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    gpus, out, losses, smoothing = training.n_gpu, Path(training.output_dir), set(training.loss_type), training.label_smoothing
-    weights = training.loss_weights or [1]
-    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
-    for wrong, message in (
-        (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 24 GB); for tiny models: --use_cpu"),
-        (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} dpo_idefics2.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or training.seed >= 2**32,
-         "--sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
-        (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0 or not 0 < training.beta < math.inf or not training.discopop_tau > 0,
-         "--learning_rate, --lora_alpha, --beta and --discopop_tau must be above 0, the first below 10"),
-        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
-        (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.longest_edge,
-             1 if training.max_length is None else training.max_length,
-             training.per_device_train_batch_size, training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
-         "--lora_r, batch sizes, accumulation steps, --max_eval_rows, --max_new_tokens, --max_length, --longest_edge: at least 1"),
-        (training.max_steps == 0 or not 0 < training.num_train_epochs < math.inf, "--max_steps and --num_train_epochs must be above 0"),
-        (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
-        (not 0 <= settings.eval_fraction < 1, "--eval_fraction: from 0 to below 1"),
-        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
-         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
-        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
-        (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
-         f"--metric_for_best_model {training.metric_for_best_model}: TRL gives the choice no other metric than loss"),
-        (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
-        (not losses or losses - set(LOSSES), f"--loss_type {' '.join(sorted(losses - set(LOSSES)))}: a loss here is one over the log-probabilities of a chosen and a "
-         f"rejected answer under policy and reference: {', '.join(LOSSES)} (kto, orpo, cpo, simpo and others have trainers of their own in TRL)"),
-        (min(weights) < 0 or not 0 < sum(weights) < math.inf, "--loss_weights: none below 0, and not all 0"),
-        ("exo_pair" in losses and not 0 < smoothing < 1, "--loss_type exo_pair needs --label_smoothing above 0 and below 1 (its paper: 0.001)"),
-        (losses & {"robust", "aot", "aot_unpaired"} and not 0 <= smoothing < 0.5,
-         "--loss_type robust and aot take --label_smoothing from 0 to below 0.5 (the paper of robust: 0.1)"),
-        (smoothing and not losses & {"exo_pair", "robust", "aot", "aot_unpaired"}, "--label_smoothing is for the losses exo_pair, robust and aot"),
-        (training.use_weighting and losses & {"aot", "aot_unpaired"}, "--use_weighting: not with the losses aot, which sort the pairs"),
-        (training.ld_alpha is not None and not 0 <= training.ld_alpha <= 1, "--ld_alpha: from 0 to 1"),
-        (training.f_divergence_type not in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
-         f"--f_divergence_type {training.f_divergence_type}: known are reverse_kl, forward_kl, js_divergence, alpha_divergence"),
-        (training.f_divergence_type != "reverse_kl" and losses & {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"},
-         f"--f_divergence_type {training.f_divergence_type}: the losses nca_pair, bco_pair, sppo_hard, aot and apo are made for reverse_kl only"),
-    ):
-        if wrong:
-            fail(message)
-    try:  # what would fail only after the weights are loaded
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-        if training.push_to_hub:
-            HfApi(token=training.hub_token).whoami()
-    except Exception as e:
-        fail(f"--report_to or --push_to_hub: {e}")
+    """Stop early if this machine or these flags cannot work. Raises SystemExit."""
+    check_training(settings, training, "Idefics2-8b needs 24 GB", metrics=("loss",))
+    require(training.learning_rate > 0, "--learning_rate must be above 0")
+    require(training.beta > 0, "--beta must be above 0")
+    require(settings.lora_r >= 1, "--lora_r must be at least 1: the reference is the model without its adapter")
+    check_losses(training)
 
 
 def load_processor(settings):
-    """The model's processor, set to this run's image size, without image splitting. Raises SystemExit for a model without images."""
+    """The model's processor, set to --longest_edge. Raises SystemExit if it does not fit this recipe."""
     name = settings.model_name_or_path
-    try:
+    needed = "this needs the processor of a model of images and text, such as idefics2-8b"
+    with fail_on_error(f"--model_name_or_path {name}: {needed}"):
         processor = AutoProcessor.from_pretrained(name, revision=settings.model_revision)
-    except (OSError, ValueError, ImportError) as e:  # another kind of model may want packages of its own
-        fail(f"--model_name_or_path {name}: {'needed is Idefics2, LLaVA or PaliGemma; ' * isinstance(e, ImportError)}{e}")
-    images, kind = getattr(processor, "image_processor", None), type(processor).__name__
-    if images is None:
-        fail(f"{name} has a {kind}: needed is a model of images and text, such as idefics2-8b")
-    if not getattr(processor, "chat_template", None) and kind != "PaliGemmaProcessor":  # PaliGemma knows no roles
-        fail(f"{name} has a {kind} without a chat template, which says how a question is put")
-    if hasattr(images, "do_image_splitting"):
-        images.do_image_splitting = False
-    if kind == "Idefics2Processor":
-        least, most = images.size["shortest_edge"], images.size["longest_edge"]
-        if settings.longest_edge < least or settings.longest_edge > most and settings.longest_edge != Settings.longest_edge:
-            fail(f"--longest_edge {settings.longest_edge}: this model's images have from {least} (smaller ones are enlarged) to {most} pixels")
-        images.size = {**dict(images.size), "longest_edge": min(most, settings.longest_edge)}
-    elif settings.longest_edge != Settings.longest_edge:
-        fail(f"--longest_edge is for Idefics2; a {kind} has a size of its own")
-    if processor.tokenizer.pad_token is None:  # any will do: padding is masked by attention, never by its id
+    kind = type(processor).__name__
+    require(hasattr(processor, "image_processor"), f"{name} has a {kind}; {needed}")
+    require(processor.tokenizer.eos_token, f"{name}: tokenizer without an eos_token (no tokenizer_config.json?)")
+    # Edit the prompt here: set processor.chat_template to your own. Nothing else changes: the loss and samples.md
+    # follow the template, and the processor is saved with the adapter, for inference. An answer must begin where the
+    # prompt ends. It ends with <end_of_utterance> or EOS; if the template writes neither, the collator adds EOS.
+    if kind != "PaliGemmaProcessor":  # it has no template: edit its prompt in Collator.render
+        require(processor.chat_template, f"{name} has a {kind} without a chat template, which makes the prompt")
+        with fail_on_error(f"{name} has a {kind} whose chat template cannot put a question about an image"):
+            text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+            processor(text=[text], images=[[Image.new("RGB", (64, 64))]])  # fails if the text has no image token
+    set_image_size(processor, settings.longest_edge)
+    if processor.tokenizer.pad_token is None:  # any token will do: padding is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    if processor.tokenizer.eos_token is None:
-        fail(f"{name} has a tokenizer without an eos_token, which ends an answer; is its tokenizer_config.json there?")
-    try:
-        if getattr(processor, "chat_template", None):
-            text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
-            processor(text=[text], images=[[Image.new("RGB", (64, 64))]])  # fails where the text has no place for the image
-    except Exception as e:  # Jinja's, or the processor's
-        fail(f"{name} has a {kind} whose chat template cannot put a question about an image: {e}")
     return processor
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
-
-
-def text_of(message):
-    """The words of a message, without its image."""
-    return message["content"][-1]["text"]
-
-
-def plain_text(cell, what):
-    """A text, or one message as TRL's preference data have it -> the text, no white space around it. Raises BadRow."""
-    if isinstance(cell, list):
-        if len(cell) != 1 or not isinstance(cell[0], dict):
-            raise BadRow(f"{what} is not one message: it is a list of {len(cell)}; a pair is one question and two answers to it")
-        if (role := cell[0].get("role")) not in (None, "user" if what == "question" else "assistant"):
-            raise BadRow(f"{what} of another role: it is a message of {role!r}; are the columns those of the question and of two answers to it?")
-        cell = cell[0].get("content")
-        whole = isinstance(cell, list) and all(isinstance(part, dict) for part in cell)
-        parts = [part.get("text") for part in cell if part.get("type") == "text"] if whole else [cell]
-        if whole and parts and len(cell) - len(parts) > (what == "question"):
-            raise BadRow(f"images in the {what}: {len(cell) - len(parts)} parts of its message are no text; a pair is about one image, in the question")
-        if len(parts) > 1:
-            raise BadRow(f"{what} of several texts: its message has {len(parts)}; make them one")
-        cell = parts[0] if parts else None
-    if not isinstance(cell, str):
-        raise BadRow(f"{what} is no text: {cell!r}; write it in quotes, as the model shall read or say it")
-    if not cell.strip():
-        raise BadRow(f"empty {what}: {cell!r} holds nothing but white space")
-    return cell.strip()
-
-
-def image_cell(row, folder):
-    """The image of a row as it has it: a path (from its own `folder` or this one), {"bytes"}, a PIL image; None where there is none."""
-    cell = row.get("image")
-    cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
-    cell = {"bytes": cell} if isinstance(cell, bytes) else cell
-    cell = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
-    return os.path.join(row.get("folder") or folder, cell) if isinstance(cell, str) else cell
-
-
-def load_image(cell):
-    """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image, or none to read."""
-    if cell is None or isinstance(cell, list):
-        raise BadRow(f"{len(cell or ())} images: needed is one, a path or the bytes of a file; --image_column names the column")
-    where = str((cell.get("path") or "its bytes") if isinstance(cell, dict) else cell)
-    where = where if len(where) < 500 else f"{where[:100]}... ({len(where)} characters)"  # a picture written as text
-    try:
-        if isinstance(cell, str) and os.path.exists(cell) and not os.path.isfile(cell):
-            raise ValueError("it is no file")  # a pipe would be waited for
-        image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
-        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
-            raise BadRow(f"{frames} images: {where} holds several, and only the first would be seen; give each its own file")
-        image.load()  # verify() passes a truncated JPEG
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > 20 * min(image.size):  # Idefics2 brings each side by itself to at least 378 pixels
-            raise BadRow(f"image too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 it is stretched beyond recognition; crop it")
-        if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            if not 0 < (most := image.getextrema()[1]) < math.inf:
-                raise ValueError(f"its brightest value is {most}")
-            scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
-            image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
-        if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Image.DecompressionBombError as e:
-        raise BadRow(f"image too large: {where} ({e}); shrink it") from e
-    except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
-        raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
-
-
-def once(pairs):
-    """A JSON object -> dict. Raises ValueError where a key stands twice: the last one would win without a word."""
-    if len(named := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice in {str(pairs):.200}; once is right")
-    return named
-
-
-def read_rows(name, split, settings):
-    """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
-    `test`, or None where there is none. Raises SystemExit."""
-    path = Path(name)
-    try:
-        if path.suffix.lower() in (".json", ".jsonl"):
-            text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
-            try:
-                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text, object_pairs_hook=once)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
-            if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
-            if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
-                raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
-            cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
-            data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
-                lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
-                features=datasets.Features(cells), gen_kwargs={"rows": rows, "keys": tuple(cells)})
-        elif path.suffix.lower() == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=name)
-        elif path.is_file():
-            raise ValueError("read are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
-        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            data = datasets.load_from_disk(name)
-        else:
-            data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
-    except (OSError, ValueError, RecursionError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name}: {'it is empty' if isinstance(e, (StopIteration, IndexError)) else e.__cause__ or e}")
-    data = data if isinstance(data, dict) else {"train": data}
-    if (split or "test") not in data:
-        return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
-    data, columns = data[split or "test"], data[split or "test"].column_names
-    wanted = {"image": settings.image_column or next((column for column in ("image", "images") if column in columns), "image"),
-              "question": settings.question_column or next((column for column in ("question", "prompt") if column in columns), "question"),
-              "chosen": settings.chosen_column, "rejected": settings.rejected_column}
-    missing = {key: f"{column!r} (--{key}_column)" for key, column in wanted.items() if column not in columns}
-    if missing and missing.keys() != {"chosen", "rejected"}:  # to ask questions, no answers are needed
-        fail(f"{name} has no column {' and '.join(missing.values())}; it has {', '.join(columns)}")
-    if len(set(wanted.values())) < 4:
-        fail(f"one column cannot be two of image, question, chosen and rejected: {wanted}")
-    keep = {key: data.select_columns(column).rename_column(column, key) if column != key else data.select_columns(column)
-            for key, column in {"id": "id", **wanted}.items() if column in columns}
-    data = datasets.concatenate_datasets(list(keep.values()), axis=1)
-    if "Image(" in str(image := data.features["image"]):  # the collator decodes: it can name the row
-        cell = datasets.Image(decode=False)
-        data = data.cast_column("image", cell if isinstance(image, datasets.Image) else datasets.List(cell))
-    folder = os.path.abspath(settings.image_folder or (path if path.is_dir() else path.parent))
-    return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
-
-
-def check_rows(data, name, collator, settings, training):
-    """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
-    Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
-    def attempt(row, version):
-        try:
-            return {"problem": None, "length": collator([row])["input_ids"].shape[1]}
-        except BadRow as e:
-            return {"problem": str(e).split(": ", 1)[1], "length": 0}
-
-    if len(data) == 0:
-        fail(f"{name} is empty: there is nothing to train on")
-    embedded = "Image(" in str(data.features["image"]) and not isinstance(image_cell(data[0], ""), str)
-    own = [] if embedded else data.select_columns(["image", "folder"])
-    files = {cell for cell in (image_cell(row, "") for row in own) if isinstance(cell, str)}
-    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(
-            attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
-            features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
-            num_proc=os.cpu_count() if len(data) > 1000 else None)
-    torch.set_num_threads(threads)
-    problems = found["problem"]
-    bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
-    counts = Counter(problems[n].split(":")[0] for n in bad)
-    report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
-    for row, n in zip(data.select(bad[:20]), bad):
-        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "") + f": {problems[n]}")
-    report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
-    stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
-    if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
-        report += ["Raise --max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
-        fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
-    if bad:
-        PartialState().print("left out:", "\n".join(report))
-    good = [n for n, problem in enumerate(problems) if not problem]
-    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
-
-
 def load_data(settings, training):
-    """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
+    """-> (train, eval): Datasets of checked rows; eval is None if nothing is to be evaluated. Raises SystemExit.
+    An image is a path, bytes or an embedded image, or a list of one; a text may be one message, as in TRL's data:
+        {"image": "sofa.png", "question": "What is on it?", "chosen": "A cat.", "rejected": "A cat and a dog."}
+        {"images": ["sofa.png"], "prompt": [{"role": "user", "content": "What is on it?"}], "chosen": ...}"""
+    train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+    require("chosen" in train_rows.column_names, "the rows have no answers; see --chosen_column and --rejected_column")
+    eval_source = eval_name_and_split(settings, training)
+    eval_rows = None  # None: prepare_rows holds out some training rows, unless evaluation is off
+    if eval_source is not None:
+        eval_rows = read_rows(*eval_source, settings)
     collator = Collator(load_processor(settings), settings, training)
-    train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
-    split, held_out = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None), None
-    if training.eval_strategy != "no" and (split or settings.dataset_train_split != "test"):
-        held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
-    if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
-        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
-        held_out = check_rows(held_out, "the evaluation data", collator, settings, training)
-    train = check_rows(train, settings.dataset_name, collator, settings, training)
-    if held_out is None and settings.eval_fraction > 0 and training.eval_strategy != "no":
-        images = [os.path.realpath(cell) if isinstance(cell, str) else hashlib.sha256(cell["bytes"]).hexdigest()
-                  for cell in (image_cell(row, "") for row in train.select_columns(["image", "folder"]))]
-        every = sorted(set(images))  # of images, not of rows: other pairs about an image are no test
-        random.Random(training.seed).shuffle(every)
-        apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
-        if len(apart) == len(every):
-            fail(f"{len(every)} images cannot be divided into training and evaluation: --eval_fraction 0 (none), or give --eval_dataset_name")
-        train, held_out = (train.select([n for n, image in enumerate(images) if (image in apart) == held]) for held in (False, True))
-        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows)))
-    return train, held_out
+    return prepare_rows(train_rows, eval_rows, settings.dataset_name, collator, settings, training)
 
 
 class Collator:
-    """Rows -> what TRL's DPOTrainer takes: input_ids, attention_mask, completion_mask (2B, L), padded on the right; first every prompt
-    with its chosen answer, then every prompt with its rejected one. The processor's image tensors are in it twice, likewise.
+    """B rows -> a batch for DPOTrainer: input_ids, attention_mask, completion_mask (2B, L), padded on the right, and
+    tensors of the images. The first B rows have the chosen answers, the other B the rejected ones, in the same order.
+    completion_mask is 1 on the tokens of the loss: an answer and the token that ends it. Raises BadRow."""
 
-    completion_mask is 1 on an answer and the token that ends it, which generation stops at; nothing else is learnt from. The prompt is the
-    very one of inference. Raises BadRow."""
+    image_columns = ("image",)
 
     def __init__(self, processor, settings, training):
-        # no setting that has no say in a batch: all of this is the key under which the check is cached
-        self.processor, self.folder, self.max_length = processor, settings.image_folder or "", training.max_length or math.inf
+        # Keep only what shapes a batch: if any attribute changes between two runs, all rows are checked again.
+        self.processor = processor
+        self.folder = settings.image_folder or ""
+        self.max_length = training.max_length or math.inf
         tokenizer = processor.tokenizer
-        self.control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.ends = [token for token in ("<end_of_utterance>", tokenizer.eos_token) if token in self.control]
-        self.stop = tokenizer.convert_tokens_to_ids(self.ends)  # where generation ends
-
-    def ask(self, question, images):
-        """The user's turn: image, question. Raises BadRow where it is not one image."""
-        if len(images) != 1:
-            raise BadRow(f"{len(images)} images: a pair is about one")
-        return {"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": question}]}
-
-    def read(self, row):
-        """A row -> [the user's turn, with a PIL image inside, and the assistant's, where the row has answers: the chosen one as its text, beside
-        it the text `rejected`]. Raises BadRow."""
-        there = [what for what in ("chosen", "rejected") if row.get(what) is not None]
-        texts = {what: plain_text(row.get(what), what) for what in ("question", *there)}
-        if len(there) == 1:
-            raise BadRow(f"one answer: the row has a {there[0]} one only; a preference is between two")
-        for what, text in texts.items():
-            if found := [token for token in self.control if token in text]:
-                raise BadRow(f"control token: {found[0]} is typed in the {what} and would become a real one; take it out")
-        if there and texts["chosen"] == texts["rejected"]:
-            raise BadRow(f"equal answers: chosen and rejected are both {texts['chosen']!r}, there is nothing to prefer")
-        turns = [self.ask(texts["question"], [load_image(image_cell(row, self.folder))])]
-        return turns + [self.answer(texts["chosen"]) | {"rejected": texts["rejected"]} for _ in there[:1]]
-
-    def answer(self, text):
-        """The assistant's turn."""
-        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-    def render(self, messages, prompt=False):
-        """Messages -> text with a mark for the image, as the processor takes it."""
-        if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-        return self.processor.image_token + "\n".join(map(text_of, messages))  # PaliGemma's puts BOS and a newline to it
-
-    def tokenize(self, conversations, prompt=False):
-        """Lists of messages -> the processor's batch, padded on the left; with `prompt`, ready to generate the next answer."""
-        texts = [self.render(messages, prompt) for messages in conversations]
-        images = [[part["image"] for message in messages for part in message["content"] if part["type"] == "image"] for messages in conversations]
-        own = texts[0].startswith(self.processor.tokenizer.bos_token or "\0")  # some templates begin with a BOS of their own
-        batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not own)
-        batch.pop("labels", None)  # PaliGemma's: none, in a prompt
-        return batch
-
-    def continuations(self, asked, answers):
-        """The user's turn and answers to it -> for each, the token ids that continue the prompt, up to where generation stops. Raises BadRow."""
-        prompt, texts = self.render([asked], prompt=True), []
-        prompt += "" if getattr(self.processor, "chat_template", None) else "\n"
-        for answer in answers:
-            whole = self.render([asked, self.answer(answer)])
-            if not whole.startswith(prompt) or answer not in (said := whole[len(prompt) :]):
-                raise BadRow(f"prompt changed: with the answer {answer!r} the chat template renders the question otherwise than it asks it")
-            behind = said.index(answer) + len(answer)
-            found = [(said.index(end, behind), end) for end in self.ends if end in said[behind:]]  # LLaVA's template ends no answer: EOS does
-            texts.append(prompt + (said[: min(found)[0]] + min(found)[1] if found else said[:behind] + self.ends[-1]))
-        start, *every = self.processor.tokenizer([prompt, *texts], add_special_tokens=False)["input_ids"]
-        if changed := [answer for ids, answer in zip(every, answers) if ids[: len(start)] != start]:  # training must continue the prompt of inference
-            raise BadRow(f"prompt changed: by its first characters the answer {changed[0]!r} changes its tokens; begin it otherwise")
-        if every[0] in every[1:]:
-            raise BadRow(f"equal answers: to the tokenizer {answers[0]!r} and {answers[1]!r} are the same")
-        return [ids[len(start) :] for ids in every]
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = {*special, tokenizer.eos_token, processor.image_token}
+        self.end_tokens = [end for end in ("<end_of_utterance>", tokenizer.eos_token) if end in self.control_tokens]
+        self.stop_ids = tokenizer.convert_tokens_to_ids(self.end_tokens)  # where generation ends
 
     def __call__(self, rows):
-        prompts, said = [], []
+        conversations, chosen_ids, rejected_ids = [], [], []
         for row in rows:
             try:
-                asked, *answer = self.read(row)
-                if not answer:
-                    raise BadRow("no answers: the row has none; see --chosen_column and --rejected_column")
-                said.append(self.continuations(asked, [text_of(answer[0]), answer[0]["rejected"]]))
-                prompts.append([asked])
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
-        batch, tokenizer = self.tokenize(prompts, prompt=True), self.processor.tokenizer
-        for row, real, answers in zip(rows, batch["attention_mask"], said):
-            if (length := int(real.sum()) + max(map(len, answers))) > self.max_length:
-                raise BadRow(f"row {row.get('row', '?')}: too long: {length} tokens, --max_length is {self.max_length}")
-        answers = tokenizer.pad({"input_ids": [chosen for chosen, _ in said] + [rejected for _, rejected in said]}, padding_side="right", return_tensors="pt")
-        batch = {name: torch.cat([values, values]) for name, values in batch.items()}
-        completion = torch.cat([torch.zeros_like(batch["attention_mask"]), answers["attention_mask"]], dim=1)
-        tail = {**answers, "token_type_ids": answers["attention_mask"], "mm_token_type_ids": torch.zeros_like(answers["input_ids"])}
-        names = [name for name in tail if name in batch]  # what has a value for each token
-        values = [torch.cat([batch[name], tail[name]], dim=1) for name in names]
-        real = values[names.index("attention_mask")]
-        _, batch["completion_mask"], *values = flush_left(real, completion, *values)
-        return batch | dict(zip(names, values))
+                user_turn, chosen, rejected = self.read_pair(row)
+                if chosen is None:
+                    raise BadRow("no answers", "the row has none; see --chosen_column and --rejected_column")
+                chosen_ids.append(self.answer_ids(user_turn, chosen))
+                rejected_ids.append(self.answer_ids(user_turn, rejected))
+                if chosen_ids[-1] == rejected_ids[-1]:
+                    raise BadRow("equal answers", f"to the tokenizer {chosen!r} and {rejected!r} are the same")
+            except BadRow as error:
+                error.row = row.get("row")
+                raise
+            conversations.append([user_turn])
+        prompts = self.tokenize(conversations, prompt=True)
+        real = prompts["attention_mask"] == 1
+        prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts["input_ids"], real, strict=True)]
+        sequences, masks = [], []
+        for row, prompt, answer in zip([*rows, *rows], prompt_ids * 2, chosen_ids + rejected_ids, strict=True):
+            length = len(prompt) + len(answer)
+            if length > self.max_length:
+                raise BadRow("too long", f"{length} tokens, --max_length is {self.max_length}", row.get("row"))
+            sequences.append(prompt + answer)
+            masks.append((torch.arange(length) >= len(prompt)).long())
+        batch = dict(self.processor.tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt"))
+        batch["completion_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        # Two tensors of some models have a value for each token, so they must cover the answers, too.
+        if "token_type_ids" in prompts:  # PaliGemma: 0 on the prompt, which sees all of itself, 1 on the answer
+            batch["token_type_ids"] = batch["completion_mask"]
+        if "mm_token_type_ids" in prompts:  # 1 on image tokens
+            batch["mm_token_type_ids"] = (batch["input_ids"] == self.processor.image_token_id).long()
+        for name, values in prompts.items():
+            if name not in batch:  # images: once for the chosen rows, once for the rejected rows
+                batch[name] = torch.cat([values, values])
+        return batch
+
+    def answer_ids(self, user_turn, answer):
+        """The user's turn and an answer -> the answer's token ids, up to where generation ends. Raises BadRow.
+        They continue the prompt that the model gets at inference, so the prompt's own tokens must not change."""
+        prompt = self.render([user_turn], prompt=True)
+        if not self.processor.chat_template:
+            prompt += "\n"  # PaliGemma's processor adds it to a prompt, render does not
+        whole = self.render([user_turn, self.answer(answer)])
+        text = whole.removeprefix(prompt)
+        if not whole.startswith(prompt) or answer not in text:
+            raise BadRow("prompt changed", f"with the answer {answer!r} the chat template changes the question")
+        answer_end = text.index(answer) + len(answer)
+        tail = text[answer_end:]
+        end_tokens = [token for token in self.end_tokens if token in tail]
+        if end_tokens:  # train up to the first one: Idefics2's template has a newline after it
+            end_token = min(end_tokens, key=tail.index)
+            trained = text[: answer_end + tail.index(end_token)] + end_token
+        else:  # LLaVA's template puts none after an answer. Without one, a model would never learn to stop.
+            trained = text[:answer_end] + self.processor.tokenizer.eos_token
+        prompt_ids, ids = self.processor.tokenizer([prompt, prompt + trained], add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise BadRow("prompt changed", f"the first characters of {answer!r} change its tokens; begin otherwise")
+        return ids[len(prompt_ids) :]
+
+    def render(self, messages, prompt=False):
+        """Messages -> text with a token for each image. With `prompt` it ends where the model is to answer."""
+        if self.processor.chat_template:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
+        return self.processor.image_token + "\n".join(map(text_of, messages))  # PaliGemma: no roles, one image
+
+    def tokenize(self, conversations, prompt=False):
+        """Lists of messages -> the processor's batch, padded on the left, as generation needs it."""
+        texts = [self.render(messages, prompt) for messages in conversations]
+        images = [images_in(messages) for messages in conversations]
+        bos = self.processor.tokenizer.bos_token
+        has_bos = bos is not None and texts[0].startswith(bos)  # some templates write it themselves
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": not has_bos}
+        batch = self.processor(text=texts, images=images, **options)
+        batch.pop("labels", None)  # PaliGemma's: all -100
+        return batch
+
+    def read(self, row):
+        """A row -> [the user's turn, the assistant's turn with the chosen text and, as `rejected`, the other one].
+        A row without answers has only the first turn. Raises BadRow."""
+        user_turn, chosen, rejected = self.read_pair(row)
+        if chosen is None:
+            return [user_turn]
+        return [user_turn, self.answer(chosen) | {"rejected": rejected}]
+
+    def read_pair(self, row):
+        """A row -> the user's turn with a PIL image, chosen text, rejected text (both None if it has no answers)."""
+        answers = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+        texts = {name: plain_text(row.get(name), name) for name in ("question", *answers)}
+        if len(answers) == 1:
+            raise BadRow("one answer", f"the row has only a {answers[0]} answer; both are needed")
+        for name, text in texts.items():
+            typed = [token for token in self.control_tokens if token in text]
+            if typed:
+                raise BadRow("control token", f"{typed[0]} is typed in the {name} and would become real; take it out")
+        if answers and texts["chosen"] == texts["rejected"]:
+            raise BadRow("equal answers", f"chosen and rejected are both {texts['chosen']!r}")
+        images = self.images_of(row)
+        if len(images) != 1:
+            raise BadRow("not one image", f"{len(images)} images; give one path, or its bytes: see --image_column")
+        # Edit images here, to crop or augment them (for evaluation, too). For a second image in a row change the check
+        # above, most_images in text_of_message, and render for PaliGemma. `ask` puts all images before the question.
+        # Each image needs room in --max_length: 64 tokens (LLaVA 576).
+        images = [load_image(image, max_aspect_ratio=20) for image in images]  # Idefics2 would stretch narrower ones
+        return self.ask(texts["question"], images), texts.get("chosen"), texts.get("rejected")
+
+    def images_of(self, row):
+        """The images of a row as it has them: paths, {"bytes": ...} or PIL images."""
+        return stored_images(row.get("image"), row.get("folder") or self.folder)
+
+    def ask(self, question, images):
+        """A question about PIL images -> the user's turn."""
+        parts = [{"type": "image", "image": image} for image in images]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+    def answer(self, text):
+        """A text -> the assistant's turn."""
+        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def load_model(settings, training):
-    """The base model, frozen: language model and connector in NF4 where asked, the rest in bf16 / fp16 (float32 on a CPU)."""
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        # replaces bitsandbytes' own list, so lm_head is named again; names count from the start of the full path
-        llm_int8_skip_modules=["lm_head", "model.vision_model", "model.vision_tower", "model.visual"])
-    model = AutoModelForImageTextToText.from_pretrained(
-        settings.model_name_or_path, revision=settings.model_revision, dtype=dtype, device_map={"": training.device},
-        quantization_config=nf4 if settings.load_in_4bit else None)  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
-            module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
+    """The base model, frozen: language model and connector in NF4 if asked for, the rest in 16 bits (32 on a CPU)."""
+    dtype = weight_dtype(training)
+    options = {"revision": settings.model_revision, "dtype": dtype, "device_map": {"": training.device}}
+    if settings.load_in_4bit:
+        parts_in_16_bits = ["lm_head", "model.vision_model", "model.vision_tower", "model.visual"]
+        options["quantization_config"] = nf4_quantization(dtype, parts_in_16_bits)
+    model = AutoModelForImageTextToText.from_pretrained(settings.model_name_or_path, **options)
+    keep_4bit_trainable_on_cpu(model)
     return model.requires_grad_(False)
 
 
+# The LoRA targets of --adapters language. (The default, all, is PEFT's "all-linear": edit that in lora_config, or give
+# --lora_target_modules.) Any linear layer except those in UNTRAINABLE can be adapted.
+LANGUAGE_TARGETS = r"model\.(text_model|language_model)\..*\.(q|k|v|o|gate|up|down)_proj"
+UNTRAINABLE = {"lm_head": "which DPOTrainer merges with the loss and cannot adapt"}
+
+
 def lora_config(settings):
-    """LoRA on all linear layers but lm_head, as in the post, or on the language model's, by full path. Left out are the layers of
-    LLaVA's vision tower behind the one that its image features are taken from: they would never get a gradient."""
+    """LoRA on all linear layers except lm_head; with --adapters language only on those of the language model."""
     config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    unused = range(0)
-    if taken := getattr(config, "vision_feature_layer", None):  # -2, or several: of so many hidden states and the embeddings before them
-        count = config.vision_config.num_hidden_layers
-        unused = range(max(layer % (count + 1) for layer in (taken if isinstance(taken, list) else [taken])), count)
-    return LoraConfig(
-        r=settings.lora_r, lora_alpha=settings.lora_alpha, use_dora=settings.use_dora, task_type="CAUSAL_LM",
-        target_modules="all-linear" if settings.adapters == "all" else r"model\.(text_model|language_model)\..*\.(q|k|v|o|gate|up|down)_proj",
-        exclude_modules=rf".*vision_tower\..*layers\.({'|'.join(map(str, unused))})\..*" if unused else None)
+    language_model = "model.text_model" if config.model_type == "idefics2" else "model.language_model"
+    default = "all-linear" if settings.adapters == "all" else LANGUAGE_TARGETS
+    targets = lora_targets(settings.lora_target_modules, language_model, default)
+    layers = {"target_modules": targets, "exclude_modules": unused_tower_layers(config), "task_type": "CAUSAL_LM"}
+    return LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, use_dora=settings.use_dora, **layers)
 
 
-def marked(batch, processor):
-    """The first pair of a batch as text: prompt, then both answers, what is learnt from in «», runs of image tokens folded."""
-    texts = []
-    for n in (0, len(batch["input_ids"]) // 2):
-        real, out, shown, end = batch["attention_mask"][n].bool(), "", "", 0
-        ids, learnt = batch["input_ids"][n][real].tolist(), batch["completion_mask"][n][real].tolist()
-        for (image, trained), run in itertools.groupby((token == processor.image_token_id, mask) for token, mask in zip(ids, learnt)):
-            end += (count := len(list(run)))
-            text = processor.tokenizer.decode(ids[:end])  # from the start: by itself a run would lose its leading space
-            out += f"<image> x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
-            shown = text
-        texts.append(out)
-    start = texts[0].index("«")  # the prompt is the same
-    return f"{texts[0][:start]}\n  chosen:   {texts[0][start:]}\n  rejected: {texts[1][start:]}"
+class Trainer(DPOTrainer):
+    """DPOTrainer's loss, optimizer and loop. Adapters are float32, and held-out prompts are answered."""
+
+    def __init__(self, settings, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        train_in_float32(self.model)  # DPOTrainer made them bf16
+        self.settings = settings
+        self.answers_before = None  # a list of Answer: those of the base model, from the first evaluation on
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = longest_first(self)
+        if sampler is None or {"aot", "aot_unpaired"}.intersection(self.args.loss_type):  # they sort a batch's pairs
+            return super()._get_train_sampler(train_dataset)
+        return sampler
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """DPOTrainer's, then answers to the first held-out prompts."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        rows = self.eval_dataset.take(min(self.settings.sample_rows, len(self.eval_dataset)))
+        if len(rows) > 0:
+            answers = self.answer_samples(rows)
+            output.metrics[f"{metric_key_prefix}_samples/ended"] = sum(a.ended for a in answers) / len(rows)
+            output.metrics[f"{metric_key_prefix}_samples/tokens"] = sum(a.num_tokens for a in answers) / len(rows)
+        # Your own metric. To keep the best by it: metrics=("loss", "mine") in check, --metric_for_best_model mine.
+        # answers = answer_rows(self, self.eval_dataset, max_new_tokens=64)  # answers[0].text answers the first row
+        # output.metrics[f"{metric_key_prefix}_mine"] = my_score(answers, self.eval_dataset)
+        return output
+
+    def answer_samples(self, rows):
+        """Write the answers before training and now into samples.md. Returns those of now, a list of Answer."""
+        if self.answers_before is None:
+            with self.model.disable_adapter():
+                self.answers_before = answer_rows(self, rows, self.settings.max_new_tokens)
+        answers = answer_rows(self, rows, self.settings.max_new_tokens)
+        samples = []
+        for row, before, after in zip(rows, self.answers_before, answers, strict=True):
+            question, chosen = self.data_collator.read(row)
+            texts = [text_of(question), before.text, after.text, text_of(chosen), chosen["rejected"]]
+            samples.append((row["row"], [question], texts))
+        if self.is_world_process_zero():
+            columns = ["image", "prompt", "before", "after", "chosen", "rejected"]
+            append_samples(self.args.output_dir, f"Step {self.state.global_step}", columns, samples)
+        return answers
 
 
-# Whose forward pass is known to take a 4-D mask with restarting positions.
-SHARED = ("idefics2", "llava", "paligemma")
+def main(argv=None):
+    """Parse, check, read the rows, show a pair, load the model, train, save."""
+    settings, training = parse(argv)
+    check(settings, training)
+    checkpoint = checkpoint_to_resume(training)
+    set_seed(training.seed)
+
+    train_dataset, eval_dataset = load_data(settings, training)
+    if eval_dataset is None:
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    processor = load_processor(settings)  # (load_data has its own copy: it can be called alone)
+    collator = Collator(processor, settings, training)
+    example = marked_pair(collator([train_dataset[0]]), processor)
+    PartialState().print(f"\nOne pair as the model sees it, trained on in «»:\n\n{example}\n")
+
+    empty = empty_model(settings)
+    adapter = lora_config(settings)
+    check_lora_targets(settings, adapter, empty, UNTRAINABLE)
+    if settings.shared_prompt:
+        check_sliding_window(f"--max_length {training.max_length}", collator.max_length, empty.config)
+    with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
+        model = load_model(settings, training)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collator}
+    options = {"args": training, "processing_class": processor, "peft_config": adapter}
+    trainer = SharedPromptDPOTrainer(settings, model, **data, **options)  # or Trainer: the same losses, slower
+    print_parameters(trainer.model, [*dict(model.model.named_children()), "lm_head"])
+    train_and_save(trainer, checkpoint)
 
 
-def why_stock(model, ref_model=None):
-    """Why a model's prompts cannot be shared; None where they can."""
+# ------------------------------------------------------------ optional, for speed: prompt and image once for each pair
+
+SHARED = ("idefics2", "llava", "paligemma")  # families whose forward pass takes a 4-D mask and restarting positions
+
+
+class SharedPromptDPOTrainer(Trainer):
+    """Optional, for speed: runs a pair as one sequence, its image once. Losses, gradients and logs stay the same.
+    DPOTrainer runs prompt + chosen and prompt + rejected as two sequences, each with the image, first for the policy,
+    then for the reference. Here both answers follow one prompt (drawn: a prompt of 4 tokens, answers of 3 and 2):
+
+        token      p0 p1 p2 | p3 c0 c1 end | p3 r0 end
+        position    0  1  2    3  4  5  6     3  4  5     restarts: each answer comes right after the prompt
+        part        0  0  0    1  1  1  1     2  2  2     a token sees part 0 and its own part, not the other answer
+        predicts    -  -  -   c0 c1 end -    r0 end -     p3 appears twice: it predicts the first token of each answer
+
+    Each token therefore sees the same tokens, at the same positions, as in its own separate sequence. Second saving:
+    frozen parts before the language model run once per batch, without a graph, for policy and reference.
+    Gain, measured on a CPU (small Idefics2, images of 980 pixels): 1.80 times as fast, 3.40 with --adapters language.
+    To do without it: --shared_prompt false. Or make a Trainer in main and delete this section and its check there."""
+
+    def __init__(self, settings, *args, **kwargs):
+        super().__init__(settings, *args, **kwargs)
+        self.frozen_outputs = None  # in compute_loss: {frozen part: its output}
+        self.why_not_shared = "--shared_prompt false"  # None if prompts are shared
+        if settings.shared_prompt:
+            self.why_not_shared = obstacle_to_sharing(self.model, self.ref_model)
+        if self.why_not_shared is not None:
+            PartialState().print(f"path: stock DPOTrainer, since {self.why_not_shared}")
+            return
+        PartialState().print("path: shared prompts, each pair one sequence with its image once")
+        model, forwards = self.model.get_base_model(), ReplacedForwards()
+        forwards.replace(model, functools.partial(self.forward_pairs, model.forward))
+        for part in model.model.children():  # in the order in which they run: tower, connector, language model
+            is_trained = any(parameter.requires_grad for parameter in part.parameters())
+            if is_trained or part is model.model.get_decoder():
+                break
+            forwards.replace(part, functools.partial(self.run_once, part, part.forward))
+        self.add_callback(forwards)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """DPOTrainer's loss. It calls the model for the policy, then for the reference, with the same images."""
+        self.frozen_outputs = None if return_outputs else {}  # return_outputs adds a third call, with 2B images
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.frozen_outputs = None
+
+    def run_once(self, part, forward, *args, **kwargs):
+        """Stands in for a frozen part's `forward`: no graph, and in compute_loss the output of its first call."""
+        outputs = {} if self.frozen_outputs is None else self.frozen_outputs
+        if part not in outputs:
+            with torch.no_grad():
+                outputs[part] = forward(*args, **kwargs)
+        return outputs[part]
+
+    def forward_pairs(self, forward, *args, **inputs):
+        """Stands in for the model's `forward`, to which TRL added a fused head: log-probabilities instead of logits.
+        In: DPOTrainer's batch, input_ids, attention_mask, labels (2B, L), images (2B, ...). Out: (2B, L - 1)."""
+        if not inputs.pop("fused_lm_head", False):  # generation
+            return forward(*args, **inputs)
+        ids, mask, labels = inputs.pop("input_ids"), inputs.pop("attention_mask"), inputs.pop("labels")
+        check_sliding_window(f"a row of {ids.shape[1]} tokens", ids.shape[1], self.model.config)
+        pairs = pack_pairs(ids, mask, labels, self._tokenizer.pad_token_id)
+        inputs.pop("token_type_ids", None)  # PaliGemma would make a mask of them
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                inputs[name] = value[: len(value) // 2]  # the images of the chosen rows, which the others repeat
+        inputs |= {"input_ids": pairs.ids, "position_ids": pairs.position, "shift_labels": pairs.predicts}
+        output = forward(*args, attention_mask=attention_of(pairs, self.model), fused_lm_head=True, **inputs)
+        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+            values = getattr(output, name)
+            if values is not None:
+                setattr(output, name, unpack(values, pairs, labels))
+        return output
+
+
+def pack_pairs(input_ids, attention_mask, labels, pad_token_id):
+    """DPOTrainer's batch, all (2B, L), chosen rows first, padded on any side -> B pairs, each one sequence of S tokens
+    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), predicts, all (B, S)."""
+    num_pairs = len(input_ids) // 2
+    real = attention_mask.bool()
+    is_answer = labels != -100
+    predicts = next_tokens(labels)
+    ends_prompt = (predicts != -100) & ~is_answer
+    part = torch.ones_like(labels)
+    part[num_pairs:] = 2
+    part[~(ends_prompt | is_answer)] = 0
+    needed = torch.cat([real[:num_pairs], part[num_pairs:] == 2])  # the prompt only of the chosen rows
+    values = {"ids": input_ids, "real": needed, "position": real.cumsum(dim=1) - 1}
+    values |= {"part": part, "in_prompt": real & ~is_answer, "predicts": predicts}
+    for name, value in values.items():
+        values[name] = torch.cat([value[:num_pairs], value[num_pairs:]], dim=1)  # (B, 2L): both rows side by side
+    # Needed tokens move left, in their order. What then ends a shorter row may be image tokens: it becomes padding.
+    length = int(values["real"].sum(dim=1).max())
+    order = values["real"].long().argsort(dim=1, descending=True, stable=True)[:, :length]
+    pairs = SimpleNamespace(**{name: value.gather(1, order) for name, value in values.items()})
+    pairs.ids[~pairs.real] = pad_token_id
+    return pairs
+
+
+def attention_of(pairs, model):
+    """The attention mask (B, 1, S, S) of packed pairs: tokens along dim 2 see those along dim 3."""
+    seen_part, own_part = pairs.part[:, None, :], pairs.part[:, :, None]
+    seen_position, own_position = pairs.position[:, None, :], pairs.position[:, :, None]
+    mask = ((seen_part == 0) | (seen_part == own_part)) & (seen_position <= own_position)
+    if model.config.model_type == "paligemma":  # its prompt sees all of itself
+        in_prompt = pairs.in_prompt & (pairs.part < 2)
+        mask |= in_prompt[:, None, :] & in_prompt[:, :, None]
+    mask &= pairs.real[:, None, :]
+    mask |= torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)  # padding sees itself, or gives NaN
+    if model.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return mask[:, None]
+
+
+def unpack(values, pairs, labels):
+    """Values of packed pairs (B, S) -> those of DPOTrainer's batch (2B, L - 1), with its labels (2B, L): 0 where
+    nothing is predicted. Values are read and filled in row by row, each from left to right, first all chosen rows."""
+    is_predicting = pairs.predicts != -100
+    of_chosen = values[is_predicting & (pairs.part == 1)]  # one dimension
+    of_rejected = values[is_predicting & (pairs.part == 2)]
+    is_predicted = labels[:, 1:] != -100
+    return values.new_zeros(is_predicted.shape).masked_scatter(is_predicted, torch.cat([of_chosen, of_rejected]))
+
+
+def obstacle_to_sharing(model, ref_model=None):
+    """Why a model's prompts cannot be shared; None if they can."""
     attention = model.config.get_text_config()._attn_implementation
     if model.config.model_type not in SHARED:
         return f"sharing is for {', '.join(SHARED)}, this is {model.config.model_type}"
     if not isinstance(model, PeftModel) or ref_model is not None:
         return "there is a reference model beside the policy"
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        return "prompt learning puts tokens before each sequence"
-    return None if attention in ("sdpa", "eager") else f"{attention} takes no 4-D attention mask"
+    if attention not in ("sdpa", "eager"):
+        return f"{attention} takes no 4-D attention mask"
+    return None
 
 
-class SharedPromptDPOTrainer(DPOTrainer):
-    """A DPOTrainer that runs a pair as one sequence, prompt | chosen | rejected, and its image once: the stock trainer's losses,
-    gradients and logs (of every TRL loss) for less work. Used like DPOTrainer, with the same batches.
+def check_sliding_window(what, length, config):
+    """Stop if rows of this length exceed the model's sliding window, which attention_of leaves out."""
+    window = getattr(config.get_text_config(), "sliding_window", None) or math.inf
+    if length > window and config.model_type in SHARED:
+        problem = f"this model has a sliding window of {window} tokens, which shared prompts do not support"
+        fail(f"{what}: {problem}: --max_length {window}, or --shared_prompt false")
 
-    Positions restart behind the prompt, and a 4-D mask keeps the answers from seeing each other, so that every token is computed from
-    the very ones that it sees in the stock trainer's two sequences. Where vision tower and connector hold nothing trainable,
-    they run without a graph, once for policy and reference together. `stock` says why this is not done (see why_stock; or
-    `shared_prompt=False`), None where it is. Raises ValueError for a row that the model's sliding window would cut."""
 
-    def __init__(self, *args, shared_prompt=True, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.stock = why_stock(self.model, self.ref_model) if shared_prompt else "--shared_prompt false"
-        self.kept = None  # during a step: what the frozen parts gave
-        if self.stock is None:
-            base, frozen = self.model.get_base_model(), True
-            base.forward = functools.wraps(base.forward)(functools.partial(self.forward_pairs, base.forward))
-            for name in ("vision_model", "vision_tower", "connector", "multi_modal_projector"):  # in the order in which they run
-                if part := getattr(base.model, name, None):
-                    frozen &= not any(p.requires_grad for p in part.parameters())
-                    if frozen:  # checkpointing's hook on its input would back-propagate through it
-                        part.forward = functools.wraps(part.forward)(functools.partial(self.run_once, name, part.forward))
+# ---------------------------------------------------------------------------------------- details: rows, flags, losses
 
-    def run_once(self, name, forward, *args, **kwargs):
-        """A frozen part without a graph; within a step its first output again, since policy and reference see the same images."""
-        kept = {} if self.kept is None else self.kept
-        if name not in kept:
-            with torch.no_grad():
-                kept[name] = forward(*args, **kwargs)
-        return kept[name]
+# DPOConfig's flags that this recipe does not use, beside UNUSED_FLAGS.
+REFUSED = """precompute_ref_log_probs precompute_ref_batch_size sync_ref_model padding_free pad_to_multiple_of
+truncation_mode pad_token model_init_kwargs trust_remote_code router_aux_loss_coef use_liger_kernel neftune_noise_alpha
+label_smoothing_factor label_names prediction_loss_only activation_offloading torch_compile""".split()
+LOSSES = """sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop
+sft sigmoid_norm""".split()
+ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The stock loss; what frozen parts give is kept for its duration."""
-        self.kept = None if return_outputs else {}  # the outputs come from a third pass, over another layout
+
+def read_rows(name, split, settings):
+    """The numbered rows of a split; None if `split` is None and there is no test split. Raises SystemExit."""
+    rows = read_dataset(name, split, settings)
+    if rows is None:
+        return None
+    image = "images" if "images" in rows.column_names and "image" not in rows.column_names else "image"
+    question = "prompt" if "prompt" in rows.column_names and "question" not in rows.column_names else "question"
+    columns = {"image": settings.image_column or image, "question": settings.question_column or question}
+    columns |= {"chosen": settings.chosen_column, "rejected": settings.rejected_column}
+    return rename_columns(rows, columns, name, optional=("chosen", "rejected"))
+
+
+def plain_text(cell, name):
+    """A text, or a list of one message as in TRL's data -> the text without white space around it. Raises BadRow."""
+    role = "user" if name == "question" else "assistant"
+    text = text_of_message(cell, role) if isinstance(cell, list) else cell
+    if not isinstance(text, str):
+        form = f"a text in quotes, or a list of one message of the {role} with one text (only a question has an image)"
+        raise BadRow(f"{name} is not a text", f"{cell!r:.200}; make it {form}")
+    if not text.strip():
+        raise BadRow(f"empty {name}", f"{cell!r} holds nothing but white space")
+    return text.strip()
+
+
+def text_of_message(messages, role):
+    """A list of one message with one text -> that text (a user's may have an image, too). Other lists: not a text."""
+    if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") not in (None, role):
+        return None
+    content = messages[0].get("content")
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    most_images = 1 if role == "user" else 0
+    if len(texts) != 1 or len(content) - len(texts) > most_images:
+        return None
+    return texts[0]
+
+
+def marked_pair(batch, processor):
+    """The first pair of a batch as text: the prompt, then both answers, tokens of the loss in «»."""
+    batch = batch | {"labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)}
+    prompt = marked(batch | {"attention_mask": batch["attention_mask"] - batch["completion_mask"]}, processor)
+    chosen = marked(batch, processor).removeprefix(prompt)
+    rejected = marked(batch, processor, n=len(batch["labels"]) // 2).removeprefix(prompt)
+    return f"{prompt}\n  chosen:   {chosen}\n  rejected: {rejected}"
+
+
+def set_image_size(processor, edge):
+    """No image splitting and, for Idefics2, this longest edge. Raises SystemExit if the model does not take it."""
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "do_image_splitting"):
+        image_processor.do_image_splitting = False
+    kind = type(processor).__name__
+    if kind != "Idefics2Processor":
+        require(edge == Settings.longest_edge, f"--longest_edge is for Idefics2; a {kind} has a size of its own")
+        return
+    smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    if edge == Settings.longest_edge:  # the default also fits models that only take smaller images
+        edge = min(edge, largest)
+    require(smallest <= edge <= largest, f"--longest_edge {edge}: it must be from {smallest} to {largest} pixels")
+    image_processor.size = {**dict(image_processor.size), "longest_edge": edge}
+
+
+def unused_tower_layers(config):
+    """A regex of the last layers of LLaVA's vision tower, which its image features do not come from: adapters there
+    would never get a gradient. None if all layers are used."""
+    features = getattr(config, "vision_feature_layer", None)
+    if features is None:
+        return None
+    features = features if isinstance(features, list) else [features]
+    depth = config.vision_config.num_hidden_layers
+    # Features count hidden states: 0 is before all layers, state i is the output of layer i - 1, -1 is the last.
+    num_used = max(state % (depth + 1) for state in features)
+    unused = [str(layer) for layer in range(num_used, depth)]
+    return rf".*vision_tower\..*layers\.({'|'.join(unused)})\..*" if unused else None
+
+
+def check_losses(training):
+    """Stop if a loss is not DPOTrainer's, or does not take the flags that go with it. Raises SystemExit."""
+    losses, smoothing, divergence = set(training.loss_type), training.label_smoothing, training.f_divergence_type
+    unknown = " ".join(sorted(losses.difference(LOSSES)))
+    if unknown or not losses:
+        elsewhere = "kto, orpo, cpo, simpo and others have trainers of their own in TRL"
+        fail(f"--loss_type {unknown}: known are {', '.join(LOSSES)} ({elsewhere})")
+    weights = training.loss_weights or [1]
+    require(min(weights) >= 0 and sum(weights) > 0, "--loss_weights: none below 0, and not all 0")
+    if "exo_pair" in losses:
+        require(0 < smoothing < 1, "--loss_type exo_pair needs --label_smoothing above 0 and below 1, such as 0.001")
+    if losses & {"robust", "aot", "aot_unpaired"}:
+        require(0 <= smoothing < 0.5, "--loss_type robust and aot take --label_smoothing from 0 to below 0.5")
+    if not losses & {"exo_pair", "robust", "aot", "aot_unpaired"}:
+        require(smoothing == 0, "--label_smoothing is for the losses exo_pair, robust and aot")
+    require(divergence in DIVERGENCES, f"--f_divergence_type {divergence}: known are {', '.join(DIVERGENCES)}")
+    others = " ".join(sorted(losses & ONLY_REVERSE_KL))
+    if others and divergence != "reverse_kl":
+        fail(f"--f_divergence_type {divergence}: {others} can only have reverse_kl")
+
+
+# =====================================================================================================================
+# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
+# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# =====================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+# Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
+UNUSED_FLAGS = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed
+fsdp do_train do_eval do_predict dataloader_drop_last""".split()
+
+
+OTHER_NAMES = {"gradient_checkpointing": "; its new name is --activation_checkpointing"}
+
+
+OTHER_NAMES["deepspeed"] = "; give it to the launcher: accelerate launch --config_file"
+
+
+# Settings that may change when a run is resumed: they have no effect on what is trained.
+FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens
+max_new_tokens shared_prompt logging_steps save_total_limit per_device_eval_batch_size""".split()
+
+
+SPLIT_NOTE = "# Evaluation rows without a split of their own: whole groups of rows that share images."  # settings.yaml
+
+
+def fail(message):
+    """End the program (SystemExit) with exit status 1 and one message, which only the first process prints."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def require(condition, message):
+    """End the program with this message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+# What a damaged file of a model, or one of another kind of model, can raise.
+READ_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, TemplateError)
+
+
+@contextlib.contextmanager
+def fail_on_error(message):
+    """End the program with this message if files of a model cannot be read, or do not fit, in the `with` block."""
+    try:
+        yield
+    except (*READ_ERRORS, SafetensorError) as error:
+        fail(f"{message}: {' '.join(str(error).split()):.600}")
+
+
+def pick_precision(training):
+    """Unless the user chose: bf16 where the GPU has it, fp16 on an older GPU, float32 on a CPU."""
+    if training.bf16 is None and not training.fp16:
+        has_gpu = torch.cuda.is_available() and not training.use_cpu
+        training.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        training.fp16 = has_gpu and not training.bf16
+
+
+def weight_dtype(training):
+    """The dtype of the frozen weights."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def parse_arguments(parser, refused, argv=None, fill=None):
+    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
+    refused: inherited flags that this recipe does not use, beside UNUSED_FLAGS. fill: a function that completes
+    {name: value} with defaults that depend on other settings. training.given: the values before __post_init__ or
+    `fill` changed any, for settings.yaml."""
+    # Loader processes are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config_file = parser.parse_known_args(argv)[0].config
+    if config_file:
+        argv = flags_from_yaml(config_file, parser) + argv
+    try:
+        given = vars(parser.parse_args(argv))
+        del given["config"]
+        for field in fields(parser.dataclass_types[1]):
+            if field.name in UNUSED_FLAGS + refused and given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+        settings, training = parser.parse_dict(fill(given) if fill else given)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        fail(error)
+    training.given = {name: value for name, value in given.items() if name != "hub_token"}
+    return settings, training
+
+
+def flags_from_yaml(file, parser):
+    """A YAML file of settings -> a list of flags, so that argparse checks their types and choices."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fail(f"--config {file} cannot be read: {error}")
+    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
+    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
+    flags = []
+    for name, value in config.items():
+        if value is None or value == []:  # no flag can say these, so they become the default
+            may_be_none = name not in types or type(None) in get_args(types[name]) or parser.get_default(name) is None
+            require(value == [] or may_be_none, f"--config {file}: {name} must have a value")
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def check_training(settings, training, memory_needed, metrics=("loss",)):
+    """Stop if the machine, or flags that every recipe has, cannot work. Raises SystemExit.
+    `metrics`: what the best checkpoint may be chosen by. The lowest loss is the best, the highest of all others."""
+    gpus, has_device = training.n_gpu, training.use_cpu or training.device.type != "cpu"
+    launch = f"accelerate launch --num_processes {gpus} {Path(__file__).name}"
+    require(has_device, f"no GPU found ({memory_needed}); for tiny models: --use_cpu")
+    require(gpus <= 1, f"{gpus} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
+    require(not (training.fp16 and training.use_cpu), "--fp16 needs a GPU")
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require(getattr(training, name) >= 1, f"--{name}: batch sizes and accumulation steps must be at least 1")
+    for name in ("eval", "save", "logging"):
+        if getattr(training, f"{name}_strategy") == "steps":
+            steps = getattr(training, f"{name}_steps")
+            require(steps > 0, f"--{name}_steps: above 0 is needed; --{name}_strategy no turns it off")
+    is_positive = training.max_steps != 0 and training.num_train_epochs > 0
+    require(is_positive, "--max_steps and --num_train_epochs must be above 0")
+    require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
+    require(0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1")
+    require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
+    if training.load_best_model_at_end:
+        check_best_model(training, metrics)
+    try:  # tested now: otherwise they fail after the long loading of the weights
+        for callback in transformers.integrations.get_reporting_integration_callbacks(training.report_to):
+            callback()
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).whoami()
+    except Exception as error:  # each integration has exceptions of its own
+        fail(f"--report_to or --push_to_hub: {error}")
+
+
+def check_best_model(training, metrics):
+    """Stop if the best checkpoint could not be found: another metric, the wrong direction, or not saved."""
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    require(metric in metrics, f"--metric_for_best_model {metric}: this recipe computes {' and '.join(metrics)} only")
+    higher_is_better = metric != "loss"
+    message = f"--greater_is_better {not higher_is_better} would keep the worst checkpoint by {metric}".lower()
+    require(training.greater_is_better == higher_is_better, message)
+    if training.eval_strategy == training.save_strategy == "steps":
+        message = "to keep the best: --save_steps equal to --eval_steps, or --load_best_model_at_end false"
+        require(training.eval_steps == training.save_steps, message)
+
+
+# ----------------------------------------------------------------------------------------------------- images and rows
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
+
+    def __init__(self, reason, detail="", row=None):
+        super().__init__(reason, detail, row)
+        self.reason = reason
+        self.detail = detail
+        self.row = row
+
+    def __str__(self):
+        text = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return text if self.row is None else f"row {self.row}: {text}"
+
+
+def stored_images(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images."""
+    if value is None or value == "":
+        return []
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str):
+            image = os.path.join(folder, image)
+        images.append(image)
+    if images == [None]:  # an embedded image with neither path nor bytes
+        return []
+    return images
+
+
+def image_key(image):
+    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
+    if isinstance(image, dict):
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+
+
+def load_image(image, max_aspect_ratio=200):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
+    if len(source) > 500:  # an image written as text, perhaps
+        source = f"{source[:100]}... ({len(source)} characters)"
+    try:
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        frames = getattr(image, "n_frames", 1)
+        is_several = frames > 1 and image.format != "MPO"  # a phone's MPO holds the picture and a preview of it
+        image.load()  # verify() would accept a truncated JPEG
+        upright = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise BadRow("image too large", f"{source} ({error}); shrink it") from error
+    except Exception as error:  # decoders raise all kinds of exceptions
+        cause = getattr(error, "strerror", None) or error
+        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
+    if is_several:
+        raise BadRow(
+            "several images", f"{source} holds {frames}, only the first would be seen; give each its own file"
+        )
+    width, height = upright.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
+        raise BadRow("image too narrow", detail)
+    return upright
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError for brightness that is no number."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
+        brightest = image.getextrema()[1]
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"its brightest value is {brightest}")
+        is_0_to_1 = image.mode == "F" and brightest <= 1
+        scale = 255 / brightest if is_0_to_1 or brightest > 255 else 1
+        # For these modes PIL only accepts a function of the form value * scale + offset.
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
+    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def refuse_duplicate_keys(pairs):
+    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key appears twice in {str(pairs):.200}")
+    return row
+
+
+def read_json(path):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error} (a .jsonl file has one row a line)") from None
+    else:
         try:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            self.kept = None
+            rows = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error} (a .json file is one list of rows; one row a line is a .jsonl file)") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
+    if not any(rows):
+        raise ValueError("it is empty")
+    broken = [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]
+    if broken:
+        raise ValueError(f"half a character (a lone surrogate) is in rows {broken[:20]}; fix their encoding")
 
-    def forward_pairs(self, forward, *args, input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **inputs):
-        """TRL's forward pass with its fused head, `forward`, over shared prompts: a stock batch (2B, L) in, its output (2B, L - 1) out."""
-        if not fused_lm_head:  # generation
-            inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            return forward(*args, **{name: value for name, value in inputs.items() if value is not None})
-        n, said, real = len(input_ids) // 2, labels != -100, attention_mask.bool()
-        following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # what each position must say next
-        start = (following != -100) & ~said  # the prompt's last token: the one from which both answers' first token is predicted
-        # One sequence: the chosen row, and of the rejected one the answer and, since both are predicted there, the prompt's last token again.
-        wide = {"real": torch.cat([real[:n], (said | start)[n:]], dim=1), "part": torch.cat([(said | start)[:n] * 1, (said | start)[n:] * 2], dim=1)}
-        for name, values in {"ids": input_ids, "position": real.cumsum(1) - 1, "following": following, "prompt": real & ~said}.items():
-            wide[name] = torch.cat([values[:n], values[n:]], dim=1)
-        order = wide["real"].long().argsort(dim=1, descending=True, stable=True)[:, : int(wide["real"].sum(1).max())]
-        real, part, ids, position, following, prompt = (values.gather(1, order) for values in wide.values())
-        ids = ids.masked_fill(~real, self._tokenizer.pad_token_id)  # what a shorter row is filled up with; nothing is said there
-        text = self.model.config.get_text_config()
-        if (window := getattr(text, "sliding_window", None)) and (longest := int(position[real].max()) + 1) > window:
-            raise ValueError(f"a row of {longest} tokens is longer than the model's sliding window of {window}, which a shared prompt does not know")
-        # 0 is the prompt, 1 and 2 are the answers, each from the prompt's last token on
-        mask = ((part[:, None] == 0) | (part[:, None] == part[..., None])) & (position[:, None] <= position[..., None])
-        if self.model.config.model_type == "paligemma":  # sees all of its prompt at once
-            mask |= (prompt & (part < 2))[:, None] & (prompt & (part < 2))[..., None]
-        mask = mask & real[:, None] | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding sees itself: a row of nothing is NaN
-        if text._attn_implementation == "eager":  # adds its mask: True would be 1
-            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
-        inputs.pop("token_type_ids", None)
-        inputs = {name: value[: len(value) // 2] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        output = forward(*args, input_ids=ids, attention_mask=mask[:, None], position_ids=position, shift_labels=following, fused_lm_head=True, **inputs)
-        taken, places = torch.cat([(following != -100) & (part == 1), (following != -100) & (part == 2)]), labels[:, 1:] != -100
-        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
-            if (values := getattr(output, name)) is not None:
-                setattr(output, name, values.new_zeros(places.shape).masked_scatter(places, torch.cat([values, values])[taken]))
-        return output
+    # from_generator may divide every list among its arguments, so columns, which it must not divide, are a tuple.
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+
+    def encoded_rows(rows, columns):  # as JSON text: datasets.Json() would read the text "7" as the number 7
+        for row in rows:
+            yield {column: json.dumps(row.get(column), ensure_ascii=False) for column in columns}
+
+    features = datasets.Features({column: datasets.Json() for column in columns})
+    arguments = {"rows": rows, "columns": columns}
+    return datasets.Dataset.from_generator(encoded_rows, features=features, gen_kwargs=arguments)
 
 
-class AlikeInAStep(torch.utils.data.Sampler):
-    """Numbers of rows in the Trainer's random order, but within a step (`rows` of them: all processes, all accumulated) the longest first, so
-    that rows of like length share a batch and little is padded. What is left over of an epoch stays as it is. `epoch` says which one begins."""
+def load_splits(name, config, revision):
+    """{split: Dataset} of a hub id, folder, saved data set or file; a file has only `train`. Raises SystemExit."""
+    path = Path(name)
+    try:
+        if path.suffix.lower() in (".json", ".jsonl"):
+            splits = {"train": read_json(path)}
+        elif path.suffix.lower() == ".parquet":
+            splits = datasets.load_dataset("parquet", data_files=name)
+        elif path.is_file():
+            raise ValueError("known are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name, config, revision=revision)
+    except (StopIteration, IndexError):
+        fail(f"cannot read {name}: it is empty")
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        fail(f"cannot read {name}: {error.__cause__ or error}")
+    return splits if isinstance(splits, dict) else {"train": splits}
 
-    def __init__(self, lengths, rows, seed, epoch):
-        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, epoch
+
+def read_dataset(name, split, settings):
+    """One split as a Dataset; for split None `test`, or None if there is none. Raises SystemExit.
+
+    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
+    config, revision = None, None
+    if name == getattr(settings, "dataset_name", None):  # they are not those of another data set, for evaluation
+        config, revision = settings.dataset_config, settings.dataset_revision
+    splits = load_splits(name, config, revision)
+    if split is None and "test" not in splits:
+        return None
+    split = split or "test"
+    require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
+
+    rows = splits[split]
+    undecoded = datasets.Image(decode=False)  # so that the collator can name the row of a broken image
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, undecoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(column, datasets.List(undecoded))
+    new_columns = ("row", "folder", "length", "image_keys")
+    rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
+    folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def rename_columns(rows, columns, name, optional=()):
+    """Rows of which only these columns are left, under new names: {new: old}. (`id`, `row`, `folder` stay.)
+
+    Columns in `optional` may be missing, all of them together. Raises SystemExit with the flags to name a column."""
+    missing = {new: f"{old!r} (--{new}_column)" for new, old in columns.items() if old not in rows.column_names}
+    if missing and set(missing) != set(optional):
+        own = [column for column in rows.column_names if column not in ("row", "folder")]
+        fail(f"{name} has no column {' and '.join(missing.values())}; it has {', '.join(own)}")
+    is_unique = len(set(columns.values())) == len(columns)
+    require(is_unique, f"one column cannot be two of {', '.join(columns)}: {columns}")
+    kept = {old: new for new, old in columns.items() if new not in missing}
+    for column in ("id", "row", "folder"):
+        if column in rows.column_names:
+            kept.setdefault(column, column)
+    parts = []
+    for old, new in kept.items():
+        part = rows.select_columns(old)
+        parts.append(part if old == new else part.rename_column(old, new))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def eval_name_and_split(settings, training):
+    """(data set, split) of the evaluation rows; split None is `test`, if there is one. None: there are none of their
+    own, or nothing is evaluated."""
+    if training.eval_strategy == "no":
+        return None
+    if settings.eval_dataset_name:
+        return settings.eval_dataset_name, settings.dataset_test_split or settings.dataset_train_split
+    if settings.dataset_test_split is None and settings.dataset_train_split == "test":
+        return None  # that is trained on
+    return settings.dataset_name, settings.dataset_test_split
+
+
+def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
+    """(train, eval): the rows that the collator accepts. If eval_rows is None, some of train are held out instead;
+    eval is None if nothing is to be evaluated (--eval_strategy no, --eval_fraction 0)."""
+    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
+        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
+        eval_rows = check_rows(eval_rows, "the evaluation data", collator, settings, training)
+    train_rows = check_rows(train_rows, name, collator, settings, training)
+    if eval_rows is not None:
+        return train_rows, eval_rows
+    if training.eval_strategy == "no" or settings.eval_fraction == 0:
+        return train_rows, None
+    refuse_run_with_other_split(training)
+    return hold_out(train_rows, settings, training)
+
+
+def check_rows(rows, name, collator, settings, training):
+    """The rows that the collator accepts, with two new columns that hold_out and the sampler use: `length`, in tokens,
+    and `image_keys`. The other rows are left out, or the program ends and names them (--on_bad_rows)."""
+
+    def try_row(row, changed_at):
+        try:
+            length = collator([row])["attention_mask"].shape[1]
+            keys = [image_key(image) for image in collator.images_of(row)]
+        except BadRow as error:
+            return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
+        return {"reason": None, "detail": None, "length": length, "image_keys": keys}
+
+    require(len(rows) > 0, f"{name} is empty: there is nothing to train on")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    features = datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text))
+    # map() reuses its result while function and arguments stay the same. The function holds the collator with all its
+    # attributes; `changed_at` is given so that rows are checked again when an image file has changed.
+    options = {"features": features, "fn_kwargs": {"changed_at": times_of_change(rows, collator)}}
+    if len(rows) > 1000:
+        options["num_proc"] = getattr(training, "dataset_num_proc", None) or os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    with training.main_process_first(desc=f"checking {name}"):
+        results = rows.map(try_row, remove_columns=rows.column_names, desc=f"Checking {name}", **options)
+    torch.set_num_threads(threads)
+
+    found = zip(results["reason"], results["detail"], strict=True)
+    problems = {n: (reason, detail) for n, (reason, detail) in enumerate(found) if reason is not None}
+    report_problems(rows, problems, name, settings)
+    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    return rows.select([n for n in range(len(rows)) if n not in problems])
+
+
+def times_of_change(rows, collator):
+    """[(path, time of its last change)] of the image files that these rows name."""
+    columns = []
+    for column in set(collator.image_columns).intersection(rows.column_names):
+        has_paths = isinstance((stored_images(rows[0][column], "") or [None])[0], str)
+        if has_paths or "Image(" not in str(rows.features[column]):  # embedded images are no files
+            columns.append(column)
+    if not columns:
+        return []
+    paths = set()
+    for row in rows.select_columns([*columns, "folder"]):
+        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
+            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
+
+
+def report_problems(rows, problems, name, settings):
+    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit."""
+    if not problems:
+        return
+    counts = Counter(reason for reason, _ in problems.values())
+    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals}"]
+    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
+    for n, row in zip(shown, rows.select(shown), strict=True):
+        reason, detail = problems[n]
+        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
+        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
+    if len(problems) > len(shown):
+        lines.append(f"  ... and {len(problems) - len(shown)} more")
+
+    too_long = counts["too long"]
+    broken = len(problems) - too_long
+    none_left = len(problems) == len(rows)
+    stop_on_broken = broken > 0 and settings.on_bad_rows == "stop"
+    stop_on_long = too_long > 0 and settings.on_long_rows == "stop"
+    if not (none_left or stop_on_broken or stop_on_long):
+        PartialState().print("left out:", "\n".join(lines))
+        return
+    if broken > 0:
+        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
+    if too_long > 0:
+        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
+    if none_left:
+        lines.append("No row would be left.")
+    fail("\n".join(lines))
+
+
+def draw_rows(rows, count, seed):
+    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
+    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
+
+
+def hold_out(rows, settings, training):
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
+    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image go to the same side,
+    directly or through other rows: another question about an image that was trained on would be no test."""
+    # 1. Groups of images that rows connect. A row without images counts as one image.
+    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    connected = UnionFind()
+    for images in images_of_row:
+        connected.union(*images)
+    groups = list(connected.to_sets())
+    group_of_image = {image: group for group in groups for image in group}
+    # 2. Image by image in random order, take its group, until there are enough.
+    order = sorted(group_of_image)
+    random.Random(training.seed).shuffle(order)
+    held_out, room = set(), max(1, round(settings.eval_fraction * len(order)))
+    for image in order:
+        group = group_of_image[image]
+        if image not in held_out and len(group) <= room:  # a larger group than there is room for is trained on
+            held_out |= group
+            room -= len(group)
+    if not held_out:
+        held_out = min(groups, key=len)
+    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
+    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
+    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
+    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
+
+
+def refuse_run_with_other_split(training):
+    """Stop if output_dir holds a run of an earlier version: it lacks SPLIT_NOTE, and has held out other rows."""
+    output_dir = Path(training.output_dir)
+    settings = output_dir / "settings.yaml"
+    is_begun = any(output_dir.glob("checkpoint-*")) or (output_dir / "trainer_state.json").exists()
+    if is_begun and settings.exists() and SPLIT_NOTE not in settings.read_text(encoding="utf-8"):
+        problem = f"{output_dir} holds a run of an earlier version, which held out other rows for evaluation"
+        fail(f"{problem}: use that version for it, or choose another --output_dir")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def keep_4bit_trainable_on_cpu(model):
+    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def nf4_quantization(dtype, skip_modules):
+    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`.
+    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
+    a bare "vision_tower" would match nothing."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
+
+
+def lora_targets(names, language_model, default):
+    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
+
+    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
+    if not names:
+        return default
+    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    if not is_one_regex:
+        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        fail(f"--lora_target_modules {names[0]!r} is no regular expression: {error}")
+    return names[0]
+
+
+def check_lora_targets(settings, adapter, model, untrainable):
+    """Stop if a LoRA target is no linear layer of the model, or one that cannot be trained. Raises SystemExit.
+    adapter: the LoraConfig, or None. model: may be an empty_model. untrainable: {part of a path: reason}."""
+    if adapter is None:
+        return
+    targets = adapter.target_modules
+    matched = []
+    for name, module in model.named_modules():
+        if targets == "all-linear":  # PEFT leaves lm_head out
+            is_target = module is not model.get_output_embeddings()
+        elif isinstance(targets, str):
+            is_target = re.fullmatch(targets, name)
+        else:
+            is_target = f".{name}".endswith(tuple(f".{target}" for target in targets))
+        if is_target and isinstance(module, torch.nn.Linear):
+            matched.append(name)
+    names = settings.lora_target_modules or []
+    for wanted in names:
+        is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
+        if len(names) == 1 and not is_found:  # it may be a regex
+            is_found = any(re.fullmatch(wanted, name) for name in matched)
+        require(is_found, f"--lora_target_modules {wanted}: no such linear layer; give names (q_proj) or one regex")
+    for part, reason in untrainable.items():
+        inside = [name for name in matched if f".{part}." in f".{name}."]
+        require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
+
+
+def empty_model(settings):
+    """The model without weights (on the meta device), to look at its modules before any are loaded."""
+    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def train_in_float32(model):
+    """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def print_parameters(model, parts, rate_of=None):
+    """Print how many parameters each part of the model has, how many are trained and in 4-bit, and their learning rate
+    by `rate_of(name)`. A weight belongs to the first part whose name is in its own, or else to the last one."""
+    counts = {part: Counter() for part in parts}
+    rates = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:  # PEFT trains a copy of it
+            continue
+        part = next((part for part in parts if part in name), parts[-1])
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # a byte holds two
+            counts[part]["in 4-bit"] += size
+        counts[part]["all"] += size
+        if parameter.requires_grad:
+            counts[part]["trained"] += size
+            rates[part] = rate_of(name) if rate_of else 0
+    for part, count in counts.items():
+        if count["all"] > 0:
+            rate = f" at {rates[part]:g}" if rate_of else ""
+            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained{rate}"
+            PartialState().print(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
+
+
+def marked(batch, processor, n=0):
+    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
+    real = batch["attention_mask"][n].bool()
+    ids = batch["input_ids"][n][real].tolist()
+    is_trained = (batch["labels"][n][real] != -100).tolist()
+    is_image = [token == processor.image_token_id for token in ids]
+    text, decoded, end = "", "", 0
+    for (image, trained), run in itertools.groupby(zip(is_image, is_trained, strict=True)):
+        count = len(list(run))
+        end += count
+        # Decoded from the start each time: a run by itself would lose its leading space.
+        before, decoded = decoded, processor.tokenizer.decode(ids[:end])
+        piece = decoded[len(before) :]
+        if image:
+            text += f"<image> x {count}"
+        elif trained:
+            text += f"«{piece}»"
+        else:
+            text += piece
+    return text
+
+
+def next_tokens(labels):
+    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+class ReplacedForwards(transformers.TrainerCallback):
+    """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
+
+    def __init__(self):
+        self.modules = []
+
+    def replace(self, module, forward):
+        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.modules.append(module)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for module in self.modules:
+            vars(module).pop("forward", None)  # from here on the forward of its class again
+
+
+class LongestFirst(torch.utils.data.Sampler):
+    """Optional, for speed: the Trainer's random order, but within each optimizer step the longest rows come first.
+    Rows of similar length then share a batch, so there is less padding. A step has the same rows and the same loss.
+    `generator()` returns the random numbers of the current epoch."""
+
+    def __init__(self, lengths, rows_per_step, generator):
+        self.lengths = list(lengths)
+        self.rows_per_step = rows_per_step
+        self.generator = generator
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch())).tolist()
-        for n in range(0, len(order), self.rows):
-            step = order[n : n + self.rows]
-            yield from sorted(step, key=lambda row: -self.lengths[row]) if len(step) == self.rows else step
+        order = torch.randperm(len(self), generator=self.generator()).tolist()
+        for start in range(0, len(order), self.rows_per_step):
+            step = order[start : start + self.rows_per_step]
+            if len(step) == self.rows_per_step:
+                step.sort(key=lambda row: -self.lengths[row])
+            yield from step
 
 
-class Trainer(SharedPromptDPOTrainer):
-    """... that at each evaluation answers held-out prompts: samples.md, eval_samples/ended, eval_samples/tokens."""
-
-    def __init__(self, settings, **kwargs):
-        super().__init__(shared_prompt=settings.shared_prompt, **kwargs)
-        self.settings, self.before = settings, None
-        for p in self.model.parameters():
-            if p.requires_grad:  # TRL made them bf16 (4-bit), where small steps round to nothing; fp16 could not unscale them
-                p.data = p.data.float()
-
-    def _get_train_sampler(self, train_dataset=None):
-        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        if args.gradient_accumulation_steps * args.world_size == 1 or args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(data)
-        rows, seed = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
-        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
-        return AlikeInAStep(data.with_format(None)["length"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def answers(self, rows):
-        """Rows -> (greedy answers, how many tokens each has, whether it came to its end)."""
-        collator, size, said = self.data_collator, self.args.per_device_eval_batch_size, []
-        for n in range(0, len(rows), size):
-            batch = collator.tokenize([collator.read(rows[i])[:1] for i in range(n, min(n + size, len(rows)))], prompt=True).to(self.args.device)
-            with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
-                ids = self.model.generate(**batch, max_new_tokens=self.settings.max_new_tokens, max_length=None, do_sample=False,
-                                          use_cache=True, eos_token_id=collator.stop)[:, batch["input_ids"].shape[1] :]
-            over = torch.isin(ids, torch.tensor(collator.stop, device=ids.device)).cumsum(1) > 0  # an end, and the padding behind it
-            texts = collator.processor.batch_decode(ids, skip_special_tokens=True)
-            said += zip([" ".join(text.split()) for text in texts], (~over).sum(1).tolist(), over.any(1).tolist())
-        return said
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """The stock loop, then answers, before and after, to the first held-out prompts."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        rows = self.eval_dataset.select(range(min(self.settings.sample_rows, len(self.eval_dataset))))
-        if len(rows) == 0 or not self.is_world_process_zero():
-            return output
-        if self.before is None:
-            with self.model.disable_adapter():
-                self.before = self.answers(rows)
-        said, out, table = self.answers(rows), Path(self.args.output_dir), ""
-        output.metrics[f"{metric_key_prefix}_samples/ended"] = sum(ended for *_, ended in said) / len(said)
-        output.metrics[f"{metric_key_prefix}_samples/tokens"] = sum(count for _, count, _ in said) / len(said)
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        for row, (before, *_), (after, *_) in zip(rows, self.before, said):
-            asked, right = self.data_collator.read(row)
-            ImageOps.contain(asked["content"][0]["image"], (336, 336)).save(out / f"samples/{row['row']}.png")
-            cells = [f"![](samples/{row['row']}.png)", text_of(asked), before, after, text_of(right), right["rejected"]]
-            table += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
-        with open(out / "samples.md", "a", encoding="utf-8") as file:
-            file.write(f"\n## Step {self.state.global_step}\n\n| image | prompt | before | after | chosen | rejected |\n|---|---|---|---|---|---|\n{table}")
-        return output
+def longest_first(trainer):
+    """A LongestFirst sampler for this trainer; None if it would change nothing, or if another order was asked for."""
+    args = trainer.args
+    batches_per_step = args.gradient_accumulation_steps * args.world_size
+    has_padding = args.train_batch_size * args.world_size > 1  # or GPUs that wait for each other
+    if batches_per_step == 1 or not has_padding or args.train_sampling_strategy != "random":
+        return None
+    lengths = trainer.train_dataset.with_format(None)["length"]
+    return LongestFirst(lengths, args.train_batch_size * batches_per_step, lambda: epoch_generator(trainer))
 
 
-def is_whole(folder):
-    """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
+def epoch_generator(trainer):
+    """Random numbers for the order of rows in the current epoch, the same on all GPUs and after a resume."""
+    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+    epoch = int(trainer.state.epoch or 0)  # after a resume Trainer does not call set_epoch on samplers of ours
+    return torch.Generator().manual_seed(seed + epoch)
+
+
+def text_of(message):
+    """The words of a message, without its images."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def images_in(messages):
+    """The images of a conversation, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message."""
+    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+Answer = namedtuple("Answer", "text num_tokens ended")  # ended: whether it stopped by itself, and not at the limit
+
+
+def answer_rows(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each answers a
+    share of the rows; under ZeRO-3, where all must use the same weights at the same time, each answers all."""
+    share = range(len(rows))
+    if not is_deepspeed_zero3_enabled():
+        share = share[PartialState().process_index :: PartialState().num_processes]
+    batch_size = trainer.args.per_device_eval_batch_size
+    answers = {}  # number of a row -> Answer
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        answers |= zip(numbers, answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens), strict=True)
+    all_answers = dict(gather_object(list(answers.items())))
+    return [all_answers[n] for n in range(len(rows))]
+
+
+def answer_batch(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row, generated together: a list of Answer."""
+    collator, device = trainer.data_collator, trainer.args.device
+    conversations = [collator.read(row) for row in rows]
+    questions = [messages[: last_answer(messages)] for messages in conversations]
+    batch = collator.tokenize(questions, prompt=True).to(device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = collator.stop_ids
+    options["max_length"] = None  # the one in the model's generation config would only cause a warning
+    trainer.model.eval()  # each training step turns training mode on again
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = trainer.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    # From the stop token on, also in the padding after it:
+    is_over = torch.isin(ids, torch.tensor(collator.stop_ids, device=device)).cumsum(dim=1) > 0
+    answers = []
+    for row_ids, over in zip(ids, is_over, strict=True):
+        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
+    return answers
+
+
+def append_samples(output_dir, title, columns, samples):
+    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
+    texts fill the columns after the first, which holds the images."""
+    folder = Path(output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for number, messages, texts in samples:
+        links = []
+        for n, image in enumerate(images_in(messages)):
+            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
+            links.append(f"![](samples/{number}-{n}.png)")
+        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
+        lines.append(f"| {' | '.join(cells)} |")
+    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def is_whole(checkpoint):
+    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-        state["global_step"] + state["train_batch_size"]  # fails where one is missing
-        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, files))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if "global_step" not in state or "train_batch_size" not in state:
+            return False
+        weights, random_states = list(checkpoint.glob("*.safetensors")), list(checkpoint.glob("rng_state*"))
+        for file in weights:
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        optimizer = [checkpoint / "optimizer.pt"]
+        if (checkpoint / "latest").exists():  # DeepSpeed's, which names a folder with a share of each process
+            optimizer = list((checkpoint / (checkpoint / "latest").read_text().strip()).glob("*.pt")) or optimizer
+        others = [*optimizer, checkpoint / "scheduler.pt", *random_states]
+        return bool(weights) and bool(random_states) and all(zipfile.is_zipfile(file) for file in others)
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
 def checkpoint_to_resume(training):
-    """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
-    out, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
-    found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
-    whole = sorted(filter(is_whole, found), key=lambda c: int(c.name[11:]))
-    finished = (out / "trainer_state.json").exists()
-    if wanted not in ("auto", "false"):
-        if not is_whole(Path(wanted)):
-            fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
+    """The checkpoint to resume from, or None. Exits with status 0 where the run is finished. Raises SystemExit."""
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
+    whole = [folder for folder in checkpoints if is_whole(folder)]
+    finished = (output_dir / "trainer_state.json").exists()
+
+    if wanted.lower() == "false":
+        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        require_writable(output_dir)
+        return None
+    if wanted.lower() != "auto":
+        names = [str(folder) for folder in whole]
+        require(is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: no whole checkpoint; whole are {names}")
         return wanted
-    if wanted == "false" and (found or finished):
-        fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
     if whole or finished:
-        try:
-            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
-        except (OSError, TypeError, ValueError, yaml.YAMLError):
-            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
-        if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
-            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
+        require_same_settings(training)
     if finished:
-        PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
-        PartialState().destroy_process_group()  # as at the end of main
+        PartialState().print(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()
         sys.exit(0)
-    try:  # now, and not when the weights are loaded
-        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
-    except OSError as e:
-        fail(f"--output_dir {out} cannot be written: {e}")
+    require_writable(output_dir)
+    for folder in checkpoints:
+        if folder not in whole:
+            PartialState().print(f"{folder} is incomplete, skipped")
     return str(whole[-1]) if whole else None
 
 
-def main(argv=None):
-    """Parse, check, load, say what will happen, train, save."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork after the tokenizer was used
-    settings, training = parse(argv)
-    check(settings, training)
-    checkpoint, say = checkpoint_to_resume(training), PartialState().print
-    set_seed(training.seed)
-    train, held_out = load_data(settings, training)
-    if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = "no", False
-    processor = load_processor(settings)
-    collator = Collator(processor, settings, training)
+def require_same_settings(training):
+    """Stop if output_dir holds a run with other settings. Raises SystemExit."""
+    output_dir = Path(training.output_dir)
+    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
     try:
-        config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    except (OSError, ValueError) as e:
-        fail(f"--model_name_or_path {settings.model_name_or_path}: {e}")
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    if settings.shared_prompt and config.model_type in SHARED and window and collator.max_length > window:
-        fail(f"--max_length {training.max_length}: this model attends to {window} tokens back, which a shared prompt does not know: --max_length {window}, "
-             "or --shared_prompt false")
-    try:
-        say(f"\nOne pair as the model sees it, learnt from in «»:\n\n{marked(collator([train[0]]), processor)}\n")
-    except BadRow as e:
-        fail(f"the data changed since they were checked: {e}")
+        old = dict(yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+    changes = []
+    for name, value in training.given.items():
+        if name in old and old[name] != value and name not in FREE_TO_CHANGE:
+            changes.append(f"{name} {old[name]} -> {value}")
+    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
 
+
+def require_writable(output_dir):
+    """Stop if output_dir could not be written. Raises SystemExit."""
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        model = load_model(settings, training)
-    except (OSError, ValueError, SafetensorError) as e:
-        fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
-    trainer = Trainer(settings, model=model, args=training, data_collator=collator, train_dataset=train, eval_dataset=held_out,
-                      processing_class=processor, peft_config=lora_config(settings))
-    for part, module in {**dict(model.base_model.named_children()), "lm_head": model.get_output_embeddings()}.items():
-        own = [(p, type(p).__name__ == "Params4bit") for p in module.parameters()]
-        packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
-        count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
-        say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
-    say(f"path: {f'stock DPOTrainer, since {trainer.stock}' if trainer.stock else 'shared prompts, each pair one sequence with its image once'}")
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
-    say(f"{len(train)} pairs to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} pairs, "
-        f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
-    if training.process_index == 0:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
-        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
-        Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written: {error}")
+
+
+def write_settings(training):
+    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = f"# {Path(__file__).name}\n{SPLIT_NOTE}\n" + yaml.safe_dump(training.given, sort_keys=False)
+    (output_dir / "settings.part").write_text(text, encoding="utf-8")
+    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+def train_and_save(trainer, checkpoint=None):
+    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
+    args, say = trainer.args, PartialState().print
+    steps = print_plan(trainer, checkpoint)
+    if args.process_index == 0:
+        write_settings(args)
     try:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
-        if state and state.global_step >= steps:  # killed when it had only to save the result: train() would take a step more
-            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
-            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
-            if not is_whole(wanted):
-                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
-            trainer._load_from_checkpoint(str(wanted))
-        else:
+        is_trained = checkpoint is not None and load_finished_training(trainer, checkpoint, steps)
+        if not is_trained:
             trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as e:  # out of a loader's process it comes with a traceback before it
-        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
+    except BadRow as error:
+        # From a loader it is a traceback, whose last line is the message. Perhaps only this process has met the row.
+        sys.exit(f"error: the data changed during the run: {str(error).splitlines()[-1]}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
-    trainer.save_model()  # pushes to the hub, too, where asked
-    trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end and trainer.state.best_metric is not None:
-        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
-    time.sleep(0.5 * (training.world_size > 1))  # Gloo (CPUs) lets go of that barrier in a thread, which aborts where Python shuts down: PyTorch's issue 190489
+        fail(f"interrupted; the same command resumes from the newest checkpoint in {args.output_dir}, if there is one")
+
+    trainer.save_model()  # also pushes to the hub with --push_to_hub
+    trainer.save_state()  # last: its file says that the run is finished
+    state = trainer.state
+    if args.load_best_model_at_end and state.best_metric is not None:
+        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
+        say(f"best {best}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    if args.world_size > 1:
+        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
-    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+    say(f"saved {args.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+
+
+def print_plan(trainer, checkpoint):
+    """Print what will be trained. Returns the number of optimizer steps of the whole run."""
+    args, num_rows = trainer.args, len(trainer.train_dataset)
+    rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
+    PartialState().print(
+        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
+        f"{steps} steps of {rows_per_step} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
+    )
+    if args.eval_strategy == "steps" and args.eval_steps > steps:
+        PartialState().print(f"warning: nothing will be evaluated, --eval_steps {args.eval_steps:g} is above {steps}")
+    return steps
+
+
+def load_finished_training(trainer, checkpoint, steps):
+    """If a run was killed after its last step, but before its result was saved, load the result and return True."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    is_at_end = state.global_step >= max(steps, state.max_steps)
+    if not is_at_end or trainer.is_deepspeed_enabled:  # DeepSpeed can load a checkpoint only in train()
+        return False
+    trainer.state = state  # train() is not called, it would take one more step
+    result = Path(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        result = Path(checkpoint).parent / Path(state.best_model_checkpoint).name  # the folder may have moved
+    remedy = "--load_best_model_at_end false saves the last one"
+    require(is_whole(result), f"{result}, the best checkpoint, is missing or damaged: {remedy}")
+    trainer._load_from_checkpoint(str(result))
+    return True
 
 
 if __name__ == "__main__":

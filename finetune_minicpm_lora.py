@@ -2,24 +2,28 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
-#   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
+#   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0", "networkx==3.6.1",
 # ]
 # ///
-"""Fine-tune MiniCPM-V on conversations about images: LoRA or QLoRA, plain Trainer, one 24 GB GPU or several; slices, several images.
+"""Fine-tune MiniCPM-V on conversations about images: LoRA or QLoRA, plain Trainer, one 24 GB GPU.
 
-    python finetune_minicpm_lora.py --data_path train.json                # MiniCPM-V-4.6, LoRA and the projector
-    python finetune_minicpm_lora.py --data_path train.json --q_lora       # language model in 4-bit NF4
-    python finetune_minicpm_lora.py --data_path train.json --model_name_or_path openbmb/MiniCPM-V-4.7
-    python finetune_minicpm_lora.py --data_path train.json --model_name_or_path openbmb/MiniCPM-V-2_6 --trust_remote_code
-    python finetune_minicpm_lora.py --data_path train.json --use_lora false --tune_llm --learning_rate 1e-5   # all of the language model
-    accelerate launch --num_processes 4 finetune_minicpm_lora.py --data_path train.json   # several GPUs, DDP
-    python finetune_minicpm_lora.py --config minicpm-lora/settings.yaml   # the same again; after a crash it resumes
+    python finetune_minicpm_lora.py --data_path train.json      # MiniCPM-V-4.6, LoRA; train.json is the default
+    python finetune_minicpm_lora.py --q_lora                    # language model in 4-bit NF4
+    python finetune_minicpm_lora.py --model_name_or_path openbmb/MiniCPM-V-2_6 --trust_remote_code
+    python finetune_minicpm_lora.py --use_lora false --tune_llm --learning_rate 1e-5   # language model in full
+    accelerate launch --num_processes 4 finetune_minicpm_lora.py                       # several GPUs, DDP
+    python finetune_minicpm_lora.py --config minicpm-lora/settings.yaml                # resume that run after a crash
 
-Data are the official JSON: id, image, conversations. Trained are the answers and what ends them, nothing else. Every setting is a
-flag; formats of data, the settings that matter and every logged metric: docs/finetune_minicpm_lora.md."""
+Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step.
+Trained tokens: the assistant's answers, each with the <|im_end|> that ends it. Prompts and images are not trained.
+Trained weights: LoRA on the language model's linear layers, and the whole projector. The vision tower is frozen.
+Result: the checkpoint with the lowest eval_loss, on held-out images (or the last: --load_best_model_at_end false).
+Every setting is a flag: python finetune_minicpm_lora.py --help. The format of a row is shown in load_data."""
 
 import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -30,11 +34,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections import Counter, namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 from unittest.mock import patch
 
 import datasets
@@ -42,837 +46,1537 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
+from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    HfArgumentParser,
-    PreTrainedConfig,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, HfArgumentParser
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.integrations import get_reporting_integration_callbacks
-
-# Where the parts of each kind of model are: (vision tower, projector, language model).
-PARTS = {"minicpmv4_6": ("model.vision_tower", "model.merger", "model.language_model"),
-         "minicpmv4_7": ("model.vision_tower", "model.merger", "model.language_model"),
-         "minicpmv": ("vpm", "resampler", "llm")}  # 2.6, hub code
+from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
+from transformers.video_processing_utils import VideoProcessorMixin
 
 
 @dataclass
 class Settings:
-    """What is trained on what: model, data, adapter, quantization. Names and groups are those of the official fine-tuning code."""
+    """Model, data, adapter, samples. Each line is a flag: --lora_r 32. The official code has the same names."""
 
-    model_name_or_path: str = field(default="openbmb/MiniCPM-V-4.6", metadata={"help": "MiniCPM-V 4.6, 4.7 or, with --trust_remote_code, 2.6: hub id or folder."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated, and for 2.6, whose code runs on your machine."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model: MiniCPM-V-2_6 needs it."})
-    data_path: str = field(default="train.json", metadata={"help": "Official JSON, a list of {id, image, conversations}; or .jsonl, one row a line."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "The same, to evaluate on. Default: eval_fraction of the rows."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the file."})
-    eval_fraction: float = field(default=0.02, metadata={"help": "Share of the images held out, by seed, where there is no eval_data_path. 0: none."})
-    max_eval_rows: int = field(default=200, metadata={"help": "Score at most so many rows at each evaluation, the same ones each time."})
-    on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
-    on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than model_max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
-    model_max_length: int = field(default=2048, metadata={"help": "Longest row in tokens, image tokens included. Never cut."})
-    max_slice_nums: int = field(default=9, metadata={"help": "A large image is seen as a whole and in up to so many slices. 1: only as a whole."})
-    downsample_mode: str = field(default="16x", metadata={"help": "4.6 and 4.7: patches that become one image token; 4x keeps four times as many tokens.", "choices": ["16x", "4x"]})
-    tune_vision: bool = field(default=False, metadata={"help": "Train the vision tower in full."})
-    tune_llm: bool = field(default=False, metadata={"help": "Train the language model in full; not together with use_lora."})
-    use_lora: bool = field(default=True, metadata={"help": "Adapters on the language model."})
-    q_lora: bool = field(default=False, metadata={"help": "Load the language model, and nothing else, in 4-bit NF4."})
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=64, metadata={"help": "The adapter is scaled by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: str | None = field(default=None, metadata={"help": "Regex of full module names. Default: every linear layer of the language model."})
-    lora_bias: str = field(default="none", metadata={"help": "Biases trained: none, all, or those of adapted layers.", "choices": ["none", "all", "lora_only"]})
-    lora_modules_to_save: list[str] = field(default_factory=list, metadata={"help": "More modules to train in full, such as embed_tokens."})
-    lora_layers_to_transform: list[int] = field(default_factory=list, metadata={"help": "Adapt only these layers of the language model, counted from 0."})
-    lora_weight_path: str | None = field(default=None, metadata={"help": "Go on from this adapter: its weights, a new optimizer and schedule."})
-    vision_learning_rate: float | None = field(default=None, metadata={"help": "Of the vision tower with tune_vision. Default: learning_rate."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector, trained in full. 0: frozen. Default: learning_rate."})
-    sample_rows: int = field(default=8, metadata={"help": "Answer the last question of so many held-out rows at each evaluation, into samples.md. 0: none."})
-    sample_tokens: int = field(default=64, metadata={"help": "Longest answer there, in tokens."})
+    # model
+    model_name_or_path: str = HfArg(default="openbmb/MiniCPM-V-4.6", help="MiniCPM-V 4.6, 4.7, 2.6: hub id, folder.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag, commit. Set it for 2.6, which runs hub code.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model. 2.6 needs it.")
+    # data
+    data_path: str = HfArg(default="train.json", help="Rows as load_data shows them: a .json or .jsonl file.")
+    eval_data_path: str | None = HfArg(default=None, help="Evaluation rows, same format. Or see eval_fraction.")
+    image_folder: str | None = HfArg(default=None, help="Folder of the images. Default: that of the .json.")
+    eval_fraction: float = HfArg(default=0.02, help="Share of the images to hold out for evaluation. 0: none.")
+    max_eval_rows: int = HfArg(default=200, help="Most rows to evaluate on, always the same ones.")
+    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="If rows are broken: stop, or skip.")
+    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="If rows are too long: drop, or stop.")
+    model_max_length: int = HfArg(default=2048, help="Longest row in tokens, images included. Never cut.")
+    max_slice_nums: int = HfArg(default=9, help="Most slices of a large image, beside the whole image. 1: no slices.")
+    downsample_mode: Literal["16x", "4x"] = HfArg(default="16x", help="4x: four times the image tokens (not 2.6).")
+    # what is trained
+    tune_vision: bool = HfArg(default=False, help="Train the vision tower in full.")
+    tune_llm: bool = HfArg(default=False, help="Train the language model in full. Needs use_lora false.")
+    use_lora: bool = HfArg(default=True, help="Train adapters on the language model.")
+    q_lora: bool = HfArg(default=False, help="Load the language model, and nothing else, in 4-bit NF4.")
+    vision_learning_rate: float | None = HfArg(default=None, help="For tune_vision. Default: learning_rate.")
+    projector_learning_rate: float | None = HfArg(default=None, help="0: frozen. Default: learning_rate.")
+    lora_r: int = HfArg(default=64, help="Rank of the adapter.")
+    lora_alpha: int = HfArg(default=64, help="The adapter is scaled by alpha / r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapter.")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Layers to adapt: q_proj v_proj, or one regex.")
+    lora_bias: Literal["none", "all", "lora_only"] = HfArg(default="none", help="Biases to train beside the adapter.")
+    lora_modules_to_save: list[str] = HfArg(default_factory=list, help="Modules to train in full: embed_tokens.")
+    lora_layers_to_transform: list[int] = HfArg(default_factory=list, help="Adapt only these layers (counted from 0).")
+    lora_weight_path: str | None = HfArg(default=None, help="Train this adapter further, with a new optimizer.")
+    # samples.md
+    sample_rows: int = HfArg(default=8, help="Held-out rows to answer at each evaluation. 0: none.")
+    sample_tokens: int = HfArg(default=64, help="Longest answer in samples.md, in tokens.")
 
 
 @dataclass
-class Training(TrainingArguments):
-    """TrainingArguments with this recipe's defaults; docs/finetune_minicpm_lora.md says why where they differ from the official code."""
+class Training(transformers.TrainingArguments):
+    """TrainingArguments with this recipe's defaults. All its other settings are flags, too."""
 
-    output_dir: str = field(default="minicpm-lora", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: refuse a used output_dir. Or a checkpoint."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data; max_steps bounds them."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Raise it first where memory is left."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Rows scored at once."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of the language model: 1e-4 suits LoRA, 1e-5 full training."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rates over the run."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 a share of the run."})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on what is trained."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
-    eval_steps: float = field(default=100, metadata={"help": "Steps between evaluations."})
-    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints, eval_steps while the best is kept: what a crash can cost."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint with the lowest eval_loss, not the last one."})
-    logging_steps: float = field(default=5, metadata={"help": "Steps between two lines of the log."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true hides NaN losses in the log."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode and slice images while the GPU works."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits of the whole vocabulary would fill the memory."})
-    ddp_find_unused_parameters: bool | None = field(default=True, metadata={"help": "A batch without images leaves the projector unused. false is faster where every row has one."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in the backward pass: far less memory, slower."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
+    output_dir: str = HfArg(default="minicpm-lora", help="Adapter, processor, settings, samples, logs, checkpoints.")
+    resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
+    per_device_train_batch_size: int = HfArg(default=1, help="If GPU memory is free, raise this first.")
+    per_device_eval_batch_size: int = HfArg(default=1, help="Rows in a batch of evaluation.")
+    gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
+    learning_rate: float = HfArg(default=1e-4, help="The language model's: 1e-4 for LoRA, 1e-5 in full.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
+    warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a share of the run.")
+    weight_decay: float = HfArg(default=0.1, help="Of all trained weights except biases and norms.")
+    adam_beta2: float = HfArg(default=0.95, help="AdamW's second beta.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=100, help="Steps between evaluations.")
+    save_steps: float = HfArg(default=100, help="Steps between checkpoints: what a crash can cost.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest and the best.")
+    load_best_model_at_end: bool = HfArg(default=True, help="Result: lowest eval_loss. false: last weights.")
+    logging_steps: float = HfArg(default=5, help="Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
+    report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
+    dataloader_num_workers: int = HfArg(default=4, help="Processes that prepare images while the GPU works.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the columns.")
+    prediction_loss_only: bool = HfArg(default=True, help="Must stay true: all logits would fill the memory.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=True, help="false: faster, if all rows have images.")
+    activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
+    bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = gpu and not self.bf16
-        self.load_best_model_at_end &= self.eval_strategy != "no"  # nothing tells which would be the best
+        pick_precision(self)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_loss"  # the lowest is the best. Your own metric: see Trainer
         super().__post_init__()
 
 
-# Inherited, but this recipe would ignore them, they would break a promise, or have a new name (gradient_... is
-# activation_checkpointing); and those that may change when a run is taken up again without making it another run.
-REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel
-save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval
-do_predict neftune_noise_alpha torch_compile dataloader_drop_last""".split()
-FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
-push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens logging_steps
-save_total_limit per_device_eval_batch_size""".split()
-
-
-def fail(message):
-    """End the program with one message, of the first process where there are several, and exit status 1."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+# TrainingArguments' flags that this recipe does not use, beside UNUSED_FLAGS.
+REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel neftune_noise_alpha
+torch_compile""".split()
+PLACEHOLDER = re.compile(r"(<image(?:_\d+)?>)")  # what stands for an image in a turn
+# model_type -> the paths of the model's parts. minicpmv is 2.6.
+PARTS_4 = {"vision": "model.vision_tower", "projector": "model.merger", "language": "model.language_model"}
+PARTS_26 = {"vision": "vpm", "projector": "resampler", "language": "llm"}
+PARTS = {"minicpmv4_6": PARTS_4, "minicpmv4_7": PARTS_4, "minicpmv": PARTS_26}
 
 
 def parse(argv=None):
-    """Flags and `--config run.yaml` -> (Settings, Training), on any machine. Raises SystemExit with one line."""
-    parser = HfArgumentParser([Settings, Training], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
-    if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
-        try:
-            for name, value in yaml.safe_load(Path(file).read_text()).items():
-                if value in (None, []):
-                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
-                        raise ValueError(f"{name} must have a value")
-                    parser.set_defaults(**{name: value})
-                else:
-                    value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-                    argv = [f"--{name}", *map(str, value), *argv]
-        except (OSError, AttributeError, ValueError, yaml.YAMLError) as e:
-            fail(f"--config {file} must hold lines of 'name: value': {e}")
-    try:
-        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
-        if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused))
-        settings, training = parser.parse_dict(given)
-    except (OSError, ValueError, TypeError) as e:
-        fail(e)
-    training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
-    return settings, training
-
-
-def rates(settings, training):
-    """The learning rate of each part, as (vision tower, projector, language model); 0: frozen."""
-    vision, projector = (training.learning_rate if rate is None else rate for rate in (settings.vision_learning_rate, settings.projector_learning_rate))
-    return vision * settings.tune_vision, projector, training.learning_rate * (settings.use_lora or settings.tune_llm)
+    """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
+    return parse_arguments(HfArgumentParser([Settings, Training], allow_abbrev=False), REFUSED, argv)
 
 
 def check(settings, training):
-    """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    gpus, out, default = training.n_gpu, Path(training.output_dir), {f.name: f.default for f in fields(Settings)}
-    adapter = [name for name in ("lora_target_modules", "lora_weight_path") if getattr(settings, name) != default[name]]
-    adapter += [name for name in ("lora_modules_to_save", "lora_layers_to_transform") if getattr(settings, name)]
-    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
-    for wrong, message in (
-        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
-        (not training.use_cpu and training.device.type == "cpu", "no GPU found (2.6 needs 24 GB, 4.6 less); for tiny models: --use_cpu"),
-        (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} finetune_minicpm_lora.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (settings.use_lora and settings.tune_llm, "--use_lora adapts the language model, --tune_llm trains all of it: one of them, --use_lora false for the other"),
-        (settings.q_lora and not settings.use_lora, "--q_lora: 4-bit weights cannot be trained themselves, it takes --use_lora true"),
-        (adapter and not settings.use_lora, f"--{', --'.join(adapter)}: for --use_lora true only"),
-        (settings.vision_learning_rate is not None and not settings.tune_vision, "--vision_learning_rate is for --tune_vision; without it the tower is frozen"),
-        (settings.tune_vision and settings.vision_learning_rate == 0, "--tune_vision with a --vision_learning_rate of 0, which means frozen: one of them"),
-        (training.learning_rate == 0 and (settings.use_lora or settings.tune_llm),
-         "--learning_rate 0 means a frozen language model: then --use_lora false and no --tune_llm, and rates for the other parts"),
-        (not all(0 <= (rate or 0) < 10 for rate in (settings.vision_learning_rate, settings.projector_learning_rate, training.learning_rate)),
-         "learning rates: from 0, which means frozen, to below 10"),
-        (not any(rates(settings, training)), "nothing would be trained: every part is frozen"),
-        (settings.lora_alpha <= 0 or not 0 <= settings.lora_dropout < 1 or not 0 <= settings.eval_fraction < 1,
-         "--lora_alpha must be above 0, --lora_dropout and --eval_fraction from 0 to below 1"),
-        (min(settings.sample_rows, training.dataloader_num_workers, training.seed, *settings.lora_layers_to_transform) < 0 or training.seed >= 2**32,
-         "--sample_rows, --dataloader_num_workers, --lora_layers_to_transform, --seed: 0 or more, and a seed below 2**32"),
-        (min(settings.lora_r, settings.max_slice_nums, settings.max_eval_rows, settings.sample_tokens, settings.model_max_length,
-             training.per_device_train_batch_size, training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
-         "--lora_r, --max_slice_nums, batch sizes, accumulation steps, --max_eval_rows, --sample_tokens, --model_max_length: at least 1"),
-        (training.max_steps == 0 or not 0 < training.num_train_epochs < math.inf, "--max_steps and --num_train_epochs must be above 0"),
-        (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
-        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
-         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
-        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
-        (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
-         f"--metric_for_best_model {training.metric_for_best_model}: there is no other than loss"),
-        (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
-    ):
-        if wrong:
-            fail(message)
-    try:
-        re.compile(settings.lora_target_modules or "")
-    except re.error as e:
-        fail(f"--lora_target_modules {settings.lora_target_modules!r} is no regular expression: {e}")
-    try:  # what would fail only after the weights are loaded
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-        if training.push_to_hub:
-            HfApi(token=training.hub_token).whoami()
-    except Exception as e:
-        fail(f"--report_to or --push_to_hub: {e}")
-
-
-def load_config(settings):
-    """The model's configuration. Raises SystemExit for a model that nobody has tested this recipe with."""
-    name = settings.model_name_or_path
-    try:
-        said = PreTrainedConfig.get_config_dict(name, revision=settings.model_revision)[0]  # before any code of the model runs
-        kind, version = said.get("model_type"), said.get("version")
-        if kind not in PARTS or kind == "minicpmv" and version != 2.6:
-            what = f"is {kind}{'' if version is None else f' {version}'}" if kind else "has no config.json that names a model_type"
-            fail(f"{name} {what}: tested are MiniCPM-V 4.6, 4.7 and 2.6, other versions are refused until someone has tested them")
-        if kind == "minicpmv" and settings.downsample_mode != "16x":
-            fail("--downsample_mode 4x: 2.6 does not know it; 4.6 and 4.7 do")
-        if kind == "minicpmv" and not settings.trust_remote_code:
-            fail(f"{name} brings code of its own that runs on this machine: read it, pin it by --model_revision, and then give --trust_remote_code")
-        config = AutoConfig.from_pretrained(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
-        fail(f"--model_name_or_path {name}: {' '.join(str(e).split())}")
-    return config
+    """Stop early if this machine or these flags cannot work. Raises SystemExit."""
+    check_training(settings, training, "2.6 needs 24 GB, 4.6 less", metrics=("loss",))
+    if settings.use_lora and settings.tune_llm:
+        fail("--use_lora adapts the language model, --tune_llm trains all of it: for --tune_llm add --use_lora false")
+    if settings.q_lora and not settings.use_lora:
+        fail("--q_lora: 4-bit weights cannot be trained themselves, this needs --use_lora true")
+    for name in ("lora_target_modules", "lora_weight_path", "lora_modules_to_save", "lora_layers_to_transform"):
+        if getattr(settings, name) and not settings.use_lora:
+            fail(f"--{name}: for --use_lora true only")
+    lora_targets(settings.lora_target_modules, "", "")  # stops at an invalid regex
+    require(settings.max_slice_nums >= 1, "--max_slice_nums must be at least 1, which means no slices")
+    if settings.vision_learning_rate is not None and not settings.tune_vision:
+        fail("--vision_learning_rate is for --tune_vision; without it the tower is frozen")
+    require(settings.vision_learning_rate != 0, "--vision_learning_rate 0 means a frozen tower: omit --tune_vision")
+    if training.learning_rate == 0 and (settings.use_lora or settings.tune_llm):
+        fail("--learning_rate 0 means a frozen language model: then --use_lora false and no --tune_llm")
+    rates = learning_rates(settings, training)
+    require(all(0 <= rate < 10 for rate in rates.values()), "learning rates must be from 0 (frozen) to below 10")
+    require(any(rates.values()), "nothing would be trained: every part is frozen")
 
 
 def load_processor(settings):
     """The model's processor, set to this run's slices. Raises SystemExit for another model."""
-    name, where = settings.model_name_or_path, {"revision": settings.model_revision}
-    try:
-        try:
-            processor = AutoProcessor.from_pretrained(name, **where, trust_remote_code=settings.trust_remote_code)
-        except ImportError:  # for its video processor, which wants torchvision; pictures do not
-            from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
-            from transformers.video_processing_utils import VideoProcessorMixin
-            transformers.processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin  # what a video processor is checked to be
-            own = getattr(transformers, transformers.ProcessorMixin.get_processor_dict(name, **where)[0]["processor_class"])
-            tokenizer, images = AutoTokenizer.from_pretrained(name, **where), AutoImageProcessor.from_pretrained(name, **where)
-            processor = own(images, MiniCPMV4_6VideoProcessor.from_pretrained(name, **where), tokenizer, chat_template=tokenizer.chat_template)
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        fail(f"--model_name_or_path {name}: {' '.join(str(e).split())}")
+    name = settings.model_name_or_path
+    options = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+    do_without_torchvision()
+    with fail_on_error(f"--model_name_or_path {name}"):
+        processor = AutoProcessor.from_pretrained(name, **options)
     kind = type(processor).__name__
-    if kind not in ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor"):
-        fail(f"{name} has a {kind}; needed is that of MiniCPM-V 4.6, 4.7 or 2.6")
-    if kind != "MiniCPMVProcessor":  # 2.6 takes the number of slices with each call
+    known = ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor")
+    require(kind in known, f"{name} has a {kind}; this needs the processor of MiniCPM-V 4.6, 4.7 or 2.6")
+
+    # Edit the prompt here: set processor.chat_template (2.6: that of processor.tokenizer) to your own. Turns must stay
+    # <|im_start|>role, newline, text, <|im_end|>. Nothing else changes: labels and samples.md follow the template,
+    # and the processor is saved with the adapter, for inference. (A system prompt is the first turn of each row.)
+    is_26 = kind == "MiniCPMVProcessor"
+    if is_26:  # the number of slices goes to each of its calls instead
+        processor.image_token_id = processor.tokenizer.unk_token_id
+    else:
         processor.image_processor.max_slice_nums = settings.max_slice_nums
         processor.image_processor.downsample_mode = settings.downsample_mode
     return processor
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
-
-
-def text_of(message):
-    """The words of a message, without its images."""
-    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def image_cells(row, folder):
-    """The images of a row, {placeholder: path (from its own `folder` or this one)}; one by itself is called <image>. Raises BadRow."""
-    image = row.get("image")
-    named = image if isinstance(image, dict) else {} if image in (None, "") else {"<image>": image}
-    if odd := [name for name, path in named.items() if not isinstance(path, str) or not path or not re.fullmatch(r"<image(_\d+)?>", name)]:
-        raise BadRow(f"malformed image: {odd[0]!r:.100} is {named[odd[0]]!r:.100}; needed is a path, or for several images {{\"<image_00>\": a path, ...}}")
-    return {name: os.path.join(row.get("folder") or folder, path) for name, path in named.items()}
-
-
-def load_image(path):
-    """A file of any mode -> PIL RGB, upright. Raises BadRow where it is no image, or none to read."""
-    where = path if len(path) < 500 else f"{path[:100]}... ({len(path)} characters)"  # a picture written as text
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")  # a pipe would be waited for
-        image = Image.open(path)
-        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
-            raise BadRow(f"{frames} images: {where} holds several, and only the first would be seen; give each its own file")
-        image.load()  # verify() passes a truncated JPEG
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > 20 * min(image.size):  # a cut gone wrong
-            raise BadRow(f"image too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 there is little to be seen in it; crop it")
-        if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            if not 0 < (most := image.getextrema()[1]) < math.inf:
-                raise ValueError(f"its brightest value is {most}")
-            scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
-            image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
-        if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Image.DecompressionBombError as e:
-        raise BadRow(f"image too large: {where} ({e}); shrink it") from e
-    except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
-        raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
-
-
-def braces(pairs):
-    """A JSON object -> dict; what stands there twice becomes a list of both, which no check lets pass as a text or a path."""
-    named = dict(pairs)
-    return named if len(named) == len(pairs) else {key: some[0] if len(some := [v for k, v in pairs if k == key]) == 1 else some for key in named}
-
-
-def read_rows(name, split, settings):
-    """A .json or .jsonl file -> its rows, numbered in `row`. `split` is for recipes whose data have some. Raises SystemExit."""
-    path = Path(name)
-    try:
-        if path.suffix.lower() not in (".json", ".jsonl"):
-            raise ValueError("read are .json and .jsonl files in MiniCPM-V's own schema: see the README")
-        text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
-        if lines:
-            rows = []
-            for n, line in enumerate(text.split("\n"), start=1):
-                try:
-                    rows += [json.loads(line, object_pairs_hook=braces)] if line.strip() else []
-                except ValueError as e:
-                    raise ValueError(f"line {n}: {e} (a .jsonl file has one row a line)") from None
-        else:
-            rows = json.loads(text, object_pairs_hook=braces)
-        if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
-        if not any("conversations" in row for row in rows):
-            raise ValueError(f"no row has 'conversations'; the first one has {', '.join(rows[0]) or 'nothing'}")
-        if odd := [(n, key) for n, row in enumerate(rows) for key in row if key.lower() in ("image", "images", "system") and key != "image"]:
-            raise ValueError(f"row {odd[0][0]} has a key {odd[0][1]!r}: images go under 'image', a system message is the first turn")
-        if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
-            raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
-        keys = ("id", "image", "conversations")
-        data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
-            lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
-            features=datasets.Features({key: datasets.Json() for key in keys}), gen_kwargs={"rows": rows, "keys": keys})
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name}: {e.__cause__ or e}")
-    folder = os.path.abspath(settings.image_folder or path.parent)
-    return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
-
-
-def check_rows(data, name, collator, settings, training):
-    """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
-    Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
-    def attempt(row, version):
-        try:
-            return {"problem": None, "length": collator([row])["labels"].shape[1]}
-        except BadRow as e:
-            return {"problem": str(e).split(": ", 1)[1], "length": 0}
-
-    if len(data) == 0:
-        fail(f"{name} is empty: there is nothing to train on")
-    files = set()
-    for row in data.select_columns(["image", "folder"]):
-        with contextlib.suppress(BadRow):  # it is named below
-            files |= set(image_cells(row, "").values())
-    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(
-            attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
-            features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
-            num_proc=os.cpu_count() if len(data) > 1000 else None)
-    torch.set_num_threads(threads)
-    problems = found["problem"]
-    bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
-    counts = Counter(problems[n].split(":")[0] for n in bad)
-    report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
-    for row, n in zip(data.select(bad[:20]), bad):
-        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "") + f": {problems[n]}")
-    report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
-    stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
-    if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
-        report += ["Raise --model_max_length, lower --max_slice_nums, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
-        fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
-    if bad:
-        PartialState().print("left out:", "\n".join(report))
-    good = [n for n, problem in enumerate(problems) if not problem]
-    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
-
-
 def load_data(settings, training):
-    """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
+    r"""-> (train, eval): Datasets of checked rows; eval is None if nothing is to be evaluated. Raises SystemExit.
+
+    A row has the official format. `image` is a path, or several paths by their placeholders, or missing:
+        {"id": "0", "image": "cat.jpg", "conversations": [
+            {"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]}
+        {"id": "1", "image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": [...]}
+    User and assistant alternate; a system turn may come first. Only users' turns have placeholders, each just once."""
+    train_rows = read_rows(settings.data_path, settings=settings)
+    eval_rows = None  # None: prepare_rows holds out some training rows, unless evaluation is off
+    if settings.eval_data_path and training.eval_strategy != "no":
+        eval_rows = read_rows(settings.eval_data_path, settings=settings)
     collator = Collator(load_processor(settings), settings, training)
-    train, held_out = read_rows(settings.data_path, None, settings), None
-    if settings.eval_data_path and training.eval_strategy != "no":  # bounded before it is checked: no need to decode what is never scored
-        held_out = read_rows(settings.eval_data_path, None, settings).shuffle(training.seed)
-        held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
-        held_out = check_rows(held_out, settings.eval_data_path, collator, settings, training)
-    train = check_rows(train, settings.data_path, collator, settings, training)
-    if not settings.eval_data_path and settings.eval_fraction > 0 and training.eval_strategy != "no":
-        images = [tuple(map(os.path.normpath, image_cells(row, "").values())) or (f"row {row['row']}",) for row in train.select_columns(["image", "folder", "row"])]
-        every = sorted({image for some in images for image in some})  # of images, not of rows: other questions about an image are no test
-        random.Random(training.seed).shuffle(every)
-        apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
-        kept = [n for n, some in enumerate(images) if not apart & set(some)]
-        if not kept:
-            fail(f"{len(every)} images cannot be divided into training and evaluation: --eval_fraction 0 (none), or give --eval_data_path")
-        held = [n for n, some in enumerate(images) if apart & set(some)]
-        held_out = train.select(held).shuffle(training.seed).select(range(min(len(held), settings.max_eval_rows)))
-        train = train.select(kept)
-    return train, held_out
+    return prepare_rows(train_rows, eval_rows, settings.data_path, collator, settings, training)
 
 
 class Collator:
-    """Rows -> input_ids, attention_mask, labels (B, L) and the images of all rows as the processor packs them; for 2.6 all but mask and labels are
-    in `data`.
+    """Rows -> a batch, padded on the left: input_ids, attention_mask, labels (B, L), and the processor's image inputs.
+    labels are the input_ids of the answers, each with its <|im_end|>, and -100 elsewhere: on prompts, the empty think
+    block before the last answer (4.6, 4.7), the newline after <|im_end|>, image tokens, padding. Raises BadRow."""
 
-    Labels are -100 but on the answers and the <|im_end|> of each: not on the empty think block that the template of 4.6 and 4.7 puts before the
-    last answer, nor on the newline after it. The prompt of the last answer is, token for token, that of inference. Raises BadRow."""
+    image_columns = ("image",)
 
     def __init__(self, processor, settings, training):
-        # no setting that has no say in a batch: all of this is the key under which the check is cached
-        self.processor, self.folder, self.max_length, self.slices = processor, settings.image_folder or "", settings.model_max_length, settings.max_slice_nums
-        self.hub, tokenizer = type(processor).__name__ == "MiniCPMVProcessor", processor.tokenizer
-        self.control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {"<think>", "</think>"}
-        self.start, self.end, *self.slice = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<slice>", "</slice>"])
-        self.stop = [self.end, tokenizer.convert_tokens_to_ids("<|endoftext|>")]  # where generation ends
-        asked = [self.ask("?", [])]
-        self.headers = [tokenizer(self.render(asked, True)[len(self.render(asked)) :], add_special_tokens=False)["input_ids"],
-                        tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]]  # of the last answer, of those before it
-
-    def ask(self, question, images):
-        """The user's turn: images, question."""
-        return {"role": "user", "content": [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]}
-
-    def read(self, row):
-        """A row -> its messages, with a PIL image where a placeholder stands. Raises BadRow."""
-        cells, turns, messages, seen = image_cells(row, self.folder), row.get("conversations"), [], []
-        if not isinstance(turns, list) or not turns:
-            raise BadRow("no conversation: conversations must be a list of turns, {role, content}")
-        lead = isinstance(turns[0], dict) and turns[0].get("role") == "system"
-        for n, turn in enumerate(turns):
-            role = "system" if lead and n == 0 else ("user", "assistant")[(n - lead) % 2]
-            if not isinstance(turn, dict) or turn.get("role") != role:
-                raise BadRow(f"wrong order of roles: turn {n} must be the {role}'s, {{role, content}}; it is {turn!r:.100}")
-            if not isinstance(text := turn.get("content"), str) or not text.strip():
-                raise BadRow(f"{'empty answer' if role == 'assistant' else 'empty turn'}: turn {n}, the {role}'s, says {text!r:.100}; needed is text")
-            parts = [part.strip() for part in re.split(r"(<image(?:_\d+)?>)", text) if part.strip()]
-            if n == lead and len(cells) == 1 and not any("<image" in str(t.get("content")) for t in turns if isinstance(t, dict)):
-                parts = [*cells, *parts]  # as in the official code: an image that no turn mentions stands before the first question
-            here = [part for part in parts if re.fullmatch(r"<image(_\d+)?>", part)]
-            if here and role != "user":
-                raise BadRow(f"image in a turn of the {role}: {here[0]} in turn {n}; images belong to the user's turns")
-            if found := [token for part in parts if part not in here for token in self.control if token in part]:
-                raise BadRow(f"control token: {found[0]} is typed in turn {n} and would become a real one; take it out")
-            seen += here
-            messages.append({"role": role, "content": [{"type": "image", "name": part} if part in here else {"type": "text", "text": part} for part in parts]})
-        if sorted(seen) != sorted(cells):
-            raise BadRow(f"images do not match: the turns name {seen}, the row has {list(cells)}; each image once")
-        images = {name: load_image(path) for name, path in cells.items()}
-        for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
-            part["image"] = images[part.pop("name")]
-        return messages
-
-    def render(self, messages, prompt=False):
-        """Messages -> text with a mark for each image, as the processor takes it."""
-        if not self.hub:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-        turns = [{"role": m["role"], "content": "\n".join("(<image>./</image>)" if part["type"] == "image" else part["text"] for part in m["content"])}
-                 for m in messages]  # what 2.6's own chat() joins
-        return self.processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-
-    def tokenize(self, conversations, prompt=False):
-        """Lists of messages -> a batch padded on the left; with `prompt`, ready to generate the next answer."""
-        texts = [self.render(messages, prompt) for messages in conversations]
-        images = [[part["image"] for message in messages for part in message["content"] if part["type"] == "image"] for messages in conversations]
-        if not self.hub:
-            flat = [image for some in images for image in some]
-            return self.processor(text=texts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
-        # one by one: 2.6's processor pads by masking each id 0, which is "!"
-        every = [self.processor([text], [some], max_slice_nums=self.slices, use_image_id=True) for text, some in zip(texts, images)]
-        ids = self.processor.tokenizer.pad({"input_ids": [one["input_ids"][0].tolist() for one in every]}, padding_side="left", return_tensors="pt")
-        shift = (ids["attention_mask"] == 0).sum(1).tolist()
-        return transformers.BatchFeature({
-            **ids, "position_ids": (ids["attention_mask"].cumsum(1) - 1).clamp(min=0), "pixel_values": [one["pixel_values"][0] for one in every],
-            "tgt_sizes": [one["tgt_sizes"][0] for one in every], "image_bound": [one["image_bound"][0] + n for one, n in zip(every, shift)]})
-
-    def label(self, ids, messages):
-        """Token ids (a list, without padding) -> labels, a list. Raises BadRow."""
-        labels, starts = [-100] * len(ids), [n for n, token in enumerate(ids) if token == self.start][-len(messages) :]
-        for n, (start, message) in enumerate(zip(starts, messages)):
-            if message["role"] == "assistant":
-                header = next((h for h in self.headers if ids[start : start + len(h)] == h), None)
-                if header is None or n == len(messages) - 1 and header != self.headers[0]:  # training must continue the prompt of inference
-                    raise BadRow(f"prompt changed: by its first characters the answer {text_of(message)[:40]!r} changes its tokens; begin it otherwise")
-                first, end = start + len(header), ids.index(self.end, start) + 1
-                labels[first:end] = ids[first:end]
-        return labels
+        # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
+        self.processor = processor
+        self.folder = settings.image_folder or ""
+        self.max_length = settings.model_max_length
+        self.max_slices = settings.max_slice_nums
+        self.is_26 = type(processor).__name__ == "MiniCPMVProcessor"  # see the functions that end in _26
+        tokenizer = processor.tokenizer
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = {*special, "<think>", "</think>"}
+        self.turn_start, self.turn_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        self.stop_ids = [self.turn_end, tokenizer.convert_tokens_to_ids("<|endoftext|>")]  # where generation ends
+        # The header of an answer is what comes before it. At inference 4.6 and 4.7 have an empty think block in it.
+        conversation = [self.ask("?", images=[])]
+        question = self.tokenize([conversation])["input_ids"][0]
+        prompt = self.tokenize([conversation], prompt=True)["input_ids"][0]
+        self.inference_header = prompt[len(question) :].tolist()
+        self.plain_header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
 
     def __call__(self, rows):
         conversations = []
         for row in rows:
             try:
                 conversations.append(self.read(row))
-                if conversations[-1][-1]["role"] != "assistant":
-                    raise BadRow("no answer: the last turn is not the assistant's")
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
+            except BadRow as error:
+                error.row = row.get("row")
+                raise
         batch = self.tokenize(conversations)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        for row, messages, ids, mask, labels in zip(rows, conversations, batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
-            if (length := int(mask.sum())) > self.max_length:
-                image, (opened, closed) = int((ids == image_token_id(self.processor)).sum()), (ids == token for token in self.slice)
-                slices = int((opened.cumsum(0) - closed.cumsum(0) + closed.long()).sum())  # tokens from <slice> to </slice>
-                fewer = f", or lower --max_slice_nums, {self.slices}: slices take {slices} tokens" if slices and length - slices <= self.max_length else ""
-                raise BadRow(f"row {row.get('row', '?')}: too long: {length} tokens, {image} of them of images; --model_max_length is {self.max_length}: raise it{fewer}")
-            try:
-                labels[mask] = torch.tensor(self.label(ids[mask].tolist(), messages))
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
-        if not self.hub:
-            return batch
-        data = {name: value for name, value in batch.items() if name not in ("attention_mask", "labels")}
-        return {"data": data, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        for n, row in enumerate(rows):
+            is_token = batch["attention_mask"][n].bool()
+            ids = batch["input_ids"][n, is_token].tolist()
+            batch["labels"][n, is_token] = torch.tensor(self.label(ids, conversations[n], row.get("row")))
+        if self.is_26:  # its forward() takes all other inputs in a dict
+            labels, mask = batch.pop("labels"), batch.pop("attention_mask")
+            batch = {"data": dict(batch), "attention_mask": mask, "labels": labels}
+        return batch
+
+    def label(self, ids, messages, row_number):
+        """Token ids of a conversation, without padding -> its labels, both lists. Raises BadRow.
+        An answer begins after its header and ends with its <|im_end|>. The last answer must have the header of
+        inference, token for token. An earlier answer may have that one or the plain one: templates differ in this."""
+        if messages[-1]["role"] != "assistant":
+            raise BadRow("no answer", "the last turn is not the assistant's", row_number)
+        if len(ids) > self.max_length:
+            raise BadRow("too long", self.why_too_long(ids), row_number)
+        labels = [-100] * len(ids)
+        starts = [n for n, token in enumerate(ids) if token == self.turn_start]
+        starts = starts[-len(messages) :]  # the template of 2.6 puts a system turn in front
+        for start, message in zip(starts, messages, strict=True):
+            if message["role"] != "assistant":
+                continue
+            is_last = message is messages[-1]
+            allowed = [self.inference_header] if is_last else [self.inference_header, self.plain_header]
+            fitting = [header for header in allowed if ids[start : start + len(header)] == header]
+            if not fitting:
+                detail = f"the first characters of the answer {text_of(message)[:40]!r} merge with the prompt's"
+                raise BadRow("prompt changed", f"{detail} last token; start the answer differently", row_number)
+            first = start + len(fitting[0])
+            end = ids.index(self.turn_end, first) + 1
+            labels[first:end] = ids[first:end]
+        return labels
+
+    def tokenize(self, conversations, prompt=False):
+        """Lists of messages -> the processor's batch. With `prompt` it ends where the model is to answer."""
+        if self.is_26:
+            return tokenize_26(self.processor, conversations, prompt, self.max_slices)
+        texts = [self.processor.apply_chat_template(turns, add_generation_prompt=prompt) for turns in conversations]
+        images = [image for messages in conversations for image in images_in(messages)]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        return self.processor(text=texts, images=images or None, **options)
+
+    def read(self, row):
+        """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
+        paths = image_paths(row, self.folder)
+        check_turns(row.get("conversations"), self.control_tokens)
+        turns = [dict(turn) for turn in row["conversations"]]
+        questions = [turn for turn in turns if turn["role"] == "user"]
+        if len(paths) == 1 and questions and not any("<image" in turn["content"] for turn in turns):  # nor misspelt
+            questions[0]["content"] = list(paths)[0] + questions[0]["content"]  # as in the official code
+        placeholders = PLACEHOLDER.findall(" ".join(turn["content"] for turn in turns))
+        if sorted(placeholders) != sorted(paths):
+            detail = f"the turns name {placeholders}, the row has {list(paths)}; use each image exactly once"
+            raise BadRow("images do not match", detail)
+        # Edit images here, to crop or augment them (for evaluation, too). Each needs room in --model_max_length: 64
+        # tokens, and 64 more for each of its slices.
+        images = {placeholder: load_image(path, max_aspect_ratio=20) for placeholder, path in paths.items()}
+        return [{"role": turn["role"], "content": split_at_images(turn["content"], images)} for turn in turns]
+
+    def images_of(self, row):
+        """The paths of a row's images. Raises BadRow."""
+        return list(image_paths(row, self.folder).values())
+
+    def ask(self, question, images):
+        """A question about PIL images -> the user's turn. (For the prompt's form; rows get their turns by `read`.)"""
+        parts = [{"type": "image", "image": image} for image in images]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+    def why_too_long(self, ids):
+        """The detail of a BadRow with too many tokens. It says whether fewer slices would help."""
+        slice_start, slice_end = self.processor.tokenizer.convert_tokens_to_ids(["<slice>", "</slice>"])
+        starts = [n for n, token in enumerate(ids) if token == slice_start]
+        ends = [n + 1 for n, token in enumerate(ids) if token == slice_end]
+        slice_tokens = sum(end - start for start, end in zip(starts, ends, strict=True))
+        image_tokens = ids.count(self.processor.image_token_id)
+        why = f"{len(ids)} tokens, {image_tokens} of them of images; --model_max_length is {self.max_length}: raise it"
+        if slice_tokens > 0 and len(ids) - slice_tokens <= self.max_length:
+            why += f", or lower --max_slice_nums, {self.max_slices}: slices take {slice_tokens} tokens"
+        return why
 
 
-def image_token_id(processor):
-    """The token in whose place an image's features are put; in 2.6 it is <unk>."""
-    return getattr(processor, "image_token_id", processor.tokenizer.unk_token_id)
-
-
-def load_26(name, revision, **kwargs):
-    """MiniCPM-V 2.6 by its own code from the hub, which is written for Transformers 4 and here repaired from outside for today's; kwargs are
-    from_pretrained's. generate() takes and gives what Transformers' own does."""
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
-    with contextlib.ExitStack() as repaired:
-        try:
-            import torchvision  # noqa: F401
-        except ImportError:  # the code imports it and never uses it
-            sys.modules["torchvision"] = ModuleType("torchvision")
-            repaired.callback(sys.modules.pop, "torchvision")
-        repaired.enter_context(patch.object(torch.nn.functional, "List", list, create=True))  # the code takes this name from there, where it once was
-        cls = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, revision=revision)
-
-    class MiniCPMV(cls):
-        __module__ = cls.__module__  # so that save_pretrained finds the code, and saves it beside the weights
-
-        def __init__(self, config, *args, **kwargs):
-            super().__init__(config, *args, **kwargs)
-            if not hasattr(self, "all_tied_weights_keys"):  # the code never calls post_init(), without which nothing loads today
-                self.post_init()
-
-        def enable_input_require_grads(self):
-            """Nothing: the code writes images into the embeddings in place, which a leaf with a gradient forbids."""
-
-        def generate(self, input_ids, position_ids=None, eos_token_id=None, max_length=None, use_cache=True, **kwargs):
-            """Prompt and answer, as Transformers' generate gives them; the code's own gives the answer, padded with 0, which is "!"."""
-            if "tokenizer" in kwargs:  # its own chat() asks, and wants its own
-                return super().generate(input_ids=input_ids, use_cache=use_cache, **kwargs)
-            said = super().generate(input_ids=input_ids, tokenizer=tokenizer, use_cache=use_cache, **kwargs).clone()
-            stop = torch.tensor(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]), device=said.device)
-            over = torch.isin(said, stop).cumsum(1) - torch.isin(said, stop).long() > 0
-            return torch.cat([input_ids, said.masked_fill(over, stop[1])], dim=1)
-
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True)
-    MiniCPMV.register_for_auto_class("AutoModel")
-    model = MiniCPMV.from_pretrained(name, revision=revision, config=config, **kwargs)
-    # its positions are in no file, and from_pretrained leaves in them what was in the memory
-    model.resampler._set_2d_pos_cache(model.resampler.max_size, model.resampler.query.device)
-    return model
+def learning_rates(settings, training):
+    """The learning rate of each part of the model. 0 means that the part is frozen."""
+    rates = {"vision": 0.0, "projector": settings.projector_learning_rate, "language": 0.0}
+    if settings.tune_vision:
+        rates["vision"] = settings.vision_learning_rate
+    if settings.use_lora or settings.tune_llm:
+        rates["language"] = training.learning_rate
+    return {part: training.learning_rate if rate is None else rate for part, rate in rates.items()}
 
 
 def load_model(settings, training):
-    """The base model, frozen but for what is trained in full without LoRA: language model in NF4 with q_lora, the rest in bf16 / fp16
-    (float32 on a CPU), what is trained in float32."""
-    config, dtype = load_config(settings), torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    vision, projector, language = PARTS[config.model_type]
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", vision, projector])  # replaces bitsandbytes' own list, so lm_head is named again
-    kwargs = {"dtype": dtype, "device_map": {"": training.device}, "quantization_config": nf4 if settings.q_lora else None}
-    load = load_26 if config.model_type == "minicpmv" else AutoModelForImageTextToText.from_pretrained
-    model = load(settings.model_name_or_path, revision=settings.model_revision, **kwargs)
+    """The base model in 16 bits (q_lora: its language model in NF4), frozen except for parts trained without LoRA."""
+    kind, dtype = load_config(settings).model_type, weight_dtype(training)
+    parts, is_26 = PARTS[kind], kind == "minicpmv"
+    options = {"dtype": dtype, "device_map": {"": training.device}}
+    if settings.q_lora:
+        options["quantization_config"] = nf4_quantization(dtype, ["lm_head", parts["vision"], parts["projector"]])
+    load = load_26 if is_26 else AutoModelForImageTextToText.from_pretrained
+    model = load(settings.model_name_or_path, revision=settings.model_revision, **options)
     model.config.downsample_mode = settings.downsample_mode
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
-            module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
+    keep_4bit_trainable_on_cpu(model)
     model.requires_grad_(False)
     if not settings.use_lora:
-        for part, rate in zip((vision, projector, language), rates(settings, training)):
-            model.get_submodule(part).requires_grad_(rate > 0)
-        if settings.tune_llm and config.model_type != "minicpmv":  # 2.6's llm holds its own
+        for part, rate in learning_rates(settings, training).items():
+            model.get_submodule(parts[part]).requires_grad_(rate > 0)
+        if settings.tune_llm:  # in 4.6 and 4.7 lm_head is not a module of the language model
             model.get_output_embeddings().requires_grad_(True)
-        # The names of the files are those that Trainer resumes by.
+        # Otherwise save_pretrained would rename weights, and Trainer could not load a checkpoint.
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     return model
 
 
+# Edit the LoRA targets here, or give --lora_target_modules: names of layers of the language model, or one regex that
+# matches full paths. A regex may match layers of the vision tower, too; training is then slower, because gradients go
+# through the tower. A layer that is trained in full cannot be a target. in_proj and out_proj: linear attention.
+LORA_TARGETS = r"(in_proj_\w+|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)"
+
+
 def lora_config(settings):
-    """LoRA on every linear layer of the language model, or by lora_target_modules; trained in full beside it are the projector, the vision
-    tower where asked, and lora_modules_to_save. None without use_lora."""
+    """LoRA on all linear layers of the language model, beside what is trained in full. None without use_lora."""
     if not settings.use_lora:
         return None
     config = load_config(settings)
-    vision, projector, language = PARTS[config.model_type]
-    target = settings.lora_target_modules or (
-        rf"{re.escape(language)}\..*\.(in_proj_\w+|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)")  # in_proj, out_proj: linear attention
-    if settings.lora_layers_to_transform:  # PEFT knows them only beside a list of names
-        target = rf"(?=.*\blayers\.({'|'.join(map(str, settings.lora_layers_to_transform))})\.)(?:{target})"
-    save = [vision] * settings.tune_vision + [projector] * (settings.projector_learning_rate != 0) + settings.lora_modules_to_save
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False)) and any("embed_tokens" in name or "lm_head" in name for name in save)
+    parts, is_26 = PARTS[config.model_type], config.model_type == "minicpmv"
+    every_layer = rf"{re.escape(parts['language'])}\..*\.{LORA_TARGETS}"
+    targets = lora_targets(settings.lora_target_modules, parts["language"], every_layer)
+    if settings.lora_layers_to_transform:  # PEFT's own setting for this does nothing beside a regex
+        numbers = "|".join(map(str, settings.lora_layers_to_transform))
+        targets = rf"(?=.*\blayers\.({numbers})\.)(?:{targets})"  # a target must also be in one of these layers
+    trained_in_full = [parts["vision"]] if settings.tune_vision else []
+    if settings.projector_learning_rate != 0:
+        trained_in_full.append(parts["projector"])
+    trained_in_full += settings.lora_modules_to_save
+    trains_embeddings = any("embed_tokens" in name or "lm_head" in name for name in trained_in_full)
+    is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     return LoraConfig(
-        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, bias=settings.lora_bias, target_modules=target,
-        modules_to_save=save or None, ensure_weight_tying=tied, task_type=None if config.model_type == "minicpmv" else "CAUSAL_LM")
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        bias=settings.lora_bias,
+        target_modules=targets,
+        modules_to_save=trained_in_full or None,
+        ensure_weight_tying=trains_embeddings and is_tied,
+        task_type=None if is_26 else "CAUSAL_LM",  # the forward() of 2.6 takes a dict
+    )
 
 
-def adapted(model, settings):
-    """The model with a new adapter, or with that of lora_weight_path. Raises SystemExit where that one is of another shape than the flags say."""
-    wanted, names = lora_config(settings), [name for name, _ in model.named_modules()]
-    if wanted is None:
+def add_adapter(model, settings, adapter):
+    """The model with a new adapter or that of --lora_weight_path; as it is if adapter is None. Raises SystemExit."""
+    if adapter is None:
         return model
-    if missing := [part for part in wanted.modules_to_save or () if not any(f".{name}".endswith(f".{part}") for name in names)]:
-        fail(f"--lora_modules_to_save {' '.join(missing)}: the model has no module of that name")
-    try:
-        if settings.lora_weight_path is None:
-            return get_peft_model(model, wanted)
+    check_adapter(settings, adapter, model)
+    if settings.lora_weight_path is None:
+        with fail_on_error("the adapter"):
+            return get_peft_model(model, adapter)
+    with fail_on_error(f"--lora_weight_path {settings.lora_weight_path}"):
         model = PeftModel.from_pretrained(model, settings.lora_weight_path, is_trainable=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        fail(f"{'--lora_weight_path ' + settings.lora_weight_path if settings.lora_weight_path else 'the adapter'}: {e}")
-    old = model.peft_config["default"]
-    if old.ensure_weight_tying:  # PEFT has added the other name of a tied matrix
-        old.modules_to_save = [name for name in old.modules_to_save if name in wanted.modules_to_save or not name.endswith(("embed_tokens", "lm_head"))]
-    names = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save")
-    if other := [f"{n} {getattr(old, n)}, not {getattr(wanted, n)}" for n in names if (getattr(old, n) or None) != (getattr(wanted, n) or None)]:
-        fail(f"--lora_weight_path {settings.lora_weight_path} has {'; '.join(other)}: give the flags that it was trained with")
+    require_same_adapter(settings.lora_weight_path, model.peft_config["default"], adapter)
     return model
 
 
-def marked(batch, processor):
-    """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
-    out, shown, end, real = "", "", 0, batch["attention_mask"][0].bool()
-    ids, labels = batch.get("data", batch)["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist()
-    kinds = ((token == image_token_id(processor), label != -100) for token, label in zip(ids, labels))
-    for (image, trained), run in itertools.groupby(kinds):
-        end += (count := len(list(run)))
-        text = processor.tokenizer.decode(ids[:end])  # from the start: by itself a run would lose its leading space
-        out += f"{processor.tokenizer.decode(ids[end - 1 : end])} x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
-        shown = text
-    return out
+class Trainer(transformers.Trainer):
+    """transformers' Trainer with a learning rate for each part. Trained weights are float32. It answers held-out rows.
+    Your own metric: override evaluate() as below, and in check write check_training(..., metrics=("loss", "mine")).
+        metrics = super().evaluate(*args, **kwargs)
+        answers = answer_rows(self, self.eval_dataset, 64)  # answers[0].text answers the first row
+        self.log({"eval_mine": my_score(answers, self.eval_dataset)})  # to keep the highest:
+        return metrics | self.state.log_history[-1]  # --metric_for_best_model mine"""
+
+    def __init__(self, settings, parts, args, **kwargs):
+        self.parts = parts
+        self.learning_rates = learning_rates(settings, args)
+        args.label_names = ["labels"]  # the forward() of 2.6 does not name them: eval_loss would silently be missing
+        super().__init__(args=args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if self.rate_of(name) == 0:  # --lora_bias all makes biases of frozen parts trainable
+                parameter.requires_grad = False
+        train_in_float32(self.model)
+        self.lm_head = self.model.get_output_embeddings()
+        tower = [weight for name, weight in self.model.named_parameters() if f".{parts['vision']}." in f".{name}"]
+        if not any(weight.requires_grad for weight in tower):
+            self.add_callback(FrozenWithoutGraph(self.model, parts["vision"]))
+        self.add_callback(AnswerSamples(self, settings.sample_rows, settings.sample_tokens))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Optional, saves memory: lm_head runs only where a token is trained."""
+        targets = next_tokens(inputs["labels"])
+        has_target = targets != -100
+        inputs = {**inputs, "shift_labels": targets[has_target]}  # the loss must not shift and select again
+        with logits_only_at(has_target, self.lm_head):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = longest_first(self)
+        if sampler is None:
+            sampler = super()._get_train_sampler(train_dataset)
+        return sampler
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            self.optimizer = optimizer_by_part(self, self.rate_of, logged_rate=self.learning_rates["language"])
+        return self.optimizer
+
+    def rate_of(self, name):
+        """The learning rate of a weight: that of its part. An adapter has the language model's, in the tower, too."""
+        for part in ("vision", "projector"):
+            if f".{self.parts[part]}." in f".{name}" and ".lora_" not in name:
+                return self.learning_rates[part]
+        return self.learning_rates["language"]
 
 
-class AlikeInAStep(torch.utils.data.Sampler):
-    """Numbers of rows in the Trainer's random order, but within a step (`rows` of them: all processes, all accumulated) the longest first, so
-    that rows of like length share a batch and little is padded. What is left over of an epoch stays as it is. `epoch` says which one begins."""
+def main(argv=None):
+    """Parse, check, read the rows, show an example, load the model, train, save."""
+    settings, training = parse(argv)
+    check(settings, training)
+    checkpoint = checkpoint_to_resume(training)
+    transformers.set_seed(training.seed)
+    kind = load_config(settings).model_type
+    parts, is_26 = PARTS[kind], kind == "minicpmv"
+    train_dataset, eval_dataset = load_data(settings, training)
+    if eval_dataset is None:
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    processor = load_processor(settings)  # (load_data has its own copy: it can be called alone)
+    collator = Collator(processor, settings, training)
+    batch = collator([train_dataset[0]])
+    example = marked({**batch["data"], **batch} if is_26 else batch, processor)
+    PartialState().print(f"\nOne row as the model sees it, trained on in «»:\n\n{example}\n")
 
-    def __init__(self, lengths, rows, seed, epoch):
-        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, epoch
+    adapter = lora_config(settings)
+    if not is_26:  # before minutes of loading; the code of 2.6 cannot make a model without weights
+        check_adapter(settings, adapter, empty_model(settings))
+    with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
+        model = load_model(settings, training)
+    model = add_adapter(model, settings, adapter)
+    data = {"data_collator": collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    trainer = Trainer(settings, parts, model=model, args=training, processing_class=processor, **data)
+    print_parameters(trainer.model, list(parts.values()), trainer.rate_of)
+    train_and_save(trainer, checkpoint)
+
+
+# ------------------------------------------ details: rows, checks, adapter; the functions in _26 are for MiniCPM-V 2.6
+
+
+def do_without_torchvision():
+    """If torchvision is missing, replace the video processor that needs it. Images do not need either of them."""
+    if not transformers.utils.is_torchvision_available():
+        transformers.processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
+        AutoVideoProcessor.register(transformers.MiniCPMV4_6Config, MiniCPMV4_6VideoProcessor, exist_ok=True)
+
+
+def read_rows(name, split=None, settings=None):
+    """The rows of a .json or .jsonl file, numbered. `split` is ignored: a file has none. Raises SystemExit."""
+    is_json = Path(name).suffix.lower() in (".json", ".jsonl")
+    require(is_json, f"cannot read {name}: this reads .json and .jsonl files of rows {{id, image, conversations}}")
+    with fail_on_error(f"cannot read {name}"):
+        rows = read_json(Path(name))
+    columns = rows.column_names
+    require("conversations" in columns, f"cannot read {name}: no row has 'conversations', only {columns}")
+    misnamed = [key for key in columns if key.lower() in ("image", "images", "system") and key != "image"]
+    for column in misnamed:
+        numbers = [n for n, value in enumerate(rows[column]) if value is not None]
+        if numbers:
+            remedy = "images go under 'image', a system message is the first turn"
+            fail(f"cannot read {name}: row {numbers[0]} has a key {column!r}: {remedy}")
+    rows = rows.select_columns([column for column in ("id", "image", "conversations") if column in columns])
+    folder = os.path.abspath(getattr(settings, "image_folder", None) or Path(name).parent)
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def image_paths(row, folder):
+    """A row -> {placeholder: path of the image}; the placeholder of an image by itself is <image>. Raises BadRow."""
+    image = row.get("image")
+    if image is None or image == "":
+        return {}
+    images = image if isinstance(image, dict) else {"<image>": image}
+    for placeholder, path in images.items():
+        if not PLACEHOLDER.fullmatch(placeholder) or not isinstance(path, str) or path == "":
+            wanted = 'it must be a path, or for several images {"<image_00>": a path, ...}'
+            raise BadRow("malformed image", f"{placeholder!r:.100} is {path!r:.100}; {wanted}")
+    return {placeholder: os.path.join(row.get("folder") or folder, path) for placeholder, path in images.items()}
+
+
+def split_at_images(text, images):
+    """The text of a turn -> parts: each placeholder becomes its image, and the texts around it are stripped."""
+    parts = []
+    for piece in PLACEHOLDER.split(text):
+        if piece in images:
+            parts.append({"type": "image", "image": images[piece]})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def check_turns(turns, control_tokens):
+    """Raises BadRow unless user and assistant alternate (a system turn may come first) and each turn has a text."""
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no conversation", "conversations must be a list of turns, {role, content}")
+    roles = itertools.cycle(["user", "assistant"])
+    if isinstance(turns[0], dict) and turns[0].get("role") == "system":
+        roles = itertools.chain(["system"], roles)
+    for n, (turn, role) in enumerate(zip(turns, roles)):
+        if not isinstance(turn, dict) or turn.get("role") != role:
+            detail = f"turn {n} must be the {role}'s, {{role, content}}; it is {turn!r:.100}"
+            raise BadRow("wrong order of roles", detail)
+        text = turn.get("content")
+        if not isinstance(text, str) or not text.strip():
+            reason = "empty answer" if role == "assistant" else "empty turn"
+            raise BadRow(reason, f"turn {n}, the {role}'s, says {text!r:.100}; it must be a text")
+        placeholder = PLACEHOLDER.search(text)
+        if placeholder and role != "user":
+            raise BadRow(f"image in a turn of the {role}", f"{placeholder[0]} in turn {n}; only the user shows images")
+        words = PLACEHOLDER.sub(" ", text)
+        typed = [token for token in control_tokens if token in words]
+        if typed:
+            raise BadRow("control token", f"{typed[0]} is typed in turn {n} and would become a real one; take it out")
+
+
+def load_config(settings):
+    """The model's configuration. Raises SystemExit for a model that this recipe was not tested with."""
+    name, where = settings.model_name_or_path, {"revision": settings.model_revision}
+    with fail_on_error(f"--model_name_or_path {name}"):
+        values = transformers.PreTrainedConfig.get_config_dict(name, **where)[0]  # runs no code of the model
+        kind, version = values.get("model_type"), values.get("version")
+        if kind not in PARTS or (kind == "minicpmv" and version != 2.6):
+            what = f"is {kind} {version or ''}".rstrip() if kind else "has no config.json that names a model_type"
+            fail(f"{name} {what}: this recipe was tested with MiniCPM-V 4.6, 4.7 and 2.6, and refuses other versions")
+        if kind == "minicpmv":
+            require(settings.downsample_mode == "16x", "--downsample_mode 4x: 2.6 does not know it; 4.6 and 4.7 do")
+            remedy = "read it, set --model_revision to what you read, and then give --trust_remote_code"
+            require(settings.trust_remote_code, f"{name} brings code of its own that runs on this machine: {remedy}")
+        return AutoConfig.from_pretrained(name, **where, trust_remote_code=settings.trust_remote_code)
+
+
+def check_adapter(settings, adapter, model):
+    """Stop if flags of the adapter name modules that are missing or stay frozen. Raises SystemExit."""
+    parts = PARTS[model.config.model_type]
+    is_frozen = {"vision": not settings.tune_vision, "projector": settings.projector_learning_rate == 0}
+    frozen = [parts[part] for part in is_frozen if is_frozen[part]]
+    names = [f".{name}." for name, _ in model.named_modules()]
+    trainable = [name for name in names if not any(f".{part}." in name for part in frozen)]
+    for wanted in settings.lora_modules_to_save:
+        is_found = any(name.endswith(f".{wanted}.") for name in trainable)
+        require(is_found, f"--lora_modules_to_save {wanted}: no such module outside of the frozen parts {frozen}")
+    untrainable = dict.fromkeys(settings.lora_modules_to_save, "which --lora_modules_to_save trains in full")
+    check_lora_targets(settings, adapter, model, untrainable)
+
+
+def require_same_adapter(path, saved, wanted):
+    """Stop if the LoraConfig of a saved adapter differs from what the flags say. Raises SystemExit."""
+    if saved.ensure_weight_tying:  # PEFT has added the other name of a tied matrix
+        names = wanted.modules_to_save or []
+        words = ("embed_tokens", "lm_head")
+        saved.modules_to_save = [name for name in saved.modules_to_save if name in names or not name.endswith(words)]
+    for name in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save"):
+        old, new = getattr(saved, name), getattr(wanted, name)
+        remedy = "give the flags that it was trained with"
+        require((old or None) == (new or None), f"--lora_weight_path {path} has {name} {old}, not {new}: {remedy}")
+
+
+def tokenize_26(processor, conversations, prompt, max_slices):
+    """Lists of messages -> a batch padded on the left, as generate() takes it."""
+    rows = []
+    for messages in conversations:
+        turns = []
+        for message in messages:  # joined as by the model's own chat()
+            texts = [part.get("text", "(<image>./</image>)") for part in message["content"]]
+            turns.append({"role": message["role"], "content": "\n".join(texts)})
+        text = processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+        # One by one: for several rows its processor pads, and masks every token 0, which is "!".
+        rows.append(processor([text], [images_in(messages)], max_slice_nums=max_slices, use_image_id=True))
+    ids = {"input_ids": [row["input_ids"][0].tolist() for row in rows]}
+    batch = processor.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    padding = (batch["attention_mask"] == 0).sum(dim=1).tolist()
+    batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    batch["pixel_values"] = [row["pixel_values"][0] for row in rows]
+    batch["tgt_sizes"] = [row["tgt_sizes"][0] for row in rows]
+    batch["image_bound"] = [row["image_bound"][0] + shift for row, shift in zip(rows, padding, strict=True)]
+    return transformers.BatchFeature(dict(batch))
+
+
+def load_26(name, revision, **kwargs):
+    """MiniCPM-V 2.6 by its own code, repaired here for Transformers 5. kwargs are those of from_pretrained."""
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
+    with contextlib.ExitStack() as stack:  # while it is imported, it finds two things that today's packages lack
+        try:
+            import torchvision  # noqa: F401
+        except ImportError:  # the code imports it and never uses it
+            sys.modules["torchvision"] = ModuleType("torchvision")
+            stack.callback(sys.modules.pop, "torchvision")
+        stack.enter_context(patch.object(torch.nn.functional, "List", list, create=True))
+        hub_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, revision=revision)
+    repaired = repaired_26(hub_class, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True))
+    repaired.register_for_auto_class("AutoModel")
+    model = repaired.from_pretrained(name, revision=revision, config=config, **kwargs)
+    # Its positions are in no file, and from_pretrained leaves in them what was in the memory.
+    model.resampler._set_2d_pos_cache(model.resampler.max_size, model.resampler.query.device)
+    return model
+
+
+def repaired_26(hub_class, tokenizer):
+    """A subclass of the hub's class that loads, trains with checkpointing, and generates as others do."""
+
+    class MiniCPMV(hub_class):
+        __module__ = hub_class.__module__  # so that save_pretrained finds the code, and saves it beside the weights
+
+        def __init__(self, config, *args, **kwargs):
+            super().__init__(config, *args, **kwargs)
+            if not hasattr(self, "all_tied_weights_keys"):
+                self.post_init()  # the code never calls it, and without it nothing loads today
+
+        def enable_input_require_grads(self):
+            """Nothing: images are written into the embeddings in place, which a leaf with a gradient forbids."""
+
+        def generate(self, input_ids, position_ids=None, eos_token_id=None, max_length=None, use_cache=True, **kwargs):
+            """Prompt and answer. (The code's own gives the answer, padded with token 0, which is "!".)"""
+            if "tokenizer" in kwargs:  # its own chat() asks, and wants its own
+                return super().generate(input_ids=input_ids, use_cache=use_cache, **kwargs)
+            answers = super().generate(input_ids=input_ids, tokenizer=tokenizer, use_cache=use_cache, **kwargs).clone()
+            stop_ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+            is_stop = torch.isin(answers, torch.tensor(stop_ids, device=answers.device)).long()
+            is_padding = is_stop.cumsum(dim=1) > is_stop
+            return torch.cat([input_ids, answers.masked_fill(is_padding, stop_ids[1])], dim=1)
+
+    return MiniCPMV
+
+
+# =====================================================================================================================
+# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
+# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# =====================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+# Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
+UNUSED_FLAGS = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed
+fsdp do_train do_eval do_predict dataloader_drop_last""".split()
+
+
+OTHER_NAMES = {"gradient_checkpointing": "; its new name is --activation_checkpointing"}
+
+
+OTHER_NAMES["deepspeed"] = "; give it to the launcher: accelerate launch --config_file"
+
+
+# Settings that may change when a run is resumed: they have no effect on what is trained.
+FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens
+max_new_tokens shared_prompt logging_steps save_total_limit per_device_eval_batch_size""".split()
+
+
+SPLIT_NOTE = "# Evaluation rows without a split of their own: whole groups of rows that share images."  # settings.yaml
+
+
+def fail(message):
+    """End the program (SystemExit) with exit status 1 and one message, which only the first process prints."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def require(condition, message):
+    """End the program with this message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+# What a damaged file of a model, or one of another kind of model, can raise.
+READ_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, TemplateError)
+
+
+@contextlib.contextmanager
+def fail_on_error(message):
+    """End the program with this message if files of a model cannot be read, or do not fit, in the `with` block."""
+    try:
+        yield
+    except (*READ_ERRORS, SafetensorError) as error:
+        fail(f"{message}: {' '.join(str(error).split()):.600}")
+
+
+def pick_precision(training):
+    """Unless the user chose: bf16 where the GPU has it, fp16 on an older GPU, float32 on a CPU."""
+    if training.bf16 is None and not training.fp16:
+        has_gpu = torch.cuda.is_available() and not training.use_cpu
+        training.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        training.fp16 = has_gpu and not training.bf16
+
+
+def weight_dtype(training):
+    """The dtype of the frozen weights."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def parse_arguments(parser, refused, argv=None, fill=None):
+    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
+    refused: inherited flags that this recipe does not use, beside UNUSED_FLAGS. fill: a function that completes
+    {name: value} with defaults that depend on other settings. training.given: the values before __post_init__ or
+    `fill` changed any, for settings.yaml."""
+    # Loader processes are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config_file = parser.parse_known_args(argv)[0].config
+    if config_file:
+        argv = flags_from_yaml(config_file, parser) + argv
+    try:
+        given = vars(parser.parse_args(argv))
+        del given["config"]
+        for field in fields(parser.dataclass_types[1]):
+            if field.name in UNUSED_FLAGS + refused and given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+        settings, training = parser.parse_dict(fill(given) if fill else given)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        fail(error)
+    training.given = {name: value for name, value in given.items() if name != "hub_token"}
+    return settings, training
+
+
+def flags_from_yaml(file, parser):
+    """A YAML file of settings -> a list of flags, so that argparse checks their types and choices."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fail(f"--config {file} cannot be read: {error}")
+    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
+    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
+    flags = []
+    for name, value in config.items():
+        if value is None or value == []:  # no flag can say these, so they become the default
+            may_be_none = name not in types or type(None) in get_args(types[name]) or parser.get_default(name) is None
+            require(value == [] or may_be_none, f"--config {file}: {name} must have a value")
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def check_training(settings, training, memory_needed, metrics=("loss",)):
+    """Stop if the machine, or flags that every recipe has, cannot work. Raises SystemExit.
+    `metrics`: what the best checkpoint may be chosen by. The lowest loss is the best, the highest of all others."""
+    gpus, has_device = training.n_gpu, training.use_cpu or training.device.type != "cpu"
+    launch = f"accelerate launch --num_processes {gpus} {Path(__file__).name}"
+    require(has_device, f"no GPU found ({memory_needed}); for tiny models: --use_cpu")
+    require(gpus <= 1, f"{gpus} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
+    require(not (training.fp16 and training.use_cpu), "--fp16 needs a GPU")
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require(getattr(training, name) >= 1, f"--{name}: batch sizes and accumulation steps must be at least 1")
+    for name in ("eval", "save", "logging"):
+        if getattr(training, f"{name}_strategy") == "steps":
+            steps = getattr(training, f"{name}_steps")
+            require(steps > 0, f"--{name}_steps: above 0 is needed; --{name}_strategy no turns it off")
+    is_positive = training.max_steps != 0 and training.num_train_epochs > 0
+    require(is_positive, "--max_steps and --num_train_epochs must be above 0")
+    require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
+    require(0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1")
+    require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
+    if training.load_best_model_at_end:
+        check_best_model(training, metrics)
+    try:  # tested now: otherwise they fail after the long loading of the weights
+        for callback in transformers.integrations.get_reporting_integration_callbacks(training.report_to):
+            callback()
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).whoami()
+    except Exception as error:  # each integration has exceptions of its own
+        fail(f"--report_to or --push_to_hub: {error}")
+
+
+def check_best_model(training, metrics):
+    """Stop if the best checkpoint could not be found: another metric, the wrong direction, or not saved."""
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    require(metric in metrics, f"--metric_for_best_model {metric}: this recipe computes {' and '.join(metrics)} only")
+    higher_is_better = metric != "loss"
+    message = f"--greater_is_better {not higher_is_better} would keep the worst checkpoint by {metric}".lower()
+    require(training.greater_is_better == higher_is_better, message)
+    if training.eval_strategy == training.save_strategy == "steps":
+        message = "to keep the best: --save_steps equal to --eval_steps, or --load_best_model_at_end false"
+        require(training.eval_steps == training.save_steps, message)
+
+
+# ----------------------------------------------------------------------------------------------------- images and rows
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
+
+    def __init__(self, reason, detail="", row=None):
+        super().__init__(reason, detail, row)
+        self.reason = reason
+        self.detail = detail
+        self.row = row
+
+    def __str__(self):
+        text = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return text if self.row is None else f"row {self.row}: {text}"
+
+
+def stored_images(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images."""
+    if value is None or value == "":
+        return []
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str):
+            image = os.path.join(folder, image)
+        images.append(image)
+    if images == [None]:  # an embedded image with neither path nor bytes
+        return []
+    return images
+
+
+def image_key(image):
+    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
+    if isinstance(image, dict):
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+
+
+def load_image(image, max_aspect_ratio=200):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
+    if len(source) > 500:  # an image written as text, perhaps
+        source = f"{source[:100]}... ({len(source)} characters)"
+    try:
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        frames = getattr(image, "n_frames", 1)
+        is_several = frames > 1 and image.format != "MPO"  # a phone's MPO holds the picture and a preview of it
+        image.load()  # verify() would accept a truncated JPEG
+        upright = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise BadRow("image too large", f"{source} ({error}); shrink it") from error
+    except Exception as error:  # decoders raise all kinds of exceptions
+        cause = getattr(error, "strerror", None) or error
+        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
+    if is_several:
+        raise BadRow(
+            "several images", f"{source} holds {frames}, only the first would be seen; give each its own file"
+        )
+    width, height = upright.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
+        raise BadRow("image too narrow", detail)
+    return upright
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError for brightness that is no number."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
+        brightest = image.getextrema()[1]
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"its brightest value is {brightest}")
+        is_0_to_1 = image.mode == "F" and brightest <= 1
+        scale = 255 / brightest if is_0_to_1 or brightest > 255 else 1
+        # For these modes PIL only accepts a function of the form value * scale + offset.
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
+    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def refuse_duplicate_keys(pairs):
+    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key appears twice in {str(pairs):.200}")
+    return row
+
+
+def read_json(path):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error} (a .jsonl file has one row a line)") from None
+    else:
+        try:
+            rows = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error} (a .json file is one list of rows; one row a line is a .jsonl file)") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
+    if not any(rows):
+        raise ValueError("it is empty")
+    broken = [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]
+    if broken:
+        raise ValueError(f"half a character (a lone surrogate) is in rows {broken[:20]}; fix their encoding")
+
+    # from_generator may divide every list among its arguments, so columns, which it must not divide, are a tuple.
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+
+    def encoded_rows(rows, columns):  # as JSON text: datasets.Json() would read the text "7" as the number 7
+        for row in rows:
+            yield {column: json.dumps(row.get(column), ensure_ascii=False) for column in columns}
+
+    features = datasets.Features({column: datasets.Json() for column in columns})
+    arguments = {"rows": rows, "columns": columns}
+    return datasets.Dataset.from_generator(encoded_rows, features=features, gen_kwargs=arguments)
+
+
+def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
+    """(train, eval): the rows that the collator accepts. If eval_rows is None, some of train are held out instead;
+    eval is None if nothing is to be evaluated (--eval_strategy no, --eval_fraction 0)."""
+    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
+        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
+        eval_rows = check_rows(eval_rows, "the evaluation data", collator, settings, training)
+    train_rows = check_rows(train_rows, name, collator, settings, training)
+    if eval_rows is not None:
+        return train_rows, eval_rows
+    if training.eval_strategy == "no" or settings.eval_fraction == 0:
+        return train_rows, None
+    refuse_run_with_other_split(training)
+    return hold_out(train_rows, settings, training)
+
+
+def check_rows(rows, name, collator, settings, training):
+    """The rows that the collator accepts, with two new columns that hold_out and the sampler use: `length`, in tokens,
+    and `image_keys`. The other rows are left out, or the program ends and names them (--on_bad_rows)."""
+
+    def try_row(row, changed_at):
+        try:
+            length = collator([row])["attention_mask"].shape[1]
+            keys = [image_key(image) for image in collator.images_of(row)]
+        except BadRow as error:
+            return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
+        return {"reason": None, "detail": None, "length": length, "image_keys": keys}
+
+    require(len(rows) > 0, f"{name} is empty: there is nothing to train on")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    features = datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text))
+    # map() reuses its result while function and arguments stay the same. The function holds the collator with all its
+    # attributes; `changed_at` is given so that rows are checked again when an image file has changed.
+    options = {"features": features, "fn_kwargs": {"changed_at": times_of_change(rows, collator)}}
+    if len(rows) > 1000:
+        options["num_proc"] = getattr(training, "dataset_num_proc", None) or os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    with training.main_process_first(desc=f"checking {name}"):
+        results = rows.map(try_row, remove_columns=rows.column_names, desc=f"Checking {name}", **options)
+    torch.set_num_threads(threads)
+
+    found = zip(results["reason"], results["detail"], strict=True)
+    problems = {n: (reason, detail) for n, (reason, detail) in enumerate(found) if reason is not None}
+    report_problems(rows, problems, name, settings)
+    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    return rows.select([n for n in range(len(rows)) if n not in problems])
+
+
+def times_of_change(rows, collator):
+    """[(path, time of its last change)] of the image files that these rows name."""
+    columns = []
+    for column in set(collator.image_columns).intersection(rows.column_names):
+        has_paths = isinstance((stored_images(rows[0][column], "") or [None])[0], str)
+        if has_paths or "Image(" not in str(rows.features[column]):  # embedded images are no files
+            columns.append(column)
+    if not columns:
+        return []
+    paths = set()
+    for row in rows.select_columns([*columns, "folder"]):
+        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
+            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
+
+
+def report_problems(rows, problems, name, settings):
+    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit."""
+    if not problems:
+        return
+    counts = Counter(reason for reason, _ in problems.values())
+    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals}"]
+    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
+    for n, row in zip(shown, rows.select(shown), strict=True):
+        reason, detail = problems[n]
+        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
+        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
+    if len(problems) > len(shown):
+        lines.append(f"  ... and {len(problems) - len(shown)} more")
+
+    too_long = counts["too long"]
+    broken = len(problems) - too_long
+    none_left = len(problems) == len(rows)
+    stop_on_broken = broken > 0 and settings.on_bad_rows == "stop"
+    stop_on_long = too_long > 0 and settings.on_long_rows == "stop"
+    if not (none_left or stop_on_broken or stop_on_long):
+        PartialState().print("left out:", "\n".join(lines))
+        return
+    if broken > 0:
+        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
+    if too_long > 0:
+        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
+    if none_left:
+        lines.append("No row would be left.")
+    fail("\n".join(lines))
+
+
+def draw_rows(rows, count, seed):
+    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
+    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
+
+
+def hold_out(rows, settings, training):
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
+    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image go to the same side,
+    directly or through other rows: another question about an image that was trained on would be no test."""
+    # 1. Groups of images that rows connect. A row without images counts as one image.
+    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    connected = UnionFind()
+    for images in images_of_row:
+        connected.union(*images)
+    groups = list(connected.to_sets())
+    group_of_image = {image: group for group in groups for image in group}
+    # 2. Image by image in random order, take its group, until there are enough.
+    order = sorted(group_of_image)
+    random.Random(training.seed).shuffle(order)
+    held_out, room = set(), max(1, round(settings.eval_fraction * len(order)))
+    for image in order:
+        group = group_of_image[image]
+        if image not in held_out and len(group) <= room:  # a larger group than there is room for is trained on
+            held_out |= group
+            room -= len(group)
+    if not held_out:
+        held_out = min(groups, key=len)
+    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
+    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
+    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
+    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
+
+
+def refuse_run_with_other_split(training):
+    """Stop if output_dir holds a run of an earlier version: it lacks SPLIT_NOTE, and has held out other rows."""
+    output_dir = Path(training.output_dir)
+    settings = output_dir / "settings.yaml"
+    is_begun = any(output_dir.glob("checkpoint-*")) or (output_dir / "trainer_state.json").exists()
+    if is_begun and settings.exists() and SPLIT_NOTE not in settings.read_text(encoding="utf-8"):
+        problem = f"{output_dir} holds a run of an earlier version, which held out other rows for evaluation"
+        fail(f"{problem}: use that version for it, or choose another --output_dir")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def keep_4bit_trainable_on_cpu(model):
+    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def nf4_quantization(dtype, skip_modules):
+    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`.
+    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
+    a bare "vision_tower" would match nothing."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
+
+
+def lora_targets(names, language_model, default):
+    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
+
+    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
+    if not names:
+        return default
+    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    if not is_one_regex:
+        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        fail(f"--lora_target_modules {names[0]!r} is no regular expression: {error}")
+    return names[0]
+
+
+def check_lora_targets(settings, adapter, model, untrainable):
+    """Stop if a LoRA target is no linear layer of the model, or one that cannot be trained. Raises SystemExit.
+    adapter: the LoraConfig, or None. model: may be an empty_model. untrainable: {part of a path: reason}."""
+    if adapter is None:
+        return
+    targets = adapter.target_modules
+    matched = []
+    for name, module in model.named_modules():
+        if targets == "all-linear":  # PEFT leaves lm_head out
+            is_target = module is not model.get_output_embeddings()
+        elif isinstance(targets, str):
+            is_target = re.fullmatch(targets, name)
+        else:
+            is_target = f".{name}".endswith(tuple(f".{target}" for target in targets))
+        if is_target and isinstance(module, torch.nn.Linear):
+            matched.append(name)
+    names = settings.lora_target_modules or []
+    for wanted in names:
+        is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
+        if len(names) == 1 and not is_found:  # it may be a regex
+            is_found = any(re.fullmatch(wanted, name) for name in matched)
+        require(is_found, f"--lora_target_modules {wanted}: no such linear layer; give names (q_proj) or one regex")
+    for part, reason in untrainable.items():
+        inside = [name for name in matched if f".{part}." in f".{name}."]
+        require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
+
+
+def empty_model(settings):
+    """The model without weights (on the meta device), to look at its modules before any are loaded."""
+    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def train_in_float32(model):
+    """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def print_parameters(model, parts, rate_of=None):
+    """Print how many parameters each part of the model has, how many are trained and in 4-bit, and their learning rate
+    by `rate_of(name)`. A weight belongs to the first part whose name is in its own, or else to the last one."""
+    counts = {part: Counter() for part in parts}
+    rates = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:  # PEFT trains a copy of it
+            continue
+        part = next((part for part in parts if part in name), parts[-1])
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # a byte holds two
+            counts[part]["in 4-bit"] += size
+        counts[part]["all"] += size
+        if parameter.requires_grad:
+            counts[part]["trained"] += size
+            rates[part] = rate_of(name) if rate_of else 0
+    for part, count in counts.items():
+        if count["all"] > 0:
+            rate = f" at {rates[part]:g}" if rate_of else ""
+            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained{rate}"
+            PartialState().print(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
+
+
+def marked(batch, processor, n=0):
+    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
+    real = batch["attention_mask"][n].bool()
+    ids = batch["input_ids"][n][real].tolist()
+    is_trained = (batch["labels"][n][real] != -100).tolist()
+    is_image = [token == processor.image_token_id for token in ids]
+    text, decoded, end = "", "", 0
+    for (image, trained), run in itertools.groupby(zip(is_image, is_trained, strict=True)):
+        count = len(list(run))
+        end += count
+        # Decoded from the start each time: a run by itself would lose its leading space.
+        before, decoded = decoded, processor.tokenizer.decode(ids[:end])
+        piece = decoded[len(before) :]
+        if image:
+            text += f"<image> x {count}"
+        elif trained:
+            text += f"«{piece}»"
+        else:
+            text += piece
+    return text
+
+
+def next_tokens(labels):
+    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+@contextlib.contextmanager
+def logits_only_at(positions, lm_head):
+    """Optional, for speed: within the `with` block lm_head scores these positions only. Pass it shift_labels to match.
+
+    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+
+    def select(module, inputs):
+        return inputs[0][positions]
+
+    hook = lm_head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class ReplacedForwards(transformers.TrainerCallback):
+    """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
+
+    def __init__(self):
+        self.modules = []
+
+    def replace(self, module, forward):
+        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.modules.append(module)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for module in self.modules:
+            vars(module).pop("forward", None)  # from here on the forward of its class again
+
+
+class FrozenWithoutGraph(ReplacedForwards):
+    """Optional, for speed: a frozen part of the model (the vision tower) runs without a graph until training ends.
+    Activation checkpointing makes a model's inputs require a gradient, so it would compute a frozen tower twice and
+    backpropagate through it. To do without this, delete the line that adds it: the result is the same."""
+
+    def __init__(self, model, part):
+        super().__init__()
+        for name, module in model.named_modules():
+            if f".{name}".endswith(f".{part}"):
+                trained = [weight for weight, parameter in module.named_parameters() if parameter.requires_grad]
+                remedy = "freeze it, or delete the line that adds FrozenWithoutGraph"
+                require(not trained, f"{part} runs without a graph, so {trained[:1]} would get no gradient: {remedy}")
+                self.replace(module, torch.no_grad()(module.forward))
+
+
+def optimizer_by_part(trainer, rate_of, logged_rate):
+    """The optimizer of --optim, with a learning rate for each weight: `rate_of(name)`. Biases and norms do not decay.
+
+    Weights with `logged_rate` come first: the first group's rate is the one that is logged."""
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+
+    def group_of(name):
+        rate = rate_of(name)
+        return rate != logged_rate, rate, name in decayed
+
+    groups = []
+    for (_, rate, decays), names in itertools.groupby(sorted(trained, key=group_of), key=group_of):
+        weight_decay = trainer.args.weight_decay if decays else 0.0
+        groups.append({"params": [trained[name] for name in names], "lr": rate, "weight_decay": weight_decay})
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    return optimizer_class(groups, **options)
+
+
+class LongestFirst(torch.utils.data.Sampler):
+    """Optional, for speed: the Trainer's random order, but within each optimizer step the longest rows come first.
+    Rows of similar length then share a batch, so there is less padding. A step has the same rows and the same loss.
+    `generator()` returns the random numbers of the current epoch."""
+
+    def __init__(self, lengths, rows_per_step, generator):
+        self.lengths = list(lengths)
+        self.rows_per_step = rows_per_step
+        self.generator = generator
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch())).tolist()
-        for n in range(0, len(order), self.rows):
-            step = order[n : n + self.rows]
-            yield from sorted(step, key=lambda row: -self.lengths[row]) if len(step) == self.rows else step
+        order = torch.randperm(len(self), generator=self.generator()).tolist()
+        for start in range(0, len(order), self.rows_per_step):
+            step = order[start : start + self.rows_per_step]
+            if len(step) == self.rows_per_step:
+                step.sort(key=lambda row: -self.lengths[row])
+            yield from step
 
 
-class Trainer(transformers.Trainer):
-    """Trainer with a learning rate for each part, that computes logits only where there is a label, runs a frozen vision tower without a graph,
-    and after each evaluation answers the last question of a few held-out rows, greedily, into samples.md."""
-
-    def __init__(self, settings, parts, model, args, *more, **kwargs):
-        self.settings, self.parts, self.rates = settings, parts, rates(settings, args)
-        args.label_names = ["labels"]  # 2.6's forward() has no name for them, and eval_loss would silently be missing
-        super().__init__(model, args, *more, **kwargs)
-        for name, p in self.model.named_parameters():
-            p.requires_grad &= self.rate(name) > 0  # --lora_bias all would train those of frozen parts, too
-            if p.requires_grad:  # in 16 bits small steps round to nothing, and fp16 could not be unscaled
-                p.data = p.data.float()
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.head = base.get_output_embeddings()
-        tower = base.get_submodule(parts[0])
-        if not any(p.requires_grad for p in tower.parameters()):
-            tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The stock loss. Of 250,000 logits a position most would be thrown away: few positions are trained."""
-        following = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # what each position must say next
-        told = following != -100
-        inputs = {**inputs, "shift_labels": following[told]}
-        with self.head.register_forward_pre_hook(lambda head, hidden: hidden[0][told]):  # 4.6 knows no logits_to_keep
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _get_train_sampler(self, train_dataset=None):
-        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        if args.gradient_accumulation_steps * args.world_size == 1 or args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(data)
-        rows, seed = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
-        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
-        return AlikeInAStep(data.with_format(None)["length"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def create_optimizer(self, *args, **kwargs):
-        """AdamW, or --optim, with the rate of the part that a weight belongs to; biases and norms do not decay."""
-        if self.optimizer is None:
-            groups, decay, named = [], set(self.get_decay_parameter_names(self.model)), dict(self.model.named_parameters())
-            kind = lambda n: (self.rate(n) != self.rates[2], self.rate(n), n in decay)  # the first group's rate is the one logged
-            for (_, rate, decays), some in itertools.groupby(sorted((n for n, p in named.items() if p.requires_grad), key=kind), key=kind):
-                groups.append({"params": [named[n] for n in some], "lr": rate, "weight_decay": self.args.weight_decay * decays})
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **settings)
-        return self.optimizer
-
-    def rate(self, name):
-        """The learning rate of a weight, by the part that its name belongs to; adapters, wherever they are, have the language model's."""
-        inside = [".lora_" not in name and f".{part}." in f".{name}" for part in self.parts[:2]]
-        return next((rate for rate, there in zip(self.rates, inside) if there), self.rates[2])
-
-    def evaluate(self, *args, **kwargs):
-        metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
-        rows = self.eval_dataset.select(range(min(self.settings.sample_rows, len(self.eval_dataset))))
-        if len(rows) == 0 or not self.is_world_process_zero():
-            return metrics
-        text = f"\n## Step {self.state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            messages = collator.read(row)
-            batch = collator.tokenize([messages[:-1]], prompt=True).to(self.args.device)
-            with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
-                ids = self.model.generate(**batch, max_new_tokens=self.settings.sample_tokens, max_length=None, do_sample=False,
-                                          use_cache=True, eos_token_id=collator.stop)[0, batch["input_ids"].shape[1] :]
-            pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-            for n, picture in enumerate(pictures):
-                ImageOps.contain(picture, (224, 224)).save(out / f"samples/{row['row']}-{n}.png")
-            cells = [" ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(pictures))), text_of(messages[-2]),
-                     text_of(messages[-1]), collator.processor.tokenizer.decode(ids, skip_special_tokens=True)]
-            text += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
-        with open(out / "samples.md", "a", encoding="utf-8") as file:
-            file.write(text)
-        return metrics
+def longest_first(trainer):
+    """A LongestFirst sampler for this trainer; None if it would change nothing, or if another order was asked for."""
+    args = trainer.args
+    batches_per_step = args.gradient_accumulation_steps * args.world_size
+    has_padding = args.train_batch_size * args.world_size > 1  # or GPUs that wait for each other
+    if batches_per_step == 1 or not has_padding or args.train_sampling_strategy != "random":
+        return None
+    lengths = trainer.train_dataset.with_format(None)["length"]
+    return LongestFirst(lengths, args.train_batch_size * batches_per_step, lambda: epoch_generator(trainer))
 
 
-def is_whole(folder):
-    """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
+def epoch_generator(trainer):
+    """Random numbers for the order of rows in the current epoch, the same on all GPUs and after a resume."""
+    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+    epoch = int(trainer.state.epoch or 0)  # after a resume Trainer does not call set_epoch on samplers of ours
+    return torch.Generator().manual_seed(seed + epoch)
+
+
+def text_of(message):
+    """The words of a message, without its images."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def images_in(messages):
+    """The images of a conversation, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message."""
+    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+Answer = namedtuple("Answer", "text num_tokens ended")  # ended: whether it stopped by itself, and not at the limit
+
+
+def answer_rows(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each answers a
+    share of the rows; under ZeRO-3, where all must use the same weights at the same time, each answers all."""
+    share = range(len(rows))
+    if not is_deepspeed_zero3_enabled():
+        share = share[PartialState().process_index :: PartialState().num_processes]
+    batch_size = trainer.args.per_device_eval_batch_size
+    answers = {}  # number of a row -> Answer
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        answers |= zip(numbers, answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens), strict=True)
+    all_answers = dict(gather_object(list(answers.items())))
+    return [all_answers[n] for n in range(len(rows))]
+
+
+def answer_batch(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row, generated together: a list of Answer."""
+    collator, device = trainer.data_collator, trainer.args.device
+    conversations = [collator.read(row) for row in rows]
+    questions = [messages[: last_answer(messages)] for messages in conversations]
+    batch = collator.tokenize(questions, prompt=True).to(device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = collator.stop_ids
+    options["max_length"] = None  # the one in the model's generation config would only cause a warning
+    trainer.model.eval()  # each training step turns training mode on again
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = trainer.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    # From the stop token on, also in the padding after it:
+    is_over = torch.isin(ids, torch.tensor(collator.stop_ids, device=device)).cumsum(dim=1) > 0
+    answers = []
+    for row_ids, over in zip(ids, is_over, strict=True):
+        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
+    return answers
+
+
+class AnswerSamples(transformers.TrainerCallback):
+    """After each evaluation, answer the last question of the first few held-out rows, into samples.md."""
+
+    def __init__(self, trainer, num_rows, max_new_tokens):
+        self.trainer = trainer
+        self.num_rows = num_rows
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        rows = self.trainer.eval_dataset
+        rows = rows.take(min(self.num_rows, len(rows)))
+        samples = []
+        for row, answer in zip(rows, answer_rows(self.trainer, rows, self.max_new_tokens), strict=True):
+            messages = self.trainer.data_collator.read(row)
+            last = last_answer(messages)
+            texts = [text_of(messages[last - 1]), text_of(messages[last]), answer.text]
+            samples.append((row["row"], messages, texts))
+        if state.is_world_process_zero and samples:
+            columns = ["picture", "question", "right", "answered"]
+            append_samples(args.output_dir, f"Step {state.global_step}", columns, samples)
+
+
+def append_samples(output_dir, title, columns, samples):
+    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
+    texts fill the columns after the first, which holds the images."""
+    folder = Path(output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for number, messages, texts in samples:
+        links = []
+        for n, image in enumerate(images_in(messages)):
+            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
+            links.append(f"![](samples/{number}-{n}.png)")
+        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
+        lines.append(f"| {' | '.join(cells)} |")
+    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def is_whole(checkpoint):
+    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-        state["global_step"] + state["train_batch_size"]  # fails where one is missing
-        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, files))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if "global_step" not in state or "train_batch_size" not in state:
+            return False
+        weights, random_states = list(checkpoint.glob("*.safetensors")), list(checkpoint.glob("rng_state*"))
+        for file in weights:
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        optimizer = [checkpoint / "optimizer.pt"]
+        if (checkpoint / "latest").exists():  # DeepSpeed's, which names a folder with a share of each process
+            optimizer = list((checkpoint / (checkpoint / "latest").read_text().strip()).glob("*.pt")) or optimizer
+        others = [*optimizer, checkpoint / "scheduler.pt", *random_states]
+        return bool(weights) and bool(random_states) and all(zipfile.is_zipfile(file) for file in others)
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
 def checkpoint_to_resume(training):
-    """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
-    out, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
-    found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
-    whole = sorted(filter(is_whole, found), key=lambda c: int(c.name[11:]))
-    finished = (out / "trainer_state.json").exists()
-    if wanted not in ("auto", "false"):
-        if not is_whole(Path(wanted)):
-            fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
+    """The checkpoint to resume from, or None. Exits with status 0 where the run is finished. Raises SystemExit."""
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
+    whole = [folder for folder in checkpoints if is_whole(folder)]
+    finished = (output_dir / "trainer_state.json").exists()
+
+    if wanted.lower() == "false":
+        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        require_writable(output_dir)
+        return None
+    if wanted.lower() != "auto":
+        names = [str(folder) for folder in whole]
+        require(is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: no whole checkpoint; whole are {names}")
         return wanted
-    if wanted == "false" and (found or finished):
-        fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
     if whole or finished:
-        try:
-            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
-        except (OSError, TypeError, ValueError, yaml.YAMLError):
-            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
-        if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
-            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
+        require_same_settings(training)
     if finished:
-        PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
-        PartialState().destroy_process_group()  # as at the end of main
+        PartialState().print(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()
         sys.exit(0)
-    try:  # now, and not when the weights are loaded
-        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
-    except OSError as e:
-        fail(f"--output_dir {out} cannot be written: {e}")
+    require_writable(output_dir)
+    for folder in checkpoints:
+        if folder not in whole:
+            PartialState().print(f"{folder} is incomplete, skipped")
     return str(whole[-1]) if whole else None
 
 
-def main(argv=None):
-    """Parse, check, load, say what will happen, train, save."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork after the tokenizer was used
-    settings, training = parse(argv)
-    check(settings, training)
-    checkpoint, say = checkpoint_to_resume(training), PartialState().print
-    set_seed(training.seed)
-    config = load_config(settings)
-    train, held_out = load_data(settings, training)
-    if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = "no", False
-    processor = load_processor(settings)
-    collator = Collator(processor, settings, training)
-    say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
+def require_same_settings(training):
+    """Stop if output_dir holds a run with other settings. Raises SystemExit."""
+    output_dir = Path(training.output_dir)
+    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    try:
+        old = dict(yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+    changes = []
+    for name, value in training.given.items():
+        if name in old and old[name] != value and name not in FREE_TO_CHANGE:
+            changes.append(f"{name} {old[name]} -> {value}")
+    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
 
+
+def require_writable(output_dir):
+    """Stop if output_dir could not be written. Raises SystemExit."""
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        model = load_model(settings, training)
-    except (OSError, ValueError, SafetensorError) as e:
-        fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
-    base, model = model, adapted(model, settings)
-    trainer = Trainer(settings, PARTS[config.model_type], model, training, collator, train, held_out, processor)
-    parts = PARTS[config.model_type]
-    for part in parts:  # a matrix of its own that writes words belongs to the language model
-        named = [(n, p) for n, p in base.named_parameters() if "original_module." not in n
-                 and part == next((other for other in parts if n.startswith(f"{other}.")), parts[2])]
-        rate = max((trainer.rate(n) for n, p in named if p.requires_grad), default=0)
-        own = [(p, type(p).__name__ == "Params4bit") for _, p in named]
-        packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
-        count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
-        say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained at {rate:g}, {packed:>14,} in 4-bit")
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
-    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "
-        f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
-    if training.process_index == 0:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
-        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
-        Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written: {error}")
+
+
+def write_settings(training):
+    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = f"# {Path(__file__).name}\n{SPLIT_NOTE}\n" + yaml.safe_dump(training.given, sort_keys=False)
+    (output_dir / "settings.part").write_text(text, encoding="utf-8")
+    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+def train_and_save(trainer, checkpoint=None):
+    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
+    args, say = trainer.args, PartialState().print
+    steps = print_plan(trainer, checkpoint)
+    if args.process_index == 0:
+        write_settings(args)
     try:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
-        if state and state.global_step >= steps:  # killed when it had only to save the result: train() would take a step more
-            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
-            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
-            if not is_whole(wanted):
-                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
-            trainer._load_from_checkpoint(str(wanted))
-        else:
+        is_trained = checkpoint is not None and load_finished_training(trainer, checkpoint, steps)
+        if not is_trained:
             trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as e:  # out of a loader's process it comes with a traceback before it
-        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
+    except BadRow as error:
+        # From a loader it is a traceback, whose last line is the message. Perhaps only this process has met the row.
+        sys.exit(f"error: the data changed during the run: {str(error).splitlines()[-1]}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
-    trainer.save_model()  # pushes to the hub, too, where asked
-    trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end and trainer.state.best_metric is not None:
-        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
-    time.sleep(0.5 * (training.world_size > 1))  # Gloo (CPUs) lets go of that barrier in a thread, which aborts where Python shuts down: PyTorch's issue 190489
+        fail(f"interrupted; the same command resumes from the newest checkpoint in {args.output_dir}, if there is one")
+
+    trainer.save_model()  # also pushes to the hub with --push_to_hub
+    trainer.save_state()  # last: its file says that the run is finished
+    state = trainer.state
+    if args.load_best_model_at_end and state.best_metric is not None:
+        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
+        say(f"best {best}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    if args.world_size > 1:
+        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
-    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+    say(f"saved {args.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+
+
+def print_plan(trainer, checkpoint):
+    """Print what will be trained. Returns the number of optimizer steps of the whole run."""
+    args, num_rows = trainer.args, len(trainer.train_dataset)
+    rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
+    PartialState().print(
+        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
+        f"{steps} steps of {rows_per_step} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
+    )
+    if args.eval_strategy == "steps" and args.eval_steps > steps:
+        PartialState().print(f"warning: nothing will be evaluated, --eval_steps {args.eval_steps:g} is above {steps}")
+    return steps
+
+
+def load_finished_training(trainer, checkpoint, steps):
+    """If a run was killed after its last step, but before its result was saved, load the result and return True."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    is_at_end = state.global_step >= max(steps, state.max_steps)
+    if not is_at_end or trainer.is_deepspeed_enabled:  # DeepSpeed can load a checkpoint only in train()
+        return False
+    trainer.state = state  # train() is not called, it would take one more step
+    result = Path(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        result = Path(checkpoint).parent / Path(state.best_model_checkpoint).name  # the folder may have moved
+    remedy = "--load_best_model_at_end false saves the last one"
+    require(is_whole(result), f"{result}, the best checkpoint, is missing or damaged: {remedy}")
+    trainer._load_from_checkpoint(str(result))
+    return True
 
 
 if __name__ == "__main__":

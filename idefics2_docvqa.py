@@ -3,19 +3,27 @@
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
 #   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0", "rapidfuzz==3.14.6",
+#   "networkx==3.6.1",
 # ]
 # ///
-"""Teach Idefics2-8b to answer questions about documents: 4-bit NF4 + LoRA, Trainer, one 16 GB GPU, scored by ANLS as it trains.
+"""Fine-tune Idefics2-8b on questions about documents: 4-bit NF4 + LoRA, transformers' Trainer, one 16 GB GPU.
 
-    python idefics2_docvqa.py                                            # idefics2-8b on docvqa_1200_examples, in English
+    python idefics2_docvqa.py                                            # idefics2-8b on docvqa_1200_examples, English
     python idefics2_docvqa.py --dataset_name train.jsonl --image_folder pages   # your own: image, question, answers
     python idefics2_docvqa.py --language fr --longest_edge 700           # another language; smaller pages: faster
     accelerate launch --num_processes 4 idefics2_docvqa.py               # several GPUs, DDP
-    python idefics2_docvqa.py --config idefics2-docvqa/settings.yaml     # the same again; after a crash it resumes
+    python idefics2_docvqa.py --config idefics2-docvqa/settings.yaml     # resume that run after a crash
 
-Trained are the answer and <end_of_utterance>, nothing else; of several accepted answers one is drawn each time. Every setting
-is a flag; formats of data, the settings that matter and every logged metric: docs/idefics2_docvqa.md."""
+Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step.
+Trained tokens: the answer and the <end_of_utterance> after it. Instruction, page and question are read, not trained.
+    If a row has several accepted answers, each epoch trains one of them, drawn by seed.
+Trained weights: LoRA on the attention projections of the language model and of the perceiver resampler, and on
+    lm_head. The vision tower stays frozen.
+Result: the checkpoint with the highest eval_anls, the mean ANLS of the answers to held-out questions.
+    --load_best_model_at_end false keeps the last checkpoint instead.
+Every setting is a flag: python idefics2_docvqa.py --help. The formats of a row are shown in load_data."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -29,10 +37,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections import Counter, namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import datasets
 import torch
@@ -41,198 +49,420 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
+from networkx.utils import UnionFind
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    HfArgumentParser,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 @dataclass
 class Settings:
-    """What is trained on what: model, data, adapter, quantization."""
+    """Model, adapter, data, evaluation. Each line is a flag: --lora_r 32."""
 
-    model_name_or_path: str = field(default="HuggingFaceM4/idefics2-8b", metadata={"help": "Idefics2: hub id or folder."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model: pin it for a run to be repeated."})
-    dataset_name: str = field(default="nielsr/docvqa_1200_examples", metadata={"help": "Hub id, folder, saved data set, or .json / .jsonl / .parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set that has several."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: 'test' where there is one, else eval_fraction."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluate on another data set, in any of the same forms."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the .json file."})
-    image_column: str = field(default="image", metadata={"help": "Column of the page."})
-    question_column: str | None = field(default=None, metadata={"help": "Column of the question, a text or one for each language. Default: query, else question."})
-    answers_column: str | None = field(default=None, metadata={"help": "Column of the accepted answers, a list or a text. Default: answers, else answer."})
-    language: str = field(default="en", metadata={"help": "Which question to take where a row has it in several languages."})
-    instruction: str = field(default="Answer briefly.", metadata={"help": "What the user says before the page; at inference say the same."})
-    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the pages held out, by seed, where there is no split to evaluate on. 0: none."})
-    max_eval_rows: int = field(default=100, metadata={"help": "Answer and score at most so many rows at each evaluation, the same ones each time."})
-    on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
-    on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
-    max_length: int = field(default=1024, metadata={"help": "Longest row in tokens, the page's 64 (split: 320) included. Never cut."})
-    image_splitting: bool = field(default=False, metadata={"help": "Show each page also as four quarters, for small print: 5 times the image tokens and tower time."})
-    longest_edge: int | None = field(default=None, metadata={"help": "Pages are shrunk to this many pixels. Default: the processor's own, 980. Smaller: faster, blurrier."})
-    load_in_4bit: bool = field(default=True, metadata={"help": "Language model and connector in 4-bit NF4. false: 16 bits, about 11 GB more."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=8, metadata={"help": "The adapter is scaled by alpha / r."})
-    lora_dropout: float = field(default=0.1, metadata={"help": "Dropout before the adapter."})
-    use_dora: bool = field(default=False, metadata={"help": "DoRA: weight-decomposed LoRA; slower, at low ranks sometimes better."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer at an evaluation, in tokens."})
-    sample_rows: int = field(default=8, metadata={"help": "Show so many of the scored rows in samples.md. 0: none."})
+    # model
+    model_name_or_path: str = HfArg(default="HuggingFaceM4/idefics2-8b", help="Idefics2: hub id or folder.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the model, to repeat a run.")
+    load_in_4bit: bool = HfArg(default=True, help="Language model in 4-bit NF4. false: 16 bits, 11 GB more.")
+    # adapter
+    lora_r: int = HfArg(default=8, help="Rank of the adapter.")
+    lora_alpha: int = HfArg(default=8, help="The adapter is scaled by alpha / r.")
+    lora_dropout: float = HfArg(default=0.1, help="Dropout before the adapter.")
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="q_proj v_proj: only in the language model, not resampler or lm_head. Or one regex."
+    )
+    use_dora: bool = HfArg(default=False, help="DoRA: weight-decomposed LoRA; slower, at low ranks sometimes better.")
+    # prompt and pages
+    instruction: str = HfArg(default="Answer briefly.", help="Said before the page. Use the same words at inference.")
+    language: str = HfArg(default="en", help="Language of the question, if a row has several.")
+    image_splitting: bool = HfArg(default=False, help="Also show the page's four quarters; helps with small print.")
+    longest_edge: int | None = HfArg(default=None, help="Longest side of a page in pixels. Default: the model's 980.")
+    max_length: int = HfArg(default=1024, help="Longest row in tokens, 64 for the page (split: 320). Never cut.")
+    # data
+    dataset_name: str = HfArg(default="nielsr/docvqa_1200_examples", help="Hub id, folder or file of rows.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str | None = HfArg(
+        default=None, help="Split to evaluate on. Default: test, if any; of eval_dataset_name: dataset_train_split."
+    )
+    eval_dataset_name: str | None = HfArg(default=None, help="Evaluate on another data set, in any of the same forms.")
+    image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
+    image_column: str = HfArg(default="image", help="Column of the page.")
+    question_column: str | None = HfArg(default=None, help="Column of the question. Default: query, else question.")
+    answers_column: str | None = HfArg(default=None, help="Column of the answers. Default: answers, else answer.")
+    eval_fraction: float = HfArg(default=0.05, help="Share of the pages held out, if there is no such split. 0: none.")
+    max_eval_rows: int = HfArg(default=100, help="Most rows to evaluate on, always the same ones.")
+    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="If rows cannot be trained on: stop, or skip.")
+    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows above max_length: drop them, or stop.")
+    # evaluation
+    max_new_tokens: int = HfArg(default=32, help="Most tokens of an answer at an evaluation; longer ones are cut.")
+    sample_rows: int = HfArg(default=8, help="Number of scored rows to show in samples.md. 0: none.")
 
 
 @dataclass
 class Training(TrainingArguments):
-    """TrainingArguments with this recipe's defaults; docs/idefics2_docvqa.md says why where they differ from the 2024 post."""
+    """TrainingArguments with this recipe's defaults. All its other settings are flags, too."""
 
-    output_dir: str = field(default="idefics2-docvqa", metadata={"help": "Adapter, processor, settings.yaml, samples.md, logs, checkpoints."})
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: refuse a used output_dir. Or a checkpoint."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data; max_steps bounds them."})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Raise it first where memory is left."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pages answered at once."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Effective batch = this x per-device batch x GPUs."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "1e-4 suits LoRA on short answers."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of the run."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on what is trained."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
-    eval_steps: float = field(default=25, metadata={"help": "Steps between evaluations."})
-    save_steps: float = field(default=25, metadata={"help": "Steps between checkpoints, eval_steps while the best is kept: what a crash can cost."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the newest and the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Save the checkpoint with the highest eval_anls, not the last one."})
-    metric_for_best_model: str | None = field(default="anls", metadata={"help": "anls, exact_match or loss."})
-    logging_steps: float = field(default=5, metadata={"help": "Steps between two lines of the log."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true hides NaN losses in the log."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode pages while the GPU works."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: answers are generated, not read off the logits."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every row has a page, so every adapter is used."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in the backward pass: far less memory, slower."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
+    output_dir: str = HfArg(default="idefics2-docvqa", help="Adapter, processor, settings, samples, checkpoints.")
+    resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
+    per_device_train_batch_size: int = HfArg(default=2, help="Raise it first if memory is left.")
+    per_device_eval_batch_size: int = HfArg(default=4, help="Questions answered at once.")
+    gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
+    learning_rate: float = HfArg(default=1e-4, help="1e-4 suits LoRA on short answers.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps, or below 1 a share of the run.")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's weight decay on the adapters.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=25, help="Steps between evaluations.")
+    save_steps: float = HfArg(default=25, help="Steps between checkpoints; a crash loses at most this many.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest and the best.")
+    load_best_model_at_end: bool = HfArg(default=True, help="Result: the best checkpoint. false: last weights.")
+    metric_for_best_model: str | None = HfArg(default="anls", help="anls or exact_match (highest), or loss (lowest).")
+    logging_steps: float = HfArg(default=5, help="Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
+    report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
+    dataloader_num_workers: int = HfArg(default=4, help="Processes that decode pages while the GPU works.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the columns.")
+    prediction_loss_only: bool = HfArg(default=True, help="Must stay true: scores need generated answers, no logits.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not needed: every row uses all adapters.")
+    activation_checkpointing: bool = HfArg(default=True, help="gradient_checkpointing's new name: saves memory.")
+    bf16: bool | None = HfArg(default=None, help="Default: bf16 if the GPU has it, else fp16.")
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = gpu and not self.bf16
-        self.load_best_model_at_end &= self.eval_strategy != "no"  # nothing tells which would be the best
+        pick_precision(self)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
         super().__post_init__()
 
 
-# Inherited, but this recipe would ignore them, they would break a promise, or have a new name (gradient_... is
-# activation_checkpointing); and those that may change when a run is taken up again without making it another run.
-REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel
-save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval
-do_predict dataloader_drop_last""".split()
-FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
-push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows max_new_tokens logging_steps
-save_total_limit per_device_eval_batch_size""".split()
-
-
-def fail(message):
-    """End the program with one message, of the first process where there are several, and exit status 1."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+# TrainingArguments' flags that this recipe does not use, beside UNUSED_FLAGS.
+REFUSED = "label_smoothing_factor label_names prediction_loss_only use_liger_kernel".split()
+METRICS = ("anls", "exact_match", "loss")  # what --metric_for_best_model may be; `score` computes the first two
 
 
 def parse(argv=None):
-    """Flags and `--config run.yaml` -> (Settings, Training), on any machine. Raises SystemExit with one line."""
-    parser = HfArgumentParser([Settings, Training], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
-    if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
-        try:
-            for name, value in yaml.safe_load(Path(file).read_text()).items():
-                if value in (None, []):
-                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
-                        raise ValueError(f"{name} must have a value")
-                    parser.set_defaults(**{name: value})
-                else:
-                    value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-                    argv = [f"--{name}", *map(str, value), *argv]
-        except (OSError, AttributeError, ValueError, yaml.YAMLError) as e:
-            fail(f"--config {file} must hold lines of 'name: value': {e}")
-    try:
-        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
-        if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused))
-        settings, training = parser.parse_dict(given)
-    except (OSError, ValueError, TypeError) as e:
-        fail(e)
-    training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
-    return settings, training
+    """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
+    return parse_arguments(HfArgumentParser([Settings, Training], allow_abbrev=False), REFUSED, argv)
 
 
 def check(settings, training):
-    """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    gpus, out = training.n_gpu, Path(training.output_dir)
-    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
-    for wrong, message in (
-        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
-        (not training.use_cpu and training.device.type == "cpu", "no GPU found (Idefics2-8b needs 16 GB); for tiny models: --use_cpu"),
-        (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} idefics2_docvqa.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (min(settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or training.seed >= 2**32,
-         "--sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
-        (not 0 < training.learning_rate < 10 or settings.lora_alpha <= 0, "--learning_rate and --lora_alpha must be above 0"),
-        (min(settings.lora_r, settings.max_eval_rows, settings.max_new_tokens, settings.max_length, training.per_device_train_batch_size,
-             training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
-         "--lora_r, batch sizes, accumulation steps, --max_eval_rows, --max_new_tokens, --max_length: at least 1"),
-        (training.max_steps == 0 or not 0 < training.num_train_epochs < math.inf, "--max_steps and --num_train_epochs must be above 0"),
-        (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
-        (not 0 <= settings.eval_fraction < 1 or not 0 <= settings.lora_dropout < 1, "--eval_fraction, --lora_dropout: from 0 to below 1"),
-        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
-         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
-        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
-        (training.load_best_model_at_end and str(training.metric_for_best_model).removeprefix("eval_") not in ("anls", "exact_match", "loss"),
-         f"--metric_for_best_model {training.metric_for_best_model}: known are anls, exact_match and loss"),
-        (training.load_best_model_at_end and training.greater_is_better == str(training.metric_for_best_model).endswith("loss"),
-         f"--greater_is_better {str(training.greater_is_better).lower()} would keep the checkpoint that is worst by {training.metric_for_best_model}"),
-    ):
-        if wrong:
-            fail(message)
-    try:  # what would fail only after the weights are loaded
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-        if training.push_to_hub:
-            HfApi(token=training.hub_token).whoami()
-    except Exception as e:
-        fail(f"--report_to or --push_to_hub: {e}")
+    """Stop early if this machine or these flags cannot work. Raises SystemExit."""
+    check_training(settings, training, "Idefics2-8b needs 16 GB", metrics=METRICS)
+    require(training.learning_rate > 0, "--learning_rate must be above 0")
+    for name in ("lora_r", "max_length", "max_new_tokens"):
+        require(getattr(settings, name) >= 1, f"--{name} must be at least 1")
+
+
+END = "<end_of_utterance>"  # what Idefics2's chat template puts after each turn
+NEEDED = f"this needs an Idefics2Processor whose chat template ends each turn with {END}, such as idefics2-8b's"
 
 
 def load_processor(settings):
     """The model's processor, set to this run's image splitting and size. Raises SystemExit for another model."""
-    try:
-        processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    except (OSError, ValueError, ImportError) as e:  # another kind of model may want packages of its own
-        fail(f"--model_name_or_path {settings.model_name_or_path}: {'needed is Idefics2; ' * isinstance(e, ImportError)}{e}")
-    kind, template = type(processor).__name__, getattr(processor, "chat_template", None)
-    if kind != "Idefics2Processor" or "<end_of_utterance>" not in (template or ""):
-        fail(f"{settings.model_name_or_path} has a {kind} {'with' if template else 'without'} a chat template; needed is an Idefics2Processor "
-             "whose template ends each turn with <end_of_utterance>, such as idefics2-8b's")
-    processor.image_processor.do_image_splitting = settings.image_splitting
-    size = dict(processor.image_processor.size)
+    name = settings.model_name_or_path
+    with fail_on_error(f"--model_name_or_path {name}: {NEEDED}"):
+        processor = AutoProcessor.from_pretrained(name, revision=settings.model_revision)
+    kind = type(processor).__name__
+    if kind != "Idefics2Processor" or END not in (processor.chat_template or ""):
+        fail(f"{name} has another processor or template ({kind}); {NEEDED}")
+    image_processor = processor.image_processor
+    image_processor.do_image_splitting = settings.image_splitting
     if settings.longest_edge is not None:
-        if not size["shortest_edge"] <= settings.longest_edge <= size["longest_edge"]:
-            fail(f"--longest_edge {settings.longest_edge}: this model's pages have from {size['shortest_edge']} (smaller ones are enlarged) "
-                 f"to {size['longest_edge']} pixels")
-        processor.image_processor.size = {**size, "longest_edge": settings.longest_edge}
-    if processor.tokenizer.pad_token is None:  # any will do: padding is masked by attention, never by its id
+        least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+        if not least <= settings.longest_edge <= most:
+            fail(f"--longest_edge {settings.longest_edge}: this model shows pages with {least} to {most} pixels")
+        image_processor.size = {"shortest_edge": least, "longest_edge": settings.longest_edge}
+    if processor.tokenizer.pad_token is None:  # any token will do: padding is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
+def load_data(settings, training):
+    """-> (train, eval): Datasets of checked rows; eval is None if nothing is to be evaluated. Raises SystemExit.
+    A row is a page, a question and its accepted answers. The page is a path, bytes or an embedded image:
+        {"image": page, "question": "What is the total?", "answers": ["$47.00", "47.00"]}
+        {"image": page, "question": "Who sent it?", "answer": "Ann Lee"}
+        {"image": page, "query": {"en": "Who sent it?", "fr": "Qui l'a envoyé ?"}, "answers": ["Ann Lee"]}"""
+    collator = Collator(load_processor(settings), settings, training)
+    train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+    eval_source = eval_name_and_split(settings, training)
+    eval_rows = None  # None: prepare_rows holds out some training rows, unless evaluation is off
+    if eval_source is not None:
+        eval_rows = read_rows(*eval_source, settings)
+    return prepare_rows(train_rows, eval_rows, settings.dataset_name, collator, settings, training)
+
+
+class Collator:
+    """Rows -> a batch: input_ids, attention_mask, labels (B, L), pixel_values (B, n, 3, H, W), pixel_attention_mask
+    (B, n, H, W); n is 1, or 5 with image splitting. labels are the input_ids of the answer and the
+    <end_of_utterance> after it, and -100 on all else: prompt, image tokens, padding, the template's last newline."""
+
+    image_columns = ("image",)
+
+    def __init__(self, processor, settings, training):
+        # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
+        self.processor = processor
+        self.instruction = settings.instruction
+        self.language = settings.language
+        self.folder = settings.image_folder or ""
+        self.max_length = settings.max_length
+        self.seed = training.seed
+        tokenizer = processor.tokenizer
+        self.control_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.end_id = tokenizer.convert_tokens_to_ids(END)
+        self.stop_ids = [self.end_id, tokenizer.eos_token_id]  # where generation ends
+        if self.instruction:
+            with fail_on_error("--instruction"):
+                check_text(self.instruction, "instruction", self.control_tokens)
+
+    def __call__(self, rows):
+        examples = []
+        for row in rows:
+            try:
+                examples.append(self.prepare(row))
+            except BadRow as error:
+                error.row = row.get("row")
+                raise
+        pages, input_ids, labels = zip(*examples, strict=True)
+        tokenizer = self.processor.tokenizer
+        batch = tokenizer.pad({"input_ids": list(input_ids)}, return_tensors="pt")
+        side = tokenizer.padding_side
+        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100, padding_side=side)
+        batch.update(self.processor.image_processor(list(pages), return_tensors="pt"))
+        return batch
+
+    def prepare(self, row):
+        """A row -> (list of PIL images, token ids, labels), with one of its accepted answers. Raises BadRow."""
+        question, answers = self.read_texts(row)
+        if not answers:
+            raise BadRow("no accepted answer", "the row has none; see --answers_column")
+        pages = self.load_pages(row)
+        user_turn = self.ask(question, pages)
+        # One answer is trained, but all are tokenized, so that the check before training finds a bad one.
+        encoded = [self.tokens_and_labels(user_turn, answer) for answer in answers]
+        length = max(len(ids) for ids, _ in encoded)
+        if length > self.max_length:
+            raise BadRow("too long", f"{length} tokens, --max_length is {self.max_length}")
+        ids, labels = encoded[self.pick_answer(row, len(answers))]
+        return pages, ids, labels
+
+    def read_texts(self, row):
+        """A row -> (question, list of accepted answers), without white space around them. Raises BadRow."""
+        stored_question, stored_answers = row.get("question"), row.get("answers")
+        question = stored_question
+        if isinstance(stored_question, dict):
+            languages = [name for name, text in stored_question.items() if text]
+            if self.language not in languages:
+                raise BadRow("language", f"no question in {self.language!r}, there are {languages}; see --language")
+            question = stored_question[self.language]
+        answers = stored_answers
+        if not isinstance(stored_answers, list):
+            answers = [] if stored_answers is None else [stored_answers]
+        check_text(question, "question", self.control_tokens)
+        for answer in answers:
+            check_text(answer, "answer", self.control_tokens)
+        return question.strip(), [answer.strip() for answer in answers]
+
+    def load_pages(self, row):
+        """The images of a row, as PIL RGB, upright. Raises BadRow."""
+        # Edit pages here, to crop or augment them (for evaluation, too). Above 1 : 20 Idefics2 would distort them.
+        return [load_image(image, max_aspect_ratio=20) for image in self.images_of(row)]
+
+    def images_of(self, row):
+        """The images of a row as it has them: paths, {"bytes": ...} or PIL images."""
+        return stored_images(row.get("image"), row.get("folder") or self.folder)
+
+    def ask(self, question, pages):
+        """A question about a list of one PIL image -> the user's turn. Raises BadRow."""
+        # For several pages a row: allow them here, and raise --max_length by 64 tokens for each (split: 320).
+        if len(pages) != 1:
+            raise BadRow("not one page", f"{len(pages)} pages; a question is about one (see --image_column)")
+        for page in pages:
+            if min(page.size) < 2:  # image splitting could not quarter it
+                raise BadRow("page too small", f"{page.width} x {page.height} pixels, there is nothing to read on it")
+        # Edit the prompt here: the order of the parts, other words around the question. Labels and evaluation follow
+        # it. Change your inference code in the same way, and text_of, if the question is no longer the last part.
+        parts = [{"type": "image", "image": page} for page in pages]
+        if self.instruction:
+            parts.insert(0, {"type": "text", "text": self.instruction})
+        return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+    def tokens_and_labels(self, user_turn, answer):
+        """The user's turn and an answer -> token ids (a list) and labels (a tensor of the same length). Raises BadRow.
+        The answer begins where the prompt that the model gets at inference ends, and runs to its END. The processor
+        gets no images here: it writes the 64 image tokens of a page (split: 320) into the text without them, too."""
+        assistant_turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        prompt = self.processor.apply_chat_template([user_turn], add_generation_prompt=True)
+        whole = self.processor.apply_chat_template([user_turn, assistant_turn])
+        prompt_ids, ids = self.processor(text=[prompt, whole])["input_ids"]
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids:
+            raise BadRow("prompt changed", f"the first characters of the answer {answer!r} change the prompt's tokens")
+        end = ids.index(self.end_id, start) + 1
+        labels = torch.full((len(ids),), -100)
+        labels[start:end] = torch.tensor(ids[start:end])
+        return ids, labels
+
+    def pick_answer(self, row, count):
+        """The index of the answer to train, of `count` accepted ones. Edit here which answer is trained."""
+        if row.get("epoch") is None:  # in an evaluation and in the check before training (see EpochColumn)
+            return 0
+        # Only seed, epoch and row number decide, so that neither loader processes nor a resumed run change the answer.
+        return random.Random(f"{self.seed} {row['epoch']} {row['row']}").randrange(count)
+
+    def read(self, row):
+        """A row -> [the user's turn, with a PIL image in it; the assistant's turn, if there are accepted answers].
+        For evaluation and tools/: the assistant says the first answer, and `references` has all. Raises BadRow."""
+        question, answers = self.read_texts(row)
+        messages = [self.ask(question, self.load_pages(row))]
+        if answers:
+            content = [{"type": "text", "text": answers[0]}]
+            messages.append({"role": "assistant", "content": content, "references": answers})
+        return messages
+
+    def tokenize(self, conversations, prompt=False):
+        """Lists of messages -> the processor's batch, padded left. With `prompt` it ends where answers begin."""
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": prompt}
+        padding = {"padding": True, "padding_side": "left"}
+        return self.processor.apply_chat_template(conversations, processor_kwargs=padding, **options)
+
+
+def load_model(settings, training):
+    """The base model, frozen: language model and connector in NF4 if asked, the rest in 16 bits (CPU: float32)."""
+    dtype = weight_dtype(training)
+    options = {"dtype": dtype, "device_map": {"": training.device}, "revision": settings.model_revision}
+    if settings.load_in_4bit:
+        options["quantization_config"] = nf4_quantization(dtype, skip_modules=["lm_head", "model.vision_model"])
+    model = AutoModelForImageTextToText.from_pretrained(settings.model_name_or_path, **options)
+    keep_4bit_trainable_on_cpu(model)
+    return model.requires_grad_(False)
+
+
+# Edit the LoRA targets here, or give --lora_target_modules. Bare names ("q_proj") would match the vision tower, too.
+LORA_TARGETS = r"model\.(text_model|connector\.perceiver_resampler)\..*\.(q|k|v|o)_proj|lm_head"
+# Targets in these parts are refused. To adapt the vision tower: delete its line here and the one of FrozenWithoutGraph
+# in Trainer, and extend LORA_TARGETS.
+UNTRAINABLE = {"vision_model": "which runs without a graph, so no gradient would reach it"}
+
+
+def lora_config(settings):
+    """LoRA on the attention projections of language model and perceiver resampler, and on lm_head."""
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.use_dora,
+        target_modules=lora_targets(settings.lora_target_modules, "model.text_model", LORA_TARGETS),
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+
+
+def score(answer, accepted):
+    """The model's answer and the accepted ones -> its scores, 0 to 1. Edit the metrics here; each mean is eval_NAME.
+    To keep the checkpoint with the highest, add NAME to METRICS, too, and give --metric_for_best_model NAME."""
+    is_accepted = normalized(answer) in [normalized(text) for text in accepted]
+    return {"anls": anls(answer, accepted), "exact_match": float(is_accepted)}
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer: its loss, optimizer and loop. An evaluation answers the held-out questions, too."""
+
+    def __init__(self, settings, **kwargs):
+        super().__init__(**kwargs)
+        self.settings = settings
+        # Optional, for speed: with checkpointing this saves half the work of a step. The result is the same.
+        self.add_callback(FrozenWithoutGraph(self.model, "vision_model"))
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """The stock loop, which computes eval_loss; then the mean scores of the model's answers to the same rows."""
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        answers = answer_rows(self, self.eval_dataset, self.settings.max_new_tokens)
+        scores = []
+        for row, answer in zip(self.eval_dataset, answers, strict=True):
+            _, accepted = self.data_collator.read_texts(row)
+            scores.append(score(answer.text, accepted))
+        for name in scores[0]:
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(each[name] for each in scores) / len(scores)
+        if self.is_world_process_zero() and self.settings.sample_rows > 0:
+            self.write_samples(answers, scores, mean_anls=output.metrics[f"{metric_key_prefix}_anls"])
+        return output
+
+    def write_samples(self, answers, scores, mean_anls):
+        """Append the first --sample_rows of the scored rows to samples.md, as a table."""
+        samples = []
+        rows = itertools.islice(self.eval_dataset, self.settings.sample_rows)
+        for row, answer, row_scores in zip(rows, answers, scores, strict=False):
+            question, accepted = self.data_collator.read_texts(row)
+            texts = [question, answer.text, " / ".join(accepted), f"{row_scores['anls']:.2f}"]
+            samples.append((row["row"], self.data_collator.read(row), texts))
+        title = f"Step {self.state.global_step}: ANLS {mean_anls:.3f}"
+        append_samples(self.args.output_dir, title, ["page", "question", "answered", "accepted", "ANLS"], samples)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Optional, for speed: the stock loss, with logits only where a token is trained. It saves 1 % of the work
+        and, for 2 rows of 1,024 tokens, 2 x 1,024 x 32,003 logits x 4 bytes = 0.26 GB. To do without it, delete it."""
+        targets = next_tokens(inputs["labels"])
+        is_trained = targets != -100
+        inputs = {**inputs, "shift_labels": targets[is_trained]}
+        with logits_only_at(is_trained, self.model.get_output_embeddings()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def main(argv=None):
+    """Parse, check, read the rows, show an example, load the model, train, save."""
+    settings, training = parse(argv)
+    check(settings, training)
+    checkpoint = checkpoint_to_resume(training)
+    set_seed(training.seed)
+
+    train_dataset, eval_dataset = load_data(settings, training)
+    if eval_dataset is None:  # nothing to evaluate (--eval_fraction 0), so no checkpoint can be the best
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    processor = load_processor(settings)  # (load_data has its own copy: it can be called alone)
+    collator = Collator(processor, settings, training)
+    example = marked(collator([train_dataset[0]]), processor)
+    PartialState().print(f"\nOne row as the model sees it, trained on in «»:\n\n{example}\n")
+
+    adapter = lora_config(settings)
+    check_lora_targets(settings, adapter, empty_model(settings), UNTRAINABLE)
+    with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
+        model = load_model(settings, training)
+    model = get_peft_model(model, adapter)  # the adapter is float32, whatever the base is
+    # By default PEFT saves the frozen lm_head in every checkpoint, because an adapter is on it.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+    epochs = EpochColumn()
+    train_dataset = train_dataset.with_transform(epochs.add)
+    data = {"data_collator": collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    trainer = Trainer(settings, model=model, args=training, processing_class=processor, callbacks=[epochs], **data)
+    print_parameters(model, ["vision_model", "modality_projection", "perceiver_resampler", "text_model", "lm_head"])
+    train_and_save(trainer, checkpoint)
+
+
+# --------------------------------------------------------------------------------------- details: metric, rows, epochs
+
+
+def anls(answer, accepted):
+    """Average Normalized Levenshtein Similarity of an answer to the most similar accepted one, 0 to 1; below 0.5 it
+    counts as 0. White space and case do not matter. As scored by DocVQA (Biten et al. 2019, arXiv:1905.13648)."""
+    best = 0.0
+    for text in accepted:
+        distance = Levenshtein.distance(normalized(answer), normalized(text))
+        length = max(len(answer), len(text))  # of the raw texts, as in the challenge's own script
+        best = max(best, 1 - distance / length)
+    return best if best >= 0.5 else 0.0
+
+
+def normalized(text):
+    """Lower case, single spaces: as answers are compared."""
+    return " ".join(text.lower().split())
 
 
 def text_of(message):
@@ -240,498 +470,930 @@ def text_of(message):
     return message["content"][-1]["text"]
 
 
-def page_of(row, folder):
-    """The page of a row as it has it: a path (from its own `folder` or this one), {"bytes"}, a PIL image; None where there is none."""
-    cell = row.get("image")
-    cell = cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
-    cell = {"bytes": cell} if isinstance(cell, bytes) else cell
-    cell = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
-    return os.path.join(row.get("folder") or folder, cell) if isinstance(cell, str) else cell
-
-
-def load_image(cell):
-    """A path, {"bytes"} or a PIL image, of any mode -> PIL RGB, upright. Raises BadRow where it is no image, or none to read."""
-    if cell is None or isinstance(cell, list):
-        raise BadRow(f"{len(cell or ())} pages: needed is one for each question; --image_column names the column")
-    where = (cell.get("path") or "its bytes") if isinstance(cell, dict) else cell
-    try:
-        if isinstance(cell, str) and os.path.exists(cell) and not os.path.isfile(cell):
-            raise ValueError("it is no file")  # a pipe would be waited for
-        image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell["bytes"]) if isinstance(cell, dict) else cell)
-        if (pages := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
-            raise BadRow(f"{pages} pages: {where} holds several, and only the first would be seen; give each its own file")
-        image.load()  # verify() passes a truncated JPEG
-        image = ImageOps.exif_transpose(image)
-        if min(image.size) < 2:  # has no quarters for image splitting
-            raise BadRow(f"page too small: {where} has {image.size[0]} x {image.size[1]} pixels, there is nothing to read on it; take it out")
-        if max(image.size) > 20 * min(image.size):  # each side by itself is brought to at least 378 pixels
-            raise BadRow(f"page too narrow: {where} has {image.size[0]} x {image.size[1]} pixels, above 1 : 20 it is stretched beyond reading; crop it")
-        if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            if not 0 < (most := image.getextrema()[1]) < math.inf:
-                raise ValueError(f"its brightest value is {most}")
-            scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
-            image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
-        if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Image.DecompressionBombError as e:
-        raise BadRow(f"page too large: {where} ({e}); shrink it") from e
-    except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
-        raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
-
-
-def once(pairs):
-    """A JSON object -> dict. Raises ValueError where a key stands twice: the last one would win without a word."""
-    if len(named := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice in {str(pairs):.200}; once is right")
-    return named
-
-
 def read_rows(name, split, settings):
-    """A split of a hub id, folder, saved data set or file (a file is all `train`), with row numbers in `row`; for split None
-    `test`, or None where there is none. Raises SystemExit."""
+    """The rows of a split: image, question, answers, row; None if `split` is None and there is no test split.
+    The column of answers may be missing, so that tools can ask the questions. Raises SystemExit."""
+    rows = read_dataset(name, split, settings)
+    if rows is None:
+        return None
+    question = settings.question_column or ("query" if "query" in rows.column_names else "question")
+    answers = settings.answers_column or ("answers" if "answers" in rows.column_names else "answer")
+    columns = {"image": settings.image_column, "question": question, "answers": answers}
+    optional = () if settings.answers_column else ("answers",)
+    return rename_columns(rows, columns, name, optional)
+
+
+def check_text(text, name, control_tokens):
+    """Raises BadRow for what is not a text, is blank, or holds a control token."""
+    if not isinstance(text, str):
+        raise BadRow(f"{name} is not a text", f"{text!r}; write it in quotes, as the model shall read or say it")
+    if not text.strip():
+        raise BadRow(f"empty {name}", f"{text!r} holds nothing but white space")
+    typed = [token for token in control_tokens if token in text]
+    if typed:
+        raise BadRow("control token", f"{typed[0]} is typed in the {name} and would become a real one; take it out")
+
+
+class EpochColumn(transformers.TrainerCallback):
+    """Adds a column `epoch` to the training rows, so that Collator.pick_answer draws anew in each epoch. Loader
+    processes are forks, and may live through several epochs: a shared tensor tells them the current one."""
+
+    def __init__(self):
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def add(self, rows):
+        count = len(next(iter(rows.values())))  # rows: {column: values}
+        return {**rows, "epoch": [self.epoch.item()] * count}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # Called before the loader of the epoch starts. In a resumed run `state.epoch` is where the run was.
+        self.epoch.fill_(int(state.epoch or 0))
+
+
+# =====================================================================================================================
+# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
+# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# =====================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+# Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
+UNUSED_FLAGS = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed
+fsdp do_train do_eval do_predict dataloader_drop_last""".split()
+
+
+OTHER_NAMES = {"gradient_checkpointing": "; its new name is --activation_checkpointing"}
+
+
+OTHER_NAMES["deepspeed"] = "; give it to the launcher: accelerate launch --config_file"
+
+
+# Settings that may change when a run is resumed: they have no effect on what is trained.
+FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens
+max_new_tokens shared_prompt logging_steps save_total_limit per_device_eval_batch_size""".split()
+
+
+SPLIT_NOTE = "# Evaluation rows without a split of their own: whole groups of rows that share images."  # settings.yaml
+
+
+def fail(message):
+    """End the program (SystemExit) with exit status 1 and one message, which only the first process prints."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def require(condition, message):
+    """End the program with this message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+# What a damaged file of a model, or one of another kind of model, can raise.
+READ_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, TemplateError)
+
+
+@contextlib.contextmanager
+def fail_on_error(message):
+    """End the program with this message if files of a model cannot be read, or do not fit, in the `with` block."""
+    try:
+        yield
+    except (*READ_ERRORS, SafetensorError) as error:
+        fail(f"{message}: {' '.join(str(error).split()):.600}")
+
+
+def pick_precision(training):
+    """Unless the user chose: bf16 where the GPU has it, fp16 on an older GPU, float32 on a CPU."""
+    if training.bf16 is None and not training.fp16:
+        has_gpu = torch.cuda.is_available() and not training.use_cpu
+        training.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        training.fp16 = has_gpu and not training.bf16
+
+
+def weight_dtype(training):
+    """The dtype of the frozen weights."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def parse_arguments(parser, refused, argv=None, fill=None):
+    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
+    refused: inherited flags that this recipe does not use, beside UNUSED_FLAGS. fill: a function that completes
+    {name: value} with defaults that depend on other settings. training.given: the values before __post_init__ or
+    `fill` changed any, for settings.yaml."""
+    # Loader processes are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config_file = parser.parse_known_args(argv)[0].config
+    if config_file:
+        argv = flags_from_yaml(config_file, parser) + argv
+    try:
+        given = vars(parser.parse_args(argv))
+        del given["config"]
+        for field in fields(parser.dataclass_types[1]):
+            if field.name in UNUSED_FLAGS + refused and given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+        settings, training = parser.parse_dict(fill(given) if fill else given)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        fail(error)
+    training.given = {name: value for name, value in given.items() if name != "hub_token"}
+    return settings, training
+
+
+def flags_from_yaml(file, parser):
+    """A YAML file of settings -> a list of flags, so that argparse checks their types and choices."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fail(f"--config {file} cannot be read: {error}")
+    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
+    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
+    flags = []
+    for name, value in config.items():
+        if value is None or value == []:  # no flag can say these, so they become the default
+            may_be_none = name not in types or type(None) in get_args(types[name]) or parser.get_default(name) is None
+            require(value == [] or may_be_none, f"--config {file}: {name} must have a value")
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def check_training(settings, training, memory_needed, metrics=("loss",)):
+    """Stop if the machine, or flags that every recipe has, cannot work. Raises SystemExit.
+    `metrics`: what the best checkpoint may be chosen by. The lowest loss is the best, the highest of all others."""
+    gpus, has_device = training.n_gpu, training.use_cpu or training.device.type != "cpu"
+    launch = f"accelerate launch --num_processes {gpus} {Path(__file__).name}"
+    require(has_device, f"no GPU found ({memory_needed}); for tiny models: --use_cpu")
+    require(gpus <= 1, f"{gpus} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
+    require(not (training.fp16 and training.use_cpu), "--fp16 needs a GPU")
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require(getattr(training, name) >= 1, f"--{name}: batch sizes and accumulation steps must be at least 1")
+    for name in ("eval", "save", "logging"):
+        if getattr(training, f"{name}_strategy") == "steps":
+            steps = getattr(training, f"{name}_steps")
+            require(steps > 0, f"--{name}_steps: above 0 is needed; --{name}_strategy no turns it off")
+    is_positive = training.max_steps != 0 and training.num_train_epochs > 0
+    require(is_positive, "--max_steps and --num_train_epochs must be above 0")
+    require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
+    require(0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1")
+    require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
+    if training.load_best_model_at_end:
+        check_best_model(training, metrics)
+    try:  # tested now: otherwise they fail after the long loading of the weights
+        for callback in transformers.integrations.get_reporting_integration_callbacks(training.report_to):
+            callback()
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).whoami()
+    except Exception as error:  # each integration has exceptions of its own
+        fail(f"--report_to or --push_to_hub: {error}")
+
+
+def check_best_model(training, metrics):
+    """Stop if the best checkpoint could not be found: another metric, the wrong direction, or not saved."""
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    require(metric in metrics, f"--metric_for_best_model {metric}: this recipe computes {' and '.join(metrics)} only")
+    higher_is_better = metric != "loss"
+    message = f"--greater_is_better {not higher_is_better} would keep the worst checkpoint by {metric}".lower()
+    require(training.greater_is_better == higher_is_better, message)
+    if training.eval_strategy == training.save_strategy == "steps":
+        message = "to keep the best: --save_steps equal to --eval_steps, or --load_best_model_at_end false"
+        require(training.eval_steps == training.save_steps, message)
+
+
+# ----------------------------------------------------------------------------------------------------- images and rows
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
+
+    def __init__(self, reason, detail="", row=None):
+        super().__init__(reason, detail, row)
+        self.reason = reason
+        self.detail = detail
+        self.row = row
+
+    def __str__(self):
+        text = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return text if self.row is None else f"row {self.row}: {text}"
+
+
+def stored_images(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images."""
+    if value is None or value == "":
+        return []
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str):
+            image = os.path.join(folder, image)
+        images.append(image)
+    if images == [None]:  # an embedded image with neither path nor bytes
+        return []
+    return images
+
+
+def image_key(image):
+    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
+    if isinstance(image, dict):
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+
+
+def load_image(image, max_aspect_ratio=200):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
+    if len(source) > 500:  # an image written as text, perhaps
+        source = f"{source[:100]}... ({len(source)} characters)"
+    try:
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        frames = getattr(image, "n_frames", 1)
+        is_several = frames > 1 and image.format != "MPO"  # a phone's MPO holds the picture and a preview of it
+        image.load()  # verify() would accept a truncated JPEG
+        upright = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise BadRow("image too large", f"{source} ({error}); shrink it") from error
+    except Exception as error:  # decoders raise all kinds of exceptions
+        cause = getattr(error, "strerror", None) or error
+        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
+    if is_several:
+        raise BadRow(
+            "several images", f"{source} holds {frames}, only the first would be seen; give each its own file"
+        )
+    width, height = upright.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
+        raise BadRow("image too narrow", detail)
+    return upright
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError for brightness that is no number."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
+        brightest = image.getextrema()[1]
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"its brightest value is {brightest}")
+        is_0_to_1 = image.mode == "F" and brightest <= 1
+        scale = 255 / brightest if is_0_to_1 or brightest > 255 else 1
+        # For these modes PIL only accepts a function of the form value * scale + offset.
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
+    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def refuse_duplicate_keys(pairs):
+    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key appears twice in {str(pairs):.200}")
+    return row
+
+
+def read_json(path):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error} (a .jsonl file has one row a line)") from None
+    else:
+        try:
+            rows = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error} (a .json file is one list of rows; one row a line is a .jsonl file)") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
+    if not any(rows):
+        raise ValueError("it is empty")
+    broken = [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]
+    if broken:
+        raise ValueError(f"half a character (a lone surrogate) is in rows {broken[:20]}; fix their encoding")
+
+    # from_generator may divide every list among its arguments, so columns, which it must not divide, are a tuple.
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+
+    def encoded_rows(rows, columns):  # as JSON text: datasets.Json() would read the text "7" as the number 7
+        for row in rows:
+            yield {column: json.dumps(row.get(column), ensure_ascii=False) for column in columns}
+
+    features = datasets.Features({column: datasets.Json() for column in columns})
+    arguments = {"rows": rows, "columns": columns}
+    return datasets.Dataset.from_generator(encoded_rows, features=features, gen_kwargs=arguments)
+
+
+def load_splits(name, config, revision):
+    """{split: Dataset} of a hub id, folder, saved data set or file; a file has only `train`. Raises SystemExit."""
     path = Path(name)
     try:
         if path.suffix.lower() in (".json", ".jsonl"):
-            text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
-            try:
-                rows = json.loads("[" + ",\n".join(x for x in text.split("\n") if x.strip()) + "]" if lines else text, object_pairs_hook=once)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{e} (a .json file is one list of rows, a .jsonl file has one row a line)") from None
-            if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see the README")
-            if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
-                raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
-            cells = {key: datasets.Json() for row in rows for key in row}  # a column may hold values of different types
-            data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
-                lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
-                features=datasets.Features(cells), gen_kwargs={"rows": rows, "keys": tuple(cells)})
+            splits = {"train": read_json(path)}
         elif path.suffix.lower() == ".parquet":
-            data = datasets.load_dataset("parquet", data_files=name)
+            splits = datasets.load_dataset("parquet", data_files=name)
         elif path.is_file():
-            raise ValueError("read are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
+            raise ValueError("known are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            data = datasets.load_from_disk(name)
+            splits = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, settings.dataset_config, revision=settings.dataset_revision)
-    except (OSError, ValueError, RecursionError, StopIteration, IndexError, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name}: {'it is empty' if isinstance(e, (StopIteration, IndexError)) else e.__cause__ or e}")
-    data = data if isinstance(data, dict) else {"train": data}
-    if (split or "test") not in data:
-        return None if split is None else fail(f"{name} has no split {split!r}; it has {', '.join(data)}")
-    data, columns = data[split or "test"], data[split or "test"].column_names
-    wanted = {"image": settings.image_column,
-              "question": settings.question_column or ("query" if "query" in columns else "question"),
-              "answers": settings.answers_column or ("answers" if "answers" in columns else "answer")}
-    missing = {key: f"{column!r} (--{key}_column)" for key, column in wanted.items() if column not in columns}
-    if missing.keys() - {"answers"} or missing and settings.answers_column:  # to ask questions, no answers are needed
-        fail(f"{name} has no column {' and '.join(missing.values())}; it has {', '.join(columns)}")
-    if len(set(wanted.values())) < 3:
-        fail(f"one column cannot be two of image, question and answers: {wanted}")
-    keep = {key: data.select_columns(column).rename_column(column, key) if column != key else data.select_columns(column)
-            for key, column in {"id": "id", **wanted}.items() if column in columns}
-    data = datasets.concatenate_datasets(list(keep.values()), axis=1)
-    if "Image(" in str(image := data.features["image"]):  # the collator decodes: it can name the row
-        cell = datasets.Image(decode=False)
-        data = data.cast_column("image", cell if isinstance(image, datasets.Image) else datasets.List(cell))
-    folder = os.path.abspath(settings.image_folder or (path if path.is_dir() else path.parent))
-    return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
+            splits = datasets.load_dataset(name, config, revision=revision)
+    except (StopIteration, IndexError):
+        fail(f"cannot read {name}: it is empty")
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        fail(f"cannot read {name}: {error.__cause__ or error}")
+    return splits if isinstance(splits, dict) else {"train": splits}
 
 
-def check_rows(data, name, collator, settings, training):
-    """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length`.
-    Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
-    def attempt(row, version):
+def read_dataset(name, split, settings):
+    """One split as a Dataset; for split None `test`, or None if there is none. Raises SystemExit.
+
+    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
+    config, revision = None, None
+    if name == getattr(settings, "dataset_name", None):  # they are not those of another data set, for evaluation
+        config, revision = settings.dataset_config, settings.dataset_revision
+    splits = load_splits(name, config, revision)
+    if split is None and "test" not in splits:
+        return None
+    split = split or "test"
+    require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
+
+    rows = splits[split]
+    undecoded = datasets.Image(decode=False)  # so that the collator can name the row of a broken image
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, undecoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(column, datasets.List(undecoded))
+    new_columns = ("row", "folder", "length", "image_keys")
+    rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
+    folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def rename_columns(rows, columns, name, optional=()):
+    """Rows of which only these columns are left, under new names: {new: old}. (`id`, `row`, `folder` stay.)
+
+    Columns in `optional` may be missing, all of them together. Raises SystemExit with the flags to name a column."""
+    missing = {new: f"{old!r} (--{new}_column)" for new, old in columns.items() if old not in rows.column_names}
+    if missing and set(missing) != set(optional):
+        own = [column for column in rows.column_names if column not in ("row", "folder")]
+        fail(f"{name} has no column {' and '.join(missing.values())}; it has {', '.join(own)}")
+    is_unique = len(set(columns.values())) == len(columns)
+    require(is_unique, f"one column cannot be two of {', '.join(columns)}: {columns}")
+    kept = {old: new for new, old in columns.items() if new not in missing}
+    for column in ("id", "row", "folder"):
+        if column in rows.column_names:
+            kept.setdefault(column, column)
+    parts = []
+    for old, new in kept.items():
+        part = rows.select_columns(old)
+        parts.append(part if old == new else part.rename_column(old, new))
+    return datasets.concatenate_datasets(parts, axis=1)
+
+
+def eval_name_and_split(settings, training):
+    """(data set, split) of the evaluation rows; split None is `test`, if there is one. None: there are none of their
+    own, or nothing is evaluated."""
+    if training.eval_strategy == "no":
+        return None
+    if settings.eval_dataset_name:
+        return settings.eval_dataset_name, settings.dataset_test_split or settings.dataset_train_split
+    if settings.dataset_test_split is None and settings.dataset_train_split == "test":
+        return None  # that is trained on
+    return settings.dataset_name, settings.dataset_test_split
+
+
+def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
+    """(train, eval): the rows that the collator accepts. If eval_rows is None, some of train are held out instead;
+    eval is None if nothing is to be evaluated (--eval_strategy no, --eval_fraction 0)."""
+    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
+        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
+        eval_rows = check_rows(eval_rows, "the evaluation data", collator, settings, training)
+    train_rows = check_rows(train_rows, name, collator, settings, training)
+    if eval_rows is not None:
+        return train_rows, eval_rows
+    if training.eval_strategy == "no" or settings.eval_fraction == 0:
+        return train_rows, None
+    refuse_run_with_other_split(training)
+    return hold_out(train_rows, settings, training)
+
+
+def check_rows(rows, name, collator, settings, training):
+    """The rows that the collator accepts, with two new columns that hold_out and the sampler use: `length`, in tokens,
+    and `image_keys`. The other rows are left out, or the program ends and names them (--on_bad_rows)."""
+
+    def try_row(row, changed_at):
         try:
-            return {"problem": None, "length": collator([row])["input_ids"].shape[1]}
-        except BadRow as e:
-            return {"problem": str(e).split(": ", 1)[1], "length": 0}
+            length = collator([row])["attention_mask"].shape[1]
+            keys = [image_key(image) for image in collator.images_of(row)]
+        except BadRow as error:
+            return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
+        return {"reason": None, "detail": None, "length": length, "image_keys": keys}
 
-    if len(data) == 0:
-        fail(f"{name} is empty: there is nothing to train on")
-    own = [] if "Image(" in str(data.features["image"]) else data.select_columns(["image", "folder"])
-    files = {cell for cell in (page_of(row, "") for row in own) if isinstance(cell, str)}
-    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
+    require(len(rows) > 0, f"{name} is empty: there is nothing to train on")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    features = datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text))
+    # map() reuses its result while function and arguments stay the same. The function holds the collator with all its
+    # attributes; `changed_at` is given so that rows are checked again when an image file has changed.
+    options = {"features": features, "fn_kwargs": {"changed_at": times_of_change(rows, collator)}}
+    if len(rows) > 1000:
+        options["num_proc"] = getattr(training, "dataset_num_proc", None) or os.cpu_count()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
     with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(
-            attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
-            features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64")),
-            num_proc=os.cpu_count() if len(data) > 1000 else None)
+        results = rows.map(try_row, remove_columns=rows.column_names, desc=f"Checking {name}", **options)
     torch.set_num_threads(threads)
-    problems = found["problem"]
-    bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
-    counts = Counter(problems[n].split(":")[0] for n in bad)
-    report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
-    for row, n in zip(data.select(bad[:20]), bad):
-        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "") + f": {problems[n]}")
-    report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
-    stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
-    if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(bad) > counts["too long"])
-        report += ["Raise --max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
-        fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
-    if bad:
-        PartialState().print("left out:", "\n".join(report))
-    good = [n for n, problem in enumerate(problems) if not problem]
-    return datasets.concatenate_datasets([data, found.select_columns("length")], axis=1).select(good)
+
+    found = zip(results["reason"], results["detail"], strict=True)
+    problems = {n: (reason, detail) for n, (reason, detail) in enumerate(found) if reason is not None}
+    report_problems(rows, problems, name, settings)
+    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
-def load_data(settings, training):
-    """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
-    collator = Collator(load_processor(settings), settings, training)
-    train = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
-    split, held_out = settings.dataset_test_split or (settings.dataset_train_split if settings.eval_dataset_name else None), None
-    if training.eval_strategy != "no" and (split or settings.dataset_train_split != "test"):
-        held_out = read_rows(settings.eval_dataset_name or settings.dataset_name, split, settings)
-    if held_out is not None:  # bounded before it is checked: no need to decode what is never scored
-        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
-        held_out = check_rows(held_out, "the evaluation data", collator, settings, training)
-    train = check_rows(train, settings.dataset_name, collator, settings, training)
-    if held_out is None and settings.eval_fraction > 0 and training.eval_strategy != "no":
-        pages = [os.path.realpath(page) if isinstance(page, str) else hashlib.sha256(page["bytes"]).hexdigest()
-                 for page in (page_of(row, "") for row in train.select_columns(["image", "folder"]))]
-        every = sorted(set(pages))  # of pages, not of rows: other questions about a page are no test
-        random.Random(training.seed).shuffle(every)
-        apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
-        if len(apart) == len(every):
-            fail(f"{len(every)} pages cannot be divided into training and evaluation: --eval_fraction 0 (none), or give --eval_dataset_name")
-        train, held_out = (train.select([n for n, page in enumerate(pages) if (page in apart) == held]) for held in (False, True))
-        held_out = held_out.shuffle(training.seed).select(range(min(len(held_out), settings.max_eval_rows)))
-    return train, held_out
+def times_of_change(rows, collator):
+    """[(path, time of its last change)] of the image files that these rows name."""
+    columns = []
+    for column in set(collator.image_columns).intersection(rows.column_names):
+        has_paths = isinstance((stored_images(rows[0][column], "") or [None])[0], str)
+        if has_paths or "Image(" not in str(rows.features[column]):  # embedded images are no files
+            columns.append(column)
+    if not columns:
+        return []
+    paths = set()
+    for row in rows.select_columns([*columns, "folder"]):
+        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
+            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
 
 
-class Collator:
-    """Rows -> input_ids, attention_mask, labels (B, L), pixel_values (B, n, 3, H, W) and pixel_attention_mask (B, n, H, W), n being
-    1 or, with image splitting, 5.
+def report_problems(rows, problems, name, settings):
+    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit."""
+    if not problems:
+        return
+    counts = Counter(reason for reason, _ in problems.values())
+    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals}"]
+    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
+    for n, row in zip(shown, rows.select(shown), strict=True):
+        reason, detail = problems[n]
+        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
+        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
+    if len(problems) > len(shown):
+        lines.append(f"  ... and {len(problems) - len(shown)} more")
 
-    Labels are -100 but on the answer and its <end_of_utterance>; the newline after that is not trained, since generation has
-    stopped by then. Where a row has a `visit`, the answer is drawn from the accepted ones by seed, visit and row number alone,
-    so that neither loader workers nor a restart change it; else it is the first. Raises BadRow."""
-
-    def __init__(self, processor, settings, training):
-        # no setting that has no say in a batch: all of this is the key under which the check is cached
-        self.processor, self.seed, self.folder, self.max_length = processor, training.seed, settings.image_folder or "", settings.max_length
-        self.instruction, self.language = settings.instruction, settings.language
-        tokenizer = processor.tokenizer
-        self.control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
-        self.stop = [self.end, tokenizer.eos_token_id]  # where generation ends
-
-    def ask(self, question, pages):
-        """The user's turn, as in the post: instruction, page, question. Raises BadRow where it is not one page."""
-        if len(pages) != 1:
-            raise BadRow(f"{len(pages)} pages: a question is about one")
-        texts = [[{"type": "text", "text": text}] if text else [] for text in (self.instruction, question)]
-        return {"role": "user", "content": texts[0] + [{"type": "image", "image": page} for page in pages] + texts[1]}
-
-    def read(self, row):
-        """A row -> [the user's turn, with a PIL image inside, and the assistant's, with all `references`, where the row has
-        answers]. Raises BadRow."""
-        question, answers = row.get("question"), row.get("answers")
-        if isinstance(question, dict):
-            if not (there := [name for name, text in question.items() if text]) or self.language not in there:
-                raise BadRow(f"language: no question in {self.language!r}, there are {there}; see --language")
-            question = question[self.language]
-        answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
-        instruction = [("instruction", self.instruction)] if self.instruction else []
-        for what, text in [*instruction, ("question", question), *(("answer", answer) for answer in answers)]:
-            if not isinstance(text, str):
-                raise BadRow(f"{what} is no text: {text!r}; write it in quotes, as the model shall read or say it")
-            if not text.strip():
-                raise BadRow(f"empty {what}: {text!r} holds nothing but white space")
-            if found := [token for token in self.control if token in text]:
-                raise BadRow(f"control token: {found[0]} is typed in the {what} and would become a real one; take it out")
-        question, answers = question.strip(), [answer.strip() for answer in answers]
-        turns = [self.ask(question, [load_image(page_of(row, self.folder))])]
-        said = {"role": "assistant", "content": [{"type": "text", "text": answers[0]}], "references": answers} if answers else None
-        return turns + [said] * bool(answers)
-
-    def tokenize(self, conversations, prompt=False):
-        """Lists of messages -> the processor's batch, padded on the left; with `prompt`, ready to generate the next answer."""
-        return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=True, return_dict=True,
-                                                  return_tensors="pt", processor_kwargs={"padding": True, "padding_side": "left"})
-
-    def encode(self, asked, answer):
-        """The user's turn and an answer -> token ids, image tokens among them, and labels, both lists of length L. Raises BadRow."""
-        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt, ids = self.processor(text=[self.processor.apply_chat_template([asked], add_generation_prompt=True),
-                                           self.processor.apply_chat_template([asked, said])])["input_ids"]
-        if ids[: len(prompt)] != prompt:  # what is trained must continue the very prompt of inference
-            raise BadRow(f"prompt changed: by its first characters the answer {answer!r} changes its tokens; begin it otherwise")
-        end = ids.index(self.end, len(prompt)) + 1
-        return ids, [-100] * len(prompt) + ids[len(prompt) : end] + [-100] * (len(ids) - end)
-
-    def __call__(self, rows):
-        pages, ids, labels = [], [], []
-        for row in rows:
-            try:
-                asked, *said = self.read(row)
-                if not said:
-                    raise BadRow("no accepted answer: the row has none; see --answers_column")
-                answers = said[0]["references"]
-                every = [self.encode(asked, answer) for answer in answers]  # all, so that the check before training is one of all
-                if (longest := max(len(tokens) for tokens, _ in every)) > self.max_length:
-                    raise BadRow(f"too long: {longest} tokens, --max_length is {self.max_length}")
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
-            drawn = 0 if row.get("visit") is None else random.Random(f"{self.seed} {row['visit']} {row['row']}").randrange(len(answers))
-            pages.append([part["image"] for part in asked["content"] if part["type"] == "image"])
-            ids.append(every[drawn][0])
-            labels += every[drawn][1]
-        batch = self.processor.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        batch["labels"][batch["attention_mask"].bool()] = torch.tensor(labels)
-        batch.update(self.processor.image_processor(pages, return_tensors="pt"))
-        return batch
+    too_long = counts["too long"]
+    broken = len(problems) - too_long
+    none_left = len(problems) == len(rows)
+    stop_on_broken = broken > 0 and settings.on_bad_rows == "stop"
+    stop_on_long = too_long > 0 and settings.on_long_rows == "stop"
+    if not (none_left or stop_on_broken or stop_on_long):
+        PartialState().print("left out:", "\n".join(lines))
+        return
+    if broken > 0:
+        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
+    if too_long > 0:
+        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
+    if none_left:
+        lines.append("No row would be left.")
+    fail("\n".join(lines))
 
 
-def load_model(settings, training):
-    """The base model, frozen: language model and connector in NF4 where asked, the rest in bf16 / fp16 (float32 on a CPU)."""
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        # replaces bitsandbytes' own list, so lm_head is named again; names count from the start of the full path
-        llm_int8_skip_modules=["lm_head", "model.vision_model"])
-    model = AutoModelForImageTextToText.from_pretrained(
-        settings.model_name_or_path, revision=settings.model_revision, dtype=dtype, device_map={"": training.device},
-        quantization_config=nf4 if settings.load_in_4bit else None)  # BitsAndBytesConfig(load_in_4bit=False) still quantizes
+def draw_rows(rows, count, seed):
+    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
+    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
+
+
+def hold_out(rows, settings, training):
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
+    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image go to the same side,
+    directly or through other rows: another question about an image that was trained on would be no test."""
+    # 1. Groups of images that rows connect. A row without images counts as one image.
+    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    connected = UnionFind()
+    for images in images_of_row:
+        connected.union(*images)
+    groups = list(connected.to_sets())
+    group_of_image = {image: group for group in groups for image in group}
+    # 2. Image by image in random order, take its group, until there are enough.
+    order = sorted(group_of_image)
+    random.Random(training.seed).shuffle(order)
+    held_out, room = set(), max(1, round(settings.eval_fraction * len(order)))
+    for image in order:
+        group = group_of_image[image]
+        if image not in held_out and len(group) <= room:  # a larger group than there is room for is trained on
+            held_out |= group
+            room -= len(group)
+    if not held_out:
+        held_out = min(groups, key=len)
+    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
+    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
+    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
+    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
+
+
+def refuse_run_with_other_split(training):
+    """Stop if output_dir holds a run of an earlier version: it lacks SPLIT_NOTE, and has held out other rows."""
+    output_dir = Path(training.output_dir)
+    settings = output_dir / "settings.yaml"
+    is_begun = any(output_dir.glob("checkpoint-*")) or (output_dir / "trainer_state.json").exists()
+    if is_begun and settings.exists() and SPLIT_NOTE not in settings.read_text(encoding="utf-8"):
+        problem = f"{output_dir} holds a run of an earlier version, which held out other rows for evaluation"
+        fail(f"{problem}: use that version for it, or choose another --output_dir")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def keep_4bit_trainable_on_cpu(model):
+    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
-            module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
-    return model.requires_grad_(False)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
-def lora_config(settings):
-    """The post's LoRA: attention projections of language model and perceiver, and lm_head, by full path."""
-    return LoraConfig(
-        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, use_dora=settings.use_dora,
-        init_lora_weights="gaussian", task_type="CAUSAL_LM",
-        target_modules=r"model\.(text_model|connector\.perceiver_resampler)\..*\.(q|k|v|o)_proj|lm_head")
+def nf4_quantization(dtype, skip_modules):
+    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`.
+    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
+    a bare "vision_tower" would match nothing."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
 
 
-def marked(batch, processor):
-    """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
-    out, shown, end, real = "", "", 0, batch["attention_mask"][0].bool()
-    ids, labels = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist()
-    kinds = ((token == processor.image_token_id, label != -100) for token, label in zip(ids, labels))
-    for (image, trained), run in itertools.groupby(kinds):
-        end += (count := len(list(run)))
-        text = processor.tokenizer.decode(ids[:end])  # from the start: by itself a run would lose its leading space
-        out += f"<image> x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
-        shown = text
-    return out
+def lora_targets(names, language_model, default):
+    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
+
+    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
+    if not names:
+        return default
+    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    if not is_one_regex:
+        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        fail(f"--lora_target_modules {names[0]!r} is no regular expression: {error}")
+    return names[0]
 
 
-def anls(prediction, references):
-    """Average Normalized Levenshtein Similarity of one answer, 0 to 1, the best over the accepted ones; below 0.5 it counts as 0.
-    White space and case do not matter. Source: Biten et al. 2019, arXiv:1905.13648, as scored by the DocVQA challenge."""
-    distance = min(Levenshtein.distance(plain(prediction), plain(r)) / max(len(prediction), len(r)) for r in references)
-    return 1 - distance if distance <= 0.5 else 0.0
+def check_lora_targets(settings, adapter, model, untrainable):
+    """Stop if a LoRA target is no linear layer of the model, or one that cannot be trained. Raises SystemExit.
+    adapter: the LoraConfig, or None. model: may be an empty_model. untrainable: {part of a path: reason}."""
+    if adapter is None:
+        return
+    targets = adapter.target_modules
+    matched = []
+    for name, module in model.named_modules():
+        if targets == "all-linear":  # PEFT leaves lm_head out
+            is_target = module is not model.get_output_embeddings()
+        elif isinstance(targets, str):
+            is_target = re.fullmatch(targets, name)
+        else:
+            is_target = f".{name}".endswith(tuple(f".{target}" for target in targets))
+        if is_target and isinstance(module, torch.nn.Linear):
+            matched.append(name)
+    names = settings.lora_target_modules or []
+    for wanted in names:
+        is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
+        if len(names) == 1 and not is_found:  # it may be a regex
+            is_found = any(re.fullmatch(wanted, name) for name in matched)
+        require(is_found, f"--lora_target_modules {wanted}: no such linear layer; give names (q_proj) or one regex")
+    for part, reason in untrainable.items():
+        inside = [name for name in matched if f".{part}." in f".{name}."]
+        require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
 
 
-def plain(text):
-    """Lower case, single spaces: what answers are compared by."""
-    return " ".join(text.lower().split())
+def empty_model(settings):
+    """The model without weights (on the meta device), to look at its modules before any are loaded."""
+    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+        return transformers.AutoModelForImageTextToText.from_config(config)
 
 
-class AlikeInAStep(torch.utils.data.Sampler):
-    """Numbers of rows in the Trainer's random order, but within a step (`rows` of them: all processes, all accumulated) the longest first, so
-    that rows of like length share a batch and little is padded. What is left over of an epoch stays as it is. `epoch` says which one begins."""
-
-    def __init__(self, lengths, rows, seed, epoch):
-        self.lengths, self.rows, self.seed, self.epoch = list(lengths), rows, seed, epoch
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __iter__(self):
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch())).tolist()
-        for n in range(0, len(order), self.rows):
-            step = order[n : n + self.rows]
-            yield from sorted(step, key=lambda row: -self.lengths[row]) if len(step) == self.rows else step
-
-
-class Trainer(transformers.Trainer):
-    """Trainer that computes logits only where there is a label, runs the frozen vision tower without a graph, and at each
-    evaluation answers the held-out questions: eval_anls, eval_exact_match, samples.md."""
-
-    def __init__(self, settings, model, *args, **kwargs):
-        tower = model.get_base_model().model.vision_model
-        tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
-        self.settings = settings
-        super().__init__(model, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset=None):
-        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        if args.gradient_accumulation_steps * args.world_size == 1 or args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(data)
-        rows, seed = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
-        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
-        return AlikeInAStep(data.with_format(None)["length"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The stock loss. Of some hundred positions a row a dozen are trained; the others' logits would be thrown away."""
-        following = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # what each position must say next
-        inputs = {**inputs, "logits_to_keep": following != -100, "shift_labels": following[following != -100]}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """The stock loop, then answers, greedily, each process its share of the rows. The scores stand beside eval_loss."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        rows, collator, size, scored = self.eval_dataset, self.data_collator, self.args.per_device_eval_batch_size, []
-        with self.accelerator.split_between_processes(list(range(len(rows)))) as mine:
-            for n in range(0, len(mine), size):
-                turns = [collator.read(rows[i]) for i in mine[n : n + size]]
-                batch = collator.tokenize([messages[:1] for messages in turns], prompt=True).to(self.args.device)
-                with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
-                    ids = self.model.generate(**batch, max_new_tokens=self.settings.max_new_tokens, max_length=None, do_sample=False,
-                                              use_cache=True, eos_token_id=collator.stop)[:, batch["input_ids"].shape[1] :]
-                said = [text.strip() for text in collator.processor.batch_decode(ids, skip_special_tokens=True)]
-                scored += [(i, text, anls(text, m[1]["references"]), plain(text) in map(plain, m[1]["references"]))
-                           for i, text, m in zip(mine[n : n + size], said, turns)]
-        scored = gather_object(scored)
-        output.metrics[f"{metric_key_prefix}_anls"] = sum(score for _, _, score, _ in scored) / len(scored)
-        output.metrics[f"{metric_key_prefix}_exact_match"] = sum(exact for *_, exact in scored) / len(scored)
-        if self.is_world_process_zero() and self.settings.sample_rows:
-            self.write_samples(scored[: self.settings.sample_rows], output.metrics[f"{metric_key_prefix}_anls"])
-        return output
-
-    def write_samples(self, scored, mean):
-        """Append a table of [(index of the row, answer, ANLS, whether exact)] to samples.md, with the pages in samples/."""
-        out, cells = Path(self.args.output_dir), []
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        for i, said, score, _ in scored:
-            row, (asked, right) = self.eval_dataset[i], self.data_collator.read(self.eval_dataset[i])
-            page = next(part["image"] for part in asked["content"] if part["type"] == "image")
-            ImageOps.contain(page, (336, 336)).save(out / f"samples/{row['row']}.png")
-            cells.append([f"![](samples/{row['row']}.png)", text_of(asked), said, " / ".join(right["references"]), f"{score:.2f}"])
-        table = "\n".join(f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in line)} |" for line in cells)
-        with open(out / "samples.md", "a", encoding="utf-8") as file:
-            file.write(f"\n## Step {self.state.global_step}: ANLS {mean:.3f}\n\n| page | question | answered | accepted | ANLS |\n|---|---|---|---|---|\n{table}\n")
+def print_parameters(model, parts, rate_of=None):
+    """Print how many parameters each part of the model has, how many are trained and in 4-bit, and their learning rate
+    by `rate_of(name)`. A weight belongs to the first part whose name is in its own, or else to the last one."""
+    counts = {part: Counter() for part in parts}
+    rates = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:  # PEFT trains a copy of it
+            continue
+        part = next((part for part in parts if part in name), parts[-1])
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # a byte holds two
+            counts[part]["in 4-bit"] += size
+        counts[part]["all"] += size
+        if parameter.requires_grad:
+            counts[part]["trained"] += size
+            rates[part] = rate_of(name) if rate_of else 0
+    for part, count in counts.items():
+        if count["all"] > 0:
+            rate = f" at {rates[part]:g}" if rate_of else ""
+            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained{rate}"
+            PartialState().print(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
 
 
-class CountVisits(transformers.TrainerCallback):
-    """Tells the rows of an epoch, in whichever loader process they are read, which visit to them it is."""
+def marked(batch, processor, n=0):
+    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
+    real = batch["attention_mask"][n].bool()
+    ids = batch["input_ids"][n][real].tolist()
+    is_trained = (batch["labels"][n][real] != -100).tolist()
+    is_image = [token == processor.image_token_id for token in ids]
+    text, decoded, end = "", "", 0
+    for (image, trained), run in itertools.groupby(zip(is_image, is_trained, strict=True)):
+        count = len(list(run))
+        end += count
+        # Decoded from the start each time: a run by itself would lose its leading space.
+        before, decoded = decoded, processor.tokenizer.decode(ids[:end])
+        piece = decoded[len(before) :]
+        if image:
+            text += f"<image> x {count}"
+        elif trained:
+            text += f"«{piece}»"
+        else:
+            text += piece
+    return text
+
+
+def next_tokens(labels):
+    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+@contextlib.contextmanager
+def logits_only_at(positions, lm_head):
+    """Optional, for speed: within the `with` block lm_head scores these positions only. Pass it shift_labels to match.
+
+    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+
+    def select(module, inputs):
+        return inputs[0][positions]
+
+    hook = lm_head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class ReplacedForwards(transformers.TrainerCallback):
+    """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
 
     def __init__(self):
-        self.visit = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.modules = []
 
-    def mark(self, rows):
-        """A transform for a Dataset: rows with a column `visit`."""
-        return {**rows, "visit": [self.visit.item()] * len(rows["row"])}
+    def replace(self, module, forward):
+        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.modules.append(module)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Called before the loader of the epoch starts; after a restart `state.epoch` is where the run was."""
-        self.visit.fill_(int(state.epoch or 0))
+    def on_train_end(self, args, state, control, **kwargs):
+        for module in self.modules:
+            vars(module).pop("forward", None)  # from here on the forward of its class again
 
 
-def is_whole(folder):
-    """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
+class FrozenWithoutGraph(ReplacedForwards):
+    """Optional, for speed: a frozen part of the model (the vision tower) runs without a graph until training ends.
+    Activation checkpointing makes a model's inputs require a gradient, so it would compute a frozen tower twice and
+    backpropagate through it. To do without this, delete the line that adds it: the result is the same."""
+
+    def __init__(self, model, part):
+        super().__init__()
+        for name, module in model.named_modules():
+            if f".{name}".endswith(f".{part}"):
+                trained = [weight for weight, parameter in module.named_parameters() if parameter.requires_grad]
+                remedy = "freeze it, or delete the line that adds FrozenWithoutGraph"
+                require(not trained, f"{part} runs without a graph, so {trained[:1]} would get no gradient: {remedy}")
+                self.replace(module, torch.no_grad()(module.forward))
+
+
+def images_in(messages):
+    """The images of a conversation, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message."""
+    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+Answer = namedtuple("Answer", "text num_tokens ended")  # ended: whether it stopped by itself, and not at the limit
+
+
+def answer_rows(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each answers a
+    share of the rows; under ZeRO-3, where all must use the same weights at the same time, each answers all."""
+    share = range(len(rows))
+    if not is_deepspeed_zero3_enabled():
+        share = share[PartialState().process_index :: PartialState().num_processes]
+    batch_size = trainer.args.per_device_eval_batch_size
+    answers = {}  # number of a row -> Answer
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        answers |= zip(numbers, answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens), strict=True)
+    all_answers = dict(gather_object(list(answers.items())))
+    return [all_answers[n] for n in range(len(rows))]
+
+
+def answer_batch(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row, generated together: a list of Answer."""
+    collator, device = trainer.data_collator, trainer.args.device
+    conversations = [collator.read(row) for row in rows]
+    questions = [messages[: last_answer(messages)] for messages in conversations]
+    batch = collator.tokenize(questions, prompt=True).to(device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = collator.stop_ids
+    options["max_length"] = None  # the one in the model's generation config would only cause a warning
+    trainer.model.eval()  # each training step turns training mode on again
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = trainer.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    # From the stop token on, also in the padding after it:
+    is_over = torch.isin(ids, torch.tensor(collator.stop_ids, device=device)).cumsum(dim=1) > 0
+    answers = []
+    for row_ids, over in zip(ids, is_over, strict=True):
+        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
+    return answers
+
+
+def append_samples(output_dir, title, columns, samples):
+    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
+    texts fill the columns after the first, which holds the images."""
+    folder = Path(output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for number, messages, texts in samples:
+        links = []
+        for n, image in enumerate(images_in(messages)):
+            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
+            links.append(f"![](samples/{number}-{n}.png)")
+        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
+        lines.append(f"| {' | '.join(cells)} |")
+    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def is_whole(checkpoint):
+    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-        state["global_step"] + state["train_batch_size"]  # fails where one is missing
-        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        files = [folder / "optimizer.pt", folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, files))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if "global_step" not in state or "train_batch_size" not in state:
+            return False
+        weights, random_states = list(checkpoint.glob("*.safetensors")), list(checkpoint.glob("rng_state*"))
+        for file in weights:
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        optimizer = [checkpoint / "optimizer.pt"]
+        if (checkpoint / "latest").exists():  # DeepSpeed's, which names a folder with a share of each process
+            optimizer = list((checkpoint / (checkpoint / "latest").read_text().strip()).glob("*.pt")) or optimizer
+        others = [*optimizer, checkpoint / "scheduler.pt", *random_states]
+        return bool(weights) and bool(random_states) and all(zipfile.is_zipfile(file) for file in others)
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
 def checkpoint_to_resume(training):
-    """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
-    out, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
-    found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
-    whole = sorted(filter(is_whole, found), key=lambda c: int(c.name[11:]))
-    finished = (out / "trainer_state.json").exists()
-    if wanted not in ("auto", "false"):
-        if not is_whole(Path(wanted)):
-            fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
+    """The checkpoint to resume from, or None. Exits with status 0 where the run is finished. Raises SystemExit."""
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
+    whole = [folder for folder in checkpoints if is_whole(folder)]
+    finished = (output_dir / "trainer_state.json").exists()
+
+    if wanted.lower() == "false":
+        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        require_writable(output_dir)
+        return None
+    if wanted.lower() != "auto":
+        names = [str(folder) for folder in whole]
+        require(is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: no whole checkpoint; whole are {names}")
         return wanted
-    if wanted == "false" and (found or finished):
-        fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
     if whole or finished:
-        try:
-            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
-        except (OSError, TypeError, ValueError, yaml.YAMLError):
-            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
-        if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
-            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
+        require_same_settings(training)
     if finished:
-        PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
-        PartialState().destroy_process_group()  # as at the end of main
+        PartialState().print(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()
         sys.exit(0)
-    try:  # now, and not when the weights are loaded
-        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
-    except OSError as e:
-        fail(f"--output_dir {out} cannot be written: {e}")
+    require_writable(output_dir)
+    for folder in checkpoints:
+        if folder not in whole:
+            PartialState().print(f"{folder} is incomplete, skipped")
     return str(whole[-1]) if whole else None
 
 
-def main(argv=None):
-    """Parse, check, load, say what will happen, train, save."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork after the tokenizer was used
-    settings, training = parse(argv)
-    check(settings, training)
-    checkpoint, say = checkpoint_to_resume(training), PartialState().print
-    set_seed(training.seed)
-    train, held_out = load_data(settings, training)
-    if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = "no", False
-    processor = load_processor(settings)
-    collator = Collator(processor, settings, training)
-    say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
+def require_same_settings(training):
+    """Stop if output_dir holds a run with other settings. Raises SystemExit."""
+    output_dir = Path(training.output_dir)
+    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    try:
+        old = dict(yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+    changes = []
+    for name, value in training.given.items():
+        if name in old and old[name] != value and name not in FREE_TO_CHANGE:
+            changes.append(f"{name} {old[name]} -> {value}")
+    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
 
+
+def require_writable(output_dir):
+    """Stop if output_dir could not be written. Raises SystemExit."""
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        model = get_peft_model(load_model(settings, training), lora_config(settings))  # adapters in float32, whatever the base is
-    except (OSError, ValueError, SafetensorError) as e:
-        fail(f"cannot load the weights of {settings.model_name_or_path}: {e}")
-    # "auto" would put the whole frozen lm_head into every checkpoint, because an adapter sits on it
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
-    for part in ("vision_model", "modality_projection", "perceiver_resampler", "text_model", "lm_head"):
-        own = [(p, type(p).__name__ == "Params4bit") for name, p in model.named_parameters() if part in name]
-        packed, trained = sum(2 * p.numel() for p, nf4 in own if nf4), sum(p.numel() for p, _ in own if p.requires_grad)
-        count = packed + sum(p.numel() for p, nf4 in own if not nf4)  # 4-bit: two in a byte
-        say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained, {packed:>14,} in 4-bit")
-    visits = CountVisits()
-    trainer = Trainer(settings, model, training, collator, train.with_transform(visits.mark), held_out, processor, callbacks=[visits])
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
-    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "
-        f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
-    if training.process_index == 0:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
-        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
-        Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written: {error}")
+
+
+def write_settings(training):
+    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = f"# {Path(__file__).name}\n{SPLIT_NOTE}\n" + yaml.safe_dump(training.given, sort_keys=False)
+    (output_dir / "settings.part").write_text(text, encoding="utf-8")
+    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+def train_and_save(trainer, checkpoint=None):
+    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
+    args, say = trainer.args, PartialState().print
+    steps = print_plan(trainer, checkpoint)
+    if args.process_index == 0:
+        write_settings(args)
     try:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
-        if state and state.global_step >= steps:  # killed when it had only to save the result: train() would take a step more
-            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
-            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
-            if not is_whole(wanted):
-                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
-            trainer._load_from_checkpoint(str(wanted))
-        else:
+        is_trained = checkpoint is not None and load_finished_training(trainer, checkpoint, steps)
+        if not is_trained:
             trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as e:  # out of a loader's process it comes with a traceback before it
-        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
+    except BadRow as error:
+        # From a loader it is a traceback, whose last line is the message. Perhaps only this process has met the row.
+        sys.exit(f"error: the data changed during the run: {str(error).splitlines()[-1]}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
-    trainer.save_model()  # pushes to the hub, too, where asked
-    trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end and trainer.state.best_metric is not None:
-        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
-    time.sleep(0.5 * (training.world_size > 1))  # Gloo (CPUs) lets go of that barrier in a thread, which aborts where Python shuts down: PyTorch's issue 190489
+        fail(f"interrupted; the same command resumes from the newest checkpoint in {args.output_dir}, if there is one")
+
+    trainer.save_model()  # also pushes to the hub with --push_to_hub
+    trainer.save_state()  # last: its file says that the run is finished
+    state = trainer.state
+    if args.load_best_model_at_end and state.best_metric is not None:
+        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
+        say(f"best {best}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    if args.world_size > 1:
+        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
-    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+    say(f"saved {args.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+
+
+def print_plan(trainer, checkpoint):
+    """Print what will be trained. Returns the number of optimizer steps of the whole run."""
+    args, num_rows = trainer.args, len(trainer.train_dataset)
+    rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
+    PartialState().print(
+        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
+        f"{steps} steps of {rows_per_step} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
+    )
+    if args.eval_strategy == "steps" and args.eval_steps > steps:
+        PartialState().print(f"warning: nothing will be evaluated, --eval_steps {args.eval_steps:g} is above {steps}")
+    return steps
+
+
+def load_finished_training(trainer, checkpoint, steps):
+    """If a run was killed after its last step, but before its result was saved, load the result and return True."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    is_at_end = state.global_step >= max(steps, state.max_steps)
+    if not is_at_end or trainer.is_deepspeed_enabled:  # DeepSpeed can load a checkpoint only in train()
+        return False
+    trainer.state = state  # train() is not called, it would take one more step
+    result = Path(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        result = Path(checkpoint).parent / Path(state.best_model_checkpoint).name  # the folder may have moved
+    remedy = "--load_best_model_at_end false saves the last one"
+    require(is_whole(result), f"{result}, the best checkpoint, is missing or damaged: {remedy}")
+    trainer._load_from_checkpoint(str(result))
+    return True
 
 
 if __name__ == "__main__":

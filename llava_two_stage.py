@@ -2,25 +2,33 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
-#   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
+#   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0", "networkx==3.6.1",
 # ]
 # ///
-"""Make a LLaVA out of a vision encoder and a language model, as its authors did: align the projector on captions, then instruct.
+"""Make a LLaVA out of a vision encoder and a language model, in two stages, as its authors did (arXiv:2310.03744).
 
-    python llava_two_stage.py --stage align --data_path blip_laion_cc_sbu_558k.json --image_folder LLaVA-Pretrain/images
-    python llava_two_stage.py --stage instruct --data_path llava_v1_5_mix665k.json --lora_r 128                  # LoRA
-    python llava_two_stage.py --stage instruct --data_path llava_v1_5_mix665k.json --lora_r 128 --load_in_4bit   # QLoRA
-    accelerate launch --config_file configs/zero3.yaml llava_two_stage.py --stage instruct   # in full, 8 GPUs, ZeRO-3
-    python llava_two_stage.py --stage instruct --lora_r 128 --pretrain_mm_mlp_adapter mm_projector.bin   # somebody's stage 1
-    python llava_two_stage.py --stage instruct --model_name_or_path llava-hf/llava-1.5-7b-hf --lora_r 128 --data_path mine.json
-    python llava_two_stage.py --config llava-align/settings.yaml      # the same again; after a crash it resumes
+CLIP sees and Vicuna speaks, but neither knows of the other. A small new part connects them, the projector: it turns
+CLIP's features of an image into embeddings that the language model reads like words.
 
-Stage 1 writes llava-align/, a whole model in which only the projector has learnt; stage 2 goes on from it and writes llava-instruct/.
-Data are LLaVA JSON. Trained are captions, then answers and what ends them, nothing else. Every setting is a flag; both stages' hyper-
-parameters, several machines and every logged metric: docs/llava_two_stage.md. Paper: https://arxiv.org/abs/2310.03744"""
+Stage 1, align: image -> caption. Only the projector is trained. -> llava-align/
+    python llava_two_stage.py --stage align --data_path blip_laion_cc_sbu_558k.json --image_folder images
+Stage 2, instruct: conversations. Projector and language model (or adapters on it) are trained. -> llava-instruct/
+    python llava_two_stage.py --stage instruct --lora_r 128                   # LoRA
+    python llava_two_stage.py --stage instruct --lora_r 128 --load_in_4bit    # QLoRA
+    accelerate launch --config_file zero3.yaml llava_two_stage.py --stage instruct    # in full: DeepSpeed, 8 GPUs
+    python llava_two_stage.py --stage instruct --lora_r 128 --model_name_or_path llava-hf/llava-1.5-7b-hf
+    python llava_two_stage.py --config llava-align/settings.yaml              # resume that run after a crash
+
+Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step.
+Trained tokens: align, the caption and the newline that ends it; instruct, the answers, each with its EOS.
+Trained weights: parts with a learning rate above 0, each with its own. The vision tower has 0: it stays frozen.
+Result: the last step's weights; with --load_best_model_at_end true those of the lowest eval_loss (held-out images).
+Every setting is a flag: --help. load_data shows the formats of a row. `accelerate config` writes zero3.yaml."""
 
 import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
@@ -32,10 +40,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections import Counter, namedtuple
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 from unittest.mock import patch
 
 import datasets
@@ -43,1001 +51,1731 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
+from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    CLIPVisionModel,
-    GenerationConfig,
-    HfArgumentParser,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    TrainerState,
-    TrainingArguments,
-    get_scheduler,
-    set_seed,
-)
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import AutoConfig, AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration, set_seed
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-# Where the parts of the model are: vision tower, projector, language model (to which lm_head belongs, too).
-PARTS = ("model.vision_tower", "model.multi_modal_projector", "model.language_model")
-# What a setting is where it is not given, stage by stage; language models are those that have been tested.
+# The parts of the model, each with a learning rate of its own. lm_head belongs to the language model.
+VISION, PROJECTOR, LANGUAGE = "model.vision_tower", "model.multi_modal_projector", "model.language_model"
+# Defaults that differ by stage. Learning rates and rows in a step are LLaVA-1.5's.
 DEFAULTS = {
-    "align": {"output_dir": "llava-align", "data_path": "blip_laion_cc_sbu_558k.json", "image_aspect_ratio": "square",
-              "projector_learning_rate": 1e-3, "learning_rate": 0.0, "per_device_train_batch_size": 8},
-    "instruct": {"output_dir": "llava-instruct", "data_path": "llava_v1_5_mix665k.json", "image_aspect_ratio": "pad",
-                 "projector_learning_rate": 2e-5, "learning_rate": 2e-5, "per_device_train_batch_size": 4},
+    "output_dir": {"align": "llava-align", "instruct": "llava-instruct"},
+    "data_path": {"align": "blip_laion_cc_sbu_558k.json", "instruct": "llava_v1_5_mix665k.json"},
+    "image_aspect_ratio": {"align": "square", "instruct": "pad"},
+    "projector_learning_rate": {"align": 1e-3, "instruct": 2e-5},
+    "learning_rate": {"align": 0.0, "instruct": 2e-5},
+    "per_device_train_batch_size": {"align": 8, "instruct": 4},
 }
-ROWS_A_STEP = {"align": 256, "instruct": 128}
-LANGUAGE_MODELS = ("llama", "mistral")
+# How names of weights begin, here and in llava-hf's models. (Transformers' own conversion does nothing under ZeRO-3.)
+PUBLISHED = {"model.vision_tower.": "vision_tower.vision_model.", "model.language_model.": "language_model.model."}
+PUBLISHED |= {"model.multi_modal_projector.": "multi_modal_projector.", "lm_head.": "language_model.lm_head."}
+ROWS_PER_STEP = {"align": 256, "instruct": 128}
+ADAPTER_FLAGS = ("lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit")
+# TrainingArguments' flags that this recipe does not use, beside UNUSED_FLAGS.
+REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel train_sampling_strategy
+neftune_noise_alpha torch_compile auto_find_batch_size accelerator_config optim_target_modules""".split()
 
 
 @dataclass
 class Settings:
-    """What is trained on what: stage, parts or model, data, adapter, quantization. Names are LLaVA's own where it has some."""
+    """Stage, model, adapter, data, samples. Each line is a flag: --lora_r 128. LLaVA's own names where it has some."""
 
-    stage: str = field(default="align", metadata={"help": "align: the projector, on captions. instruct: projector and language model, on conversations.", "choices": ["align", "instruct"]})
-    vision_tower: str = field(default="openai/clip-vit-large-patch14-336", metadata={"help": "CLIP to join: hub id or folder."})
-    language_model: str = field(default="lmsys/vicuna-7b-v1.5", metadata={"help": "Llama or Mistral to join: hub id or folder."})
-    projector_type: str | None = field(default=None, metadata={"help": "Between the two: mlp2x_gelu (LLaVA-1.5, the default) or linear (the first LLaVA).", "choices": ["mlp2x_gelu", "linear"]})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A whole LLaVA to go on from, instead of joining: stage 1's output_dir, or llava-hf/llava-1.5-7b-hf. Default in instruct: llava-align."})
-    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "Begin with this projector: stage 1's output_dir, or an mm_projector.bin of the original LLaVA."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of model_name_or_path: pin it for a run to be repeated."})
-    vision_tower_revision: str | None = field(default=None, metadata={"help": "Likewise of vision_tower."})
-    language_model_revision: str | None = field(default=None, metadata={"help": "Likewise of language_model."})
-    data_path: str | None = field(default=None, metadata={"help": "LLaVA JSON, a list of rows; or .jsonl, one row a line. Default: LLaVA-1.5's own file of the stage."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "The same, to evaluate on. Default: eval_fraction of the images."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where relative image paths start. Default: the folder of the file."})
-    eval_fraction: float = field(default=0.001, metadata={"help": "Share of the images held out, by seed, where there is no eval_data_path. 0: none."})
-    max_eval_rows: int = field(default=200, metadata={"help": "Score at most so many rows at each evaluation, the same ones each time."})
-    on_bad_rows: str = field(default="stop", metadata={"help": "Rows that cannot be trained on: list them and stop, or skip them.", "choices": ["stop", "skip"]})
-    on_long_rows: str = field(default="drop", metadata={"help": "Rows longer than model_max_length: drop and count them, or stop.", "choices": ["drop", "stop"]})
-    model_max_length: int = field(default=2048, metadata={"help": "Longest row in tokens, image tokens included (576 an image at 336 pixels). Never cut."})
-    image_aspect_ratio: str | None = field(default=None, metadata={"help": "pad: make images square with the mean colour (default in instruct). square: crop the middle (default in align).", "choices": ["pad", "square"]})
-    group_by_modality_length: bool = field(default=True, metadata={"help": "Rows of a step alike: all with images or all without, and about as long."})
-    vision_learning_rate: float = field(default=0.0, metadata={"help": "Of the vision tower. 0: frozen."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Of the projector. 0: frozen. Default: 1e-3 in align, 2e-5 in instruct."})
-    lora_r: int = field(default=0, metadata={"help": "Rank of adapters on the language model, 128 in LLaVA's script. 0: it is trained in full."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "The adapter is scaled by alpha / r. Default: twice r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "With adapters: language model, and nothing else, in 4-bit NF4 (QLoRA)."})
-    sample_rows: int = field(default=8, metadata={"help": "Answer the last question of so many held-out rows at each evaluation, into samples.md. 0: none."})
-    sample_tokens: int = field(default=64, metadata={"help": "Longest answer there, in tokens."})
+    stage: Literal["align", "instruct"] = HfArg(default="align", help="align: captions. instruct: conversations.")
+    # what to start from: a LLaVA, or two models to join
+    model_name_or_path: str | None = HfArg(default=None, help="A LLaVA. Default in instruct: llava-align.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of model_name_or_path.")
+    vision_tower: str = HfArg(default="openai/clip-vit-large-patch14-336", help="CLIP to join: hub id or folder.")
+    vision_tower_revision: str | None = HfArg(default=None, help="Branch, tag or commit of vision_tower.")
+    language_model: str = HfArg(default="lmsys/vicuna-7b-v1.5", help="Llama or Mistral to join: hub id or folder.")
+    language_model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of language_model.")
+    projector_type: Literal["mlp2x_gelu", "linear"] | None = HfArg(default=None, help="Default: mlp2x_gelu.")
+    pretrain_mm_mlp_adapter: str | None = HfArg(default=None, help="Projector: stage-1 folder or mm_projector.bin.")
+    # what is trained; the language model's rate is --learning_rate
+    vision_learning_rate: float = HfArg(default=0.0, help="Learning rate of the vision tower; 0 freezes it.")
+    projector_learning_rate: float | None = HfArg(default=None, help="0 freezes it. Default: align 1e-3, else 2e-5.")
+    lora_r: int = HfArg(default=0, help="Rank of adapters on the language model; LLaVA's is 128. 0: no adapters.")
+    lora_alpha: int | None = HfArg(default=None, help="The adapter is scaled by alpha / r. Default: twice r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapter.")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Layers to adapt: q_proj v_proj, or one regex.")
+    load_in_4bit: bool = HfArg(default=False, help="With adapters: the language model in 4-bit NF4 (QLoRA).")
+    # data
+    data_path: str | None = HfArg(default=None, help="LLaVA JSON: .json or .jsonl. Default: LLaVA-1.5's own file.")
+    eval_data_path: str | None = HfArg(default=None, help="Rows to evaluate on. Default: eval_fraction of the images.")
+    image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
+    eval_fraction: float = HfArg(default=0.001, help="Fraction of the images to hold out for evaluation. 0: none.")
+    max_eval_rows: int = HfArg(default=200, help="Most rows to evaluate on, always the same ones.")
+    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="Rows that cannot be trained on: stop, or skip.")
+    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows above model_max_length: drop, or stop.")
+    model_max_length: int = HfArg(default=2048, help="Longest row in tokens, 576 for each image. Never cut.")
+    image_aspect_ratio: Literal["pad", "square"] | None = HfArg(default=None, help="square: crop; default in align.")
+    group_by_modality_length: bool = HfArg(default=True, help="Steps of rows alike: all with images or none.")
+    sample_rows: int = HfArg(default=8, help="Number of held-out rows to answer at each evaluation. 0: none.")
+    sample_tokens: int = HfArg(default=64, help="Longest answer in samples.md, in tokens.")
 
 
 @dataclass
-class Training(TrainingArguments):
-    """TrainingArguments with this recipe's defaults; docs/llava_two_stage.md says why where they differ from LLaVA's scripts."""
+class Training(transformers.TrainingArguments):
+    """TrainingArguments with this recipe's defaults. All its other settings are flags, too."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Model or adapter, processor, settings.yaml, samples.md, logs, checkpoints. Default: llava-align, llava-instruct."})
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto: go on from the newest whole checkpoint in output_dir. false: refuse a used output_dir. Or a checkpoint."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data; max_steps bounds them."})
-    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "Raise it where memory is left. Default: 8 in align, 4 in instruct."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Rows scored at once."})
-    gradient_accumulation_steps: int | None = field(default=None, metadata={"help": "Default: what makes a step of 256 rows (align) or 128 (instruct) on these GPUs."})
-    learning_rate: float | None = field(default=None, metadata={"help": "Of the language model in instruct: 2e-5, with adapters 2e-4. In align it is frozen."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rates over the run."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 a share of the run."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: steps, epoch, no."})
-    eval_steps: float = field(default=500, metadata={"help": "Steps between evaluations."})
-    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints, each a whole model in align: what a crash can cost."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true hides NaN losses in the log."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ..., none."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode images while the GPU works."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Stays false: the row number is one of those columns."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Stays true: logits of the whole vocabulary would fill the memory."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "false: a batch without images runs a blank one, so that every part is used."})
-    activation_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations in the backward pass: far less memory, slower."})
-    bf16: bool | None = field(default=None, metadata={"help": "Default: where the GPU has it, else fp16."})
+    output_dir: str | None = HfArg(default=None, help="Model or adapter, processor, settings, samples, checkpoints.")
+    resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
+    num_train_epochs: float = HfArg(default=1.0, help="Passes over the data. max_steps, if given, wins.")
+    per_device_train_batch_size: int | None = HfArg(default=None, help="Default: 8 in align, 4 in instruct.")
+    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated at once.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: a step has 256 rows, instruct 128.")
+    learning_rate: float | None = HfArg(default=None, help="Language model's: 2e-5, adapters 2e-4, frozen in align.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
+    warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a fraction of the run.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=500, help="Steps between evaluations.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
+    logging_steps: float = HfArg(default=10, help="Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
+    report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
+    dataloader_num_workers: int = HfArg(default=4, help="Processes that decode images while the GPU works.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the columns.")
+    prediction_loss_only: bool = HfArg(default=True, help="Must stay true: keeping all logits would fill the memory.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not needed: each batch uses all weights.")
+    activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing. Saves memory.")
+    bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = gpu and not self.bf16
-        self.load_best_model_at_end &= self.eval_strategy != "no"  # nothing tells which would be the best
+        pick_precision(self)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
         super().__post_init__()
 
 
-# Inherited, but this recipe would ignore them, they would break a promise, or have a new name (gradient_... is
-# activation_checkpointing); and those that may change when a run is taken up again without making it another run.
-REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel train_sampling_strategy
-save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed fsdp do_train do_eval
-do_predict neftune_noise_alpha torch_compile dataloader_drop_last auto_find_batch_size accelerator_config optim_target_modules""".split()
-FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
-push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens logging_steps
-save_total_limit per_device_eval_batch_size""".split()
-
-
-def fail(message):
-    """End the program with one message, of the first process where there are several, and exit status 1."""
-    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
-
-
 def by_stage(given):
-    """{setting: value} as given -> the same with what its stage makes of those that were not."""
-    filled, stage, processes = dict(given), given["stage"], int(os.environ.get("WORLD_SIZE", "1"))
-    for name, value in DEFAULTS[stage].items():
-        filled[name] = value if given[name] is None else given[name]
-    if given["lora_alpha"] is None:
-        filled["lora_alpha"] = max(1, 2 * given["lora_r"])
-    if stage == "instruct" and given["learning_rate"] is None and given["lora_r"] > 0:
-        filled["learning_rate"] = 2e-4
-    if stage == "instruct" and given["model_name_or_path"] is None and given["pretrain_mm_mlp_adapter"] is None:
-        filled["model_name_or_path"] = DEFAULTS["align"]["output_dir"]
-    if given["gradient_accumulation_steps"] is None:
+    """{setting: value} as given -> the same, with defaults that depend on other settings. Raises SystemExit."""
+    stage = given["stage"]
+    defaults = {name: values[stage] for name, values in DEFAULTS.items()}
+    defaults["lora_alpha"] = max(1, 2 * given["lora_r"])
+    if stage == "instruct" and given["lora_r"] > 0:
+        defaults["learning_rate"] = 2e-4
+    if stage == "instruct" and given["pretrain_mm_mlp_adapter"] is None:
+        defaults["model_name_or_path"] = DEFAULTS["output_dir"]["align"]
+    filled = given | {name: value for name, value in defaults.items() if given[name] is None}
+    if filled["gradient_accumulation_steps"] is None:
+        processes, step = int(os.environ.get("WORLD_SIZE", "1")), ROWS_PER_STEP[stage]
         rows = max(1, filled["per_device_train_batch_size"]) * processes
-        if ROWS_A_STEP[stage] % rows:
-            fail(f"{rows} rows at once on {processes} processes do not make up a step of {ROWS_A_STEP[stage]}: give --gradient_accumulation_steps")
-        filled["gradient_accumulation_steps"] = ROWS_A_STEP[stage] // rows
+        problem = f"{rows} rows at once on {processes} processes do not make up a step of {step}"
+        require(step % rows == 0, f"{problem}: give --gradient_accumulation_steps")
+        filled["gradient_accumulation_steps"] = step // rows
     return filled
 
 
+def sources(settings):
+    """The models to start from, as [(flag, hub id or folder, revision)]: one LLaVA, or the two that are joined."""
+    if settings.model_name_or_path:
+        return [("--model_name_or_path", settings.model_name_or_path, settings.model_revision)]
+    vision = ("--vision_tower", settings.vision_tower, settings.vision_tower_revision)
+    return [vision, ("--language_model", settings.language_model, settings.language_model_revision)]
+
+
+def learning_rates(settings, training):
+    """{part of the model: its learning rate}; 0 means frozen."""
+    rates = settings.vision_learning_rate, settings.projector_learning_rate, training.learning_rate
+    return dict(zip((VISION, PROJECTOR, LANGUAGE), rates, strict=True))
+
+
 def parse(argv=None):
-    """Flags and `--config run.yaml` -> (Settings, Training), on any machine. Raises SystemExit with one line."""
-    parser = HfArgumentParser([Settings, Training], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv, hints = sys.argv[1:] if argv is None else list(argv), get_type_hints(Settings) | get_type_hints(Training)
-    if file := parser.parse_known_args(argv)[0].config:  # turned into flags, so that types and choices are checked
-        try:
-            for name, value in yaml.safe_load(Path(file).read_text()).items():
-                if value in (None, []):
-                    if value is None and parser.get_default(name) is not None and type(None) not in get_args(hints[name]):
-                        raise ValueError(f"{name} must have a value")
-                    parser.set_defaults(**{name: value})
-                else:
-                    value = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-                    argv = [f"--{name}", *map(str, value), *argv]
-        except (OSError, AttributeError, ValueError, yaml.YAMLError) as e:
-            fail(f"--config {file} must hold lines of 'name: value': {e}")
-    try:
-        given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k != "config"}
-        if refused := [f"--{f.name}" for f in fields(Training) if f.name in REFUSED and given[f.name] != f.default]:
-            fail(f"{', '.join(refused)}: not used by this recipe" + ", it is activation_checkpointing now" * ("--gradient_checkpointing" in refused)
-                 + ": accelerate launch --config_file configs/zero3.yaml" * ("--deepspeed" in refused))
-        settings, training = parser.parse_dict(by_stage(given))
-    except (OSError, ValueError, TypeError, OverflowError) as e:
-        fail(e)
-    training.given = {k: v for k, v in given.items() if k != "hub_token"}  # what settings.yaml holds
-    return settings, training
-
-
-def rates(settings, training):
-    """The learning rate of each part, as (vision tower, projector, language model); 0: frozen."""
-    return settings.vision_learning_rate, settings.projector_learning_rate, training.learning_rate
+    """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
+    parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
+    return parse_arguments(parser, REFUSED, argv, fill=by_stage)
 
 
 def check(settings, training):
-    """Stop before anything is loaded where the machine or a combination of flags cannot work. Raises SystemExit."""
-    gpus, out, align = training.n_gpu, Path(training.output_dir), settings.stage == "align"
-    adapter = [f"--{name}" for name in ("lora_alpha", "lora_dropout", "load_in_4bit") if training.given[name] != getattr(Settings, name)]
-    odd = [f"--{name} {value}" for name, value in training.given.items() if isinstance(value, float) and not math.isfinite(value)]
-    steps = [f"--{name}_steps" for name in ("eval", "save", "logging") if getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") <= 0]
-    below = [f"--{name}" for name in ("weight_decay", "max_grad_norm", "warmup_steps", "data_seed") if (getattr(training, name) or 0) < 0]
-    for wrong, message in (
-        (below, f"{', '.join(below)}: 0 or more"),
-        (steps, f"{', '.join(steps)}: above 0; --eval_strategy no and --save_strategy no switch them off"),
-        (not training.use_cpu and training.device.type == "cpu", "no GPU found (7B: 24 GB to align or for QLoRA, several GPUs in full); for tiny models: --use_cpu"),
-        (gpus > 1, f"{gpus} GPUs, one process. All: accelerate launch --num_processes {gpus} llava_two_stage.py. One: CUDA_VISIBLE_DEVICES=0"),
-        (align and training.learning_rate != 0, f"--learning_rate {training.learning_rate:g} is the language model's, which is frozen in --stage align; "
-         "the projector's is --projector_learning_rate"),
-        (align and settings.lora_r, f"--lora_r {settings.lora_r}: adapters are for --stage instruct; in align the language model is frozen"),
-        (adapter and not settings.lora_r, f"{', '.join(adapter)}: for adapters, --stage instruct --lora_r 128"),
-        (settings.load_in_4bit and is_deepspeed_zero3_enabled(), "--load_in_4bit and ZeRO-3: 4-bit weights are not split; take configs/zero2.yaml or configs/ddp.yaml"),
-        (settings.lora_r and training.learning_rate == 0, "--learning_rate 0 means a frozen language model: then --lora_r 0, and rates for the other parts"),
-        (settings.model_name_or_path and any(getattr(settings, name) != getattr(Settings, name) for name in ("vision_tower", "language_model")),
-         f"--vision_tower and --language_model are joined, --model_name_or_path {settings.model_name_or_path} is whole: one of them"
-         + ("; to join them in --stage instruct give --pretrain_mm_mlp_adapter, the projector from stage 1" if not align else "")),
-        (not all(0 <= rate < 10 for rate in rates(settings, training)), "learning rates: from 0, which means frozen, to below 10"),
-        (odd, f"{', '.join(odd)}: no number to train with"),
-        (not any(rates(settings, training)), "nothing would be trained: every part is frozen"),
-        (settings.lora_alpha <= 0 or not 0 <= settings.lora_dropout < 1 or not 0 <= settings.eval_fraction < 1,
-         "--lora_alpha must be above 0, --lora_dropout and --eval_fraction from 0 to below 1"),
-        (min(settings.lora_r, settings.sample_rows, training.dataloader_num_workers, training.seed) < 0 or max(training.seed, training.data_seed or 0) >= 2**32,
-         "--lora_r, --sample_rows, --dataloader_num_workers, --seed: 0 or more, and a seed below 2**32"),
-        (min(settings.max_eval_rows, settings.sample_tokens, settings.model_max_length, training.per_device_train_batch_size,
-             training.gradient_accumulation_steps, training.per_device_eval_batch_size) < 1,
-         "batch sizes, accumulation steps, --max_eval_rows, --sample_tokens, --model_max_length: at least 1"),
-        (training.max_steps == 0 or training.max_steps < -1 or not 0 < training.num_train_epochs, "--max_steps and --num_train_epochs must be above 0"),
-        (training.debug, "--debug: not used by this recipe"),
-        (not training.output_dir, "--output_dir: a folder is needed"),
-        (any(folder.is_file() for folder in (out, *out.parents)), f"--output_dir {out}: there is a file in its place"),
-        (training.load_best_model_at_end and training.eval_strategy == training.save_strategy == "steps" and training.eval_steps != training.save_steps,
-         "what is best must have been saved: --save_steps equal to --eval_steps, or else --load_best_model_at_end false"),
-        (training.fp16 and training.use_cpu, "--fp16 needs a GPU"),
-        (training.load_best_model_at_end and training.metric_for_best_model not in ("loss", "eval_loss"),
-         f"--metric_for_best_model {training.metric_for_best_model}: there is no other than loss"),
-        (training.load_best_model_at_end and training.greater_is_better, "--greater_is_better true would keep the checkpoint with the highest loss"),
-    ):
-        if wrong:
-            fail(message)
-    for name in ("model_name_or_path", "pretrain_mm_mlp_adapter", "vision_tower", "language_model"):  # the end would overwrite the beginning
-        if (start := getattr(settings, name)) and Path(os.path.realpath(start)).is_relative_to(os.path.realpath(out)):
-            fail(f"--output_dir {out} is {'' if os.path.realpath(start) == os.path.realpath(out) else 'around '}--{name}: choose another --output_dir")
-    try:
-        cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(training)
-        get_scheduler(training.lr_scheduler_type, cls([torch.nn.Parameter(torch.zeros(1))], **kwargs), 1, 2, training.lr_scheduler_kwargs)
-    except Exception as e:
-        fail(f"--optim, --adam_... or --lr_scheduler_...: {e}")
-    try:  # what would fail only after the weights are loaded
-        for callback in get_reporting_integration_callbacks(training.report_to):
-            callback()
-        if training.push_to_hub:
-            HfApi(token=training.hub_token).whoami()
-    except Exception as e:
-        fail(f"--report_to or --push_to_hub: {e}")
-
-
-def load_config(settings):
-    """The configuration of the whole model, or of what is made by joining. Raises SystemExit for parts that cannot be joined."""
-    whole = settings.model_name_or_path
-    places = {"model_name_or_path": settings.model_revision} if whole else {"vision_tower": settings.vision_tower_revision, "language_model": settings.language_model_revision}
-    found = []
-    for name, revision in places.items():
-        try:
-            found.append(AutoConfig.from_pretrained(getattr(settings, name), revision=revision))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-            hint = "; it holds an adapter, needed is a whole LLaVA" if whole and Path(whole, "adapter_config.json").exists() else (
-                "; --stage align makes one" if whole and settings.stage == "instruct" and not Path(whole, "config.json").exists() else "")
-            here = "" if Path(getattr(settings, name)).exists() else "there is no such folder, and as a hub id: "
-            fail(f"--{name} {getattr(settings, name)}: {here}{' '.join(str(e).split()):.400}{hint}")
-    if whole and found[0].model_type != "llava":
-        fail(f"--model_name_or_path {whole} is {found[0].model_type}; needed is a whole LLaVA (llava)")
-    vision, text = (found[0].vision_config, found[0].text_config) if whole else (
-        found[0].vision_config if found[0].model_type == "clip" else found[0], found[1])
-    if vision.model_type != "clip_vision_model":
-        fail(f"--{'model_name_or_path' if whole else 'vision_tower'} {whole or settings.vision_tower}: its vision encoder is "
-             f"{vision.model_type}, tested is CLIP (clip_vision_model)")
-    if text.model_type not in LANGUAGE_MODELS:
-        fail(f"--{'model_name_or_path' if whole else 'language_model'} {whole or settings.language_model}: its language model is "
-             f"{text.model_type}, tested are {', '.join(LANGUAGE_MODELS)}")
-    config = found[0] if whole else LlavaConfig(
-        vision_config=vision, text_config=text, image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        projector_hidden_act="linear" if settings.projector_type == "linear" else "gelu")  # linear: no activation, see join
-    kind = "linear" if config.projector_hidden_act == "linear" else "mlp2x_gelu"
-    if settings.projector_type not in (None, kind):
-        fail(f"--projector_type {settings.projector_type}: {whole} has a projector of type {kind}")
-    if not isinstance(config.vision_feature_layer, int):
-        fail(f"{whole} takes features from several layers, {config.vision_feature_layer}: tested is one")
-    return config
-
-
-def check_weights(settings, config):
-    """Stop where a folder has no weights, or some that were cut off, and not after all rows are read. Raises SystemExit."""
-    for name in ("model_name_or_path",) if settings.model_name_or_path else ("vision_tower", "language_model"):
-        folder = Path(getattr(settings, name))
-        try:
-            if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-                raise ValueError("there are no weights in it")
-            for file in folder.glob("*.safetensors"):
-                safe_open(file, "pt")  # fails where the end is missing
-        except (OSError, ValueError, SafetensorError) as e:
-            fail(f"--{name} {folder}: {e}")
-    if settings.pretrain_mm_mlp_adapter:
-        projector_weights(settings, config)
-
-
-def projector_weights(settings, config):
-    """pretrain_mm_mlp_adapter as a state dict of the projector. Raises SystemExit where it is none, or of other sizes than the config's."""
-    path, found = Path(settings.pretrain_mm_mlp_adapter), {}
-    try:
-        if path.is_dir():
-            for file in path.glob("*.safetensors"):
-                with safe_open(file, "pt") as weights:
-                    found |= {key: weights.get_tensor(key) for key in weights.keys() if "multi_modal_projector." in key}
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            found = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)} if isinstance(loaded, dict) else {}
-        names = {"mm_projector.0": "linear_1", "mm_projector.2": "linear_2", "mm_projector": "linear_1",
-                 "multi_modal_projector.linear_1": "linear_1", "multi_modal_projector.linear_2": "linear_2"}
-        own = {f"{new}.{kind}": value for key, value in found.items() for old, new in names.items() for kind in ("weight", "bias")
-               if f".{key}".endswith(f".{old}.{kind}")}
-        own |= {key: value for key, value in found.items() if re.search(r"(mm|multi_modal)_projector\.", str(key)) and not any(value is one for one in own.values())}
-    except pickle.UnpicklingError:  # torch's own text advises to run what is in it
-        fail(f"--pretrain_mm_mlp_adapter {path}: damaged, or a pickle that holds more than weights")
-    except Exception as e:  # torch.load raises whatever it likes
-        fail(f"--pretrain_mm_mlp_adapter {path}: {' '.join(str(e).split())[:300] or 'it is empty'}")
-    wide, text = config.vision_config.hidden_size, config.text_config.hidden_size
-    linear = config.projector_hidden_act == "linear"
-    if linear and "linear_2.weight" not in own:  # the original's one matrix
-        own |= {"linear_2.weight": torch.eye(text), "linear_2.bias": torch.zeros(text)}
-    wanted = {"linear_1.weight": (text, wide), "linear_1.bias": (text,), "linear_2.weight": (text, text), "linear_2.bias": (text,)}
-    if not own.keys() & {"linear_1.weight"}:
-        fail(f"--pretrain_mm_mlp_adapter {path}: there is no projector in it; needed is stage 1's output_dir or an mm_projector.bin")
-    idle = "linear_2.weight" in own and own["linear_2.weight"].float().equal(torch.eye(text))
-    if {name: tuple(value.shape) for name, value in own.items()} != wanted or linear != idle:
-        fail(f"--pretrain_mm_mlp_adapter {path} does not fit: it has {', '.join(f'{name} {tuple(value.shape)}' for name, value in sorted(own.items()))}"
-             f"{', which does nothing: it is linear' * (idle and not linear)}; "
-             f"a {'linear' if linear else 'mlp2x_gelu'} projector from {wide} to {text} is needed (--vision_tower, --language_model, --projector_type)")
-    return own
-
-
-# LLaVA's conversation templates: plain is image, caption and newline, whatever was asked; v1 has roles and a system prompt. LLaVA tokenizes the
-# text after an image by itself, so that a Llama tokenizer puts its word mark before it; here a GAP, a space, makes the same tokens.
-PLAIN = """{%- for m in messages -%}{%- if m.role == 'user' -%}{%- if m.content is not string -%}{%- for p in m.content if p.type == 'image' -%}
-{{ '<image>' }}{%- endfor -%}{%- endif -%}{%- elif m.role == 'assistant' -%}
-{{ 'GAP' + (m.content if m.content is string else m.content[0].text) + '\\n' }}{%- endif -%}{%- endfor -%}"""
-V1 = """{%- macro text(m) -%}{%- if m.content is string -%}{{ m.content }}{%- else -%}{%- for p in m.content if p.type == 'text' -%}{{ p.text }}
-{%- endfor -%}{%- endif -%}{%- endmacro -%}{%- if messages[0].role == 'system' -%}{{ text(messages[0]) + ' ' }}{%- else -%}
-{{ 'A chat between a curious user and an artificial intelligence assistant. ' +
-"The assistant gives helpful, detailed, and polite answers to the user's questions. " }}{%- endif -%}
-{%- for m in messages -%}{%- if m.role == 'user' -%}{{ 'USER: ' }}{%- if m.content is not string -%}{%- for p in m.content if p.type == 'image' -%}
-{{ '<image>' + ('GAP\\n' if text(m) or not loop.last else '') }}{%- endfor -%}{%- endif -%}{{ text(m) + ' ' }}{%- elif m.role == 'assistant' -%}{{ 'ASSISTANT: ' + text(m) + eos_token }}
-{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+    """Stop early if this machine or these flags cannot work. Raises SystemExit."""
+    check_training(settings, training, "7B: 24 GB to align or for QLoRA, several GPUs in full", metrics=("loss",))
+    rates = learning_rates(settings, training)
+    require(all(0 <= rate < 10 for rate in rates.values()), "learning rates: from 0, which means frozen, to below 10")
+    require(any(rates.values()), "nothing would be trained: every part is frozen")
+    rate, rank = training.learning_rate, settings.lora_r
+    require(rank >= 0, "--lora_r must be at least 0, which means no adapter")
+    if settings.stage == "align":
+        frozen = "the language model is frozen in --stage align"
+        require(rate == 0, f"--learning_rate {rate:g}: {frozen}; the projector's is --projector_learning_rate")
+        require(rank == 0, f"--lora_r {rank}: {frozen}; adapters are for --stage instruct")
+    if rank > 0:
+        require(rate > 0, "--learning_rate 0 means a frozen language model: then --lora_r 0")
+        if settings.load_in_4bit and is_deepspeed_zero3_enabled():
+            fail("--load_in_4bit and ZeRO-3: 4-bit weights cannot be divided; use ZeRO-2 or DDP")
+    else:
+        # training.given has the values of the command line, before by_stage filled in defaults.
+        ignored = [f"--{name}" for name in ADAPTER_FLAGS if training.given[name] != getattr(Settings, name)]
+        require(not ignored, f"{', '.join(ignored)}: for adapters, --stage instruct --lora_r 128")
+    for name in ("model_name_or_path", "pretrain_mm_mlp_adapter", "vision_tower", "language_model"):
+        source = getattr(settings, name)
+        if source and Path(source).resolve().is_relative_to(Path(training.output_dir).resolve()):
+            fail(f"--output_dir {training.output_dir} would overwrite --{name}: choose another")
+    is_joined = settings.vision_tower != Settings.vision_tower or settings.language_model != Settings.language_model
+    if is_joined and settings.model_name_or_path:
+        problem = f"--vision_tower and --language_model are joined, {settings.model_name_or_path} is a LLaVA already"
+        fail(f"{problem}; to join in --stage instruct give --pretrain_mm_mlp_adapter, the projector from stage 1")
 
 
 def load_processor(settings):
-    """The processor of the whole model, or of the parts with <image> added, with the stage's template and padding. Raises SystemExit."""
-    whole = settings.model_name_or_path
-    try:
-        if whole:
-            processor = AutoProcessor.from_pretrained(whole, revision=settings.model_revision)
+    """The processor of the LLaVA, or of the two joined models, with the stage's prompt. Raises SystemExit."""
+    names = " and ".join(source for _, source, _ in sources(settings))
+    with fail_on_error(f"{names}: no processor"):
+        if settings.model_name_or_path:
+            processor = AutoProcessor.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(settings.language_model, revision=settings.language_model_revision,
-                                                      extra_special_tokens={"image_token": "<image>"})
-            images = AutoImageProcessor.from_pretrained(settings.vision_tower, revision=settings.vision_tower_revision)
-            if tokenizer.convert_tokens_to_ids("<image>") != len(tokenizer) - 1:  # not added just now
-                fail(f"--language_model {settings.language_model}: its tokenizer has a token <image> already; needed is a plain language model")
-            processor = LlavaProcessor(images, tokenizer, patch_size=load_config(settings).vision_config.patch_size, vision_feature_select_strategy="default",
-                                       num_additional_image_tokens=1)  # CLIP's CLS, which "default" then drops
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as e:
-        fail(f"{whole or f'{settings.language_model} and {settings.vision_tower}'}: no processor: {' '.join(str(e).split()):.400}")
-    if type(processor).__name__ != "LlavaProcessor":
-        fail(f"--model_name_or_path {whole} has a {type(processor).__name__}; needed is LLaVA's processor")
-    tokenizer = processor.tokenizer
-    if tokenizer.eos_token is None:
-        fail(f"{whole or settings.language_model}: its tokenizer has no EOS, nothing could end an answer")
-    if tokenizer.pad_token is None:  # any will do: padding is masked by attention, never by its id
+            processor = join_processors(settings)
+    kind, tokenizer = type(processor).__name__, processor.tokenizer
+    require(kind == "LlavaProcessor", f"{names} has a {kind}; a LlavaProcessor is needed")
+    require(tokenizer.eos_token, f"{names}: its tokenizer has no EOS to end an answer")
+    # Edit the prompt in CHAT_TEMPLATES. Labels and samples.md follow it, and it is saved with the processor, for
+    # inference. Only where a caption ends is said twice: Collator.stop_ids must fit the template.
+    # Llama's tokenizer marks the first word of a text, but not after <image>. LLaVA's prompts have that mark, so a
+    # space goes there. If "a" and " a" have other ids, the tokenizer sets no marks, and no space is needed.
+    ids, ids_after_space = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+    gap = "{%- set gap = ' ' -%}" if ids == ids_after_space else "{%- set gap = '' -%}"
+    processor.chat_template = gap + CHAT_TEMPLATES[settings.stage]
+    if tokenizer.pad_token is None:  # any token will do: padding is masked
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # ready to generate for several rows at once
-    own = {k: v for k, v in processor.image_processor.to_dict().items() if k != "image_processor_type"}
-    if settings.image_aspect_ratio == "pad" or own.get("do_pad"):
-        processor.image_processor = LlavaImageProcessorPil(**{**own, "do_pad": settings.image_aspect_ratio == "pad"})
-    marks = tokenizer("a", add_special_tokens=False)["input_ids"] == tokenizer(" a", add_special_tokens=False)["input_ids"]
-    processor.chat_template = (PLAIN if settings.stage == "align" else V1).replace("GAP", " " if marks else "")
+    tokenizer.padding_side = "left"  # as generation needs it
+    # Edit how images are resized here; this, too, is saved. LLaVA's image processor pads to a square with the mean
+    # colour, or crops the middle. CLIP's own processor cannot pad: it is kept for cropping.
+    options = processor.image_processor.to_dict()
+    options.pop("image_processor_type", None)
+    is_padded = settings.image_aspect_ratio == "pad"
+    if is_padded or options.get("do_pad"):
+        processor.image_processor = transformers.LlavaImageProcessorPil(**{**options, "do_pad": is_padded})
     return processor
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on. The text is 'what: details and remedy'; rows are counted by what."""
-
-
-def text_of(message):
-    """The words of a message, without its images."""
-    return "\n".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def image_cells(row, folder):
-    """The images of a row, as paths (from its own `folder` or this one). Raises BadRow."""
-    image = row.get("image")
-    cells = image if isinstance(image, list) else [] if image in (None, "") else [image]
-    if odd := [path for path in cells if not isinstance(path, str) or not path]:
-        raise BadRow(f"malformed image: {odd[0]!r:.100}; needed is a path, or a list of them")
-    return [os.path.join(row.get("folder") or folder, path) for path in cells]
-
-
-def load_image(path):
-    """A file of any mode -> PIL RGB, upright. Raises BadRow where it is no image, or none to read."""
-    where = path if len(path) < 500 else f"{path[:100]}... ({len(path)} characters)"  # a picture written as text
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")  # a pipe would be waited for
-        image = Image.open(path)
-        if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # an MPO, from a telephone, has its preview behind
-            raise BadRow(f"several images: {where} holds {frames}, and only the first would be seen; give each its own file")
-        image.load()  # verify() passes a truncated JPEG
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > 200 * min(image.size):  # a processor scales the short side to its size first
-            raise ValueError(f"{image.size[0]} x {image.size[1]} is too narrow")
-        if image.mode[0] in "IF":  # 16 and 32 bits: PIL's own conversion clips them to white
-            if not 0 < (most := image.getextrema()[1]) < math.inf:
-                raise ValueError(f"its brightest value is {most}")
-            scale = 255 / most if most > 255 or image.mode == "F" and 0 < most <= 1 else 1
-            image = image.convert("F").point(lambda grey: grey * scale + 0).convert("L")
-        if image.has_transparency_data:  # on white: dropping alpha turns black ink on nothing into black on black
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Image.DecompressionBombError as e:
-        raise BadRow(f"image too large: {where} ({e}); shrink it") from e
-    except Exception as e:  # decoders raise whatever they like, SyntaxError and struct.error among them
-        raise BadRow(f"unreadable image: {where} ({getattr(e, 'strerror', None) or e}); mend it, or see --image_folder") from e
-
-
-def braces(pairs):
-    """A JSON object -> dict; what stands there twice becomes an object of both, which no check lets pass as a text or a path."""
-    named = dict(pairs)
-    return named if len(named) == len(pairs) else {key: some[0] if len(some := [v for k, v in pairs if k == key]) == 1 else {"twice": some} for key in named}
-
-
-def read_rows(name, split, settings):
-    """A .json or .jsonl file -> its rows, numbered in `row`. `split` is for recipes whose data have some. Raises SystemExit."""
-    path = Path(name)
-    try:
-        if path.suffix.lower() not in (".json", ".jsonl"):
-            raise ValueError("read are .json and .jsonl files in LLaVA's own schema: see docs/llava_two_stage.md")
-        text, lines = path.read_text(encoding="utf-8-sig"), path.suffix.lower() == ".jsonl"
-        if lines:
-            rows = []
-            for n, line in enumerate(text.split("\n"), start=1):
-                try:
-                    rows += [json.loads(line, object_pairs_hook=braces)] if line.strip() else []
-                except ValueError as e:
-                    raise ValueError(f"line {n}: {e} (a .jsonl file has one row a line)") from None
-        else:
-            rows = json.loads(text, object_pairs_hook=braces)
-        if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("it is empty" if rows == [] else "needed is a list of rows in braces: see docs/llava_two_stage.md")
-        if not any("conversations" in row or "caption" in row for row in rows):
-            raise ValueError(f"no row has 'conversations'; the first one has {', '.join(rows[0]) or 'nothing'}")
-        if odd := [(n, key) for n, row in enumerate(rows) for key in row if key.lower() in ("image", "images", "system", "video", "videos") and key != "image"]:
-            raise ValueError(f"row {odd[0][0]} has a key {odd[0][1]!r}: images go under 'image', a system message is the first turn, there are no videos")
-        if half := [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]:
-            raise ValueError(f"half a character (a lone surrogate) is in rows {half[:20]}; mend their encoding")
-        keys = ("id", "image", "conversations", "caption")
-        data = datasets.Dataset.from_generator(  # dumps: Json() would read the text "7" as the number 7
-            lambda rows, keys: ({key: json.dumps(row.get(key), ensure_ascii=False) for key in keys} for row in rows),
-            features=datasets.Features({key: datasets.Json() for key in keys}), gen_kwargs={"rows": rows, "keys": keys})
-    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as e:
-        fail(f"cannot read {name}: {e.__cause__ or e}")
-    folder = os.path.abspath(settings.image_folder or path.parent)
-    return data.add_column("row", list(range(len(data)))).add_column("folder", [folder] * len(data))
-
-
-def check_rows(data, name, collator, settings, training):
-    """Every row through the collator, in parallel and cached -> those that can be trained on, with their `length` in tokens and number of `images`.
-    Raises SystemExit with the first 20 bad or too long rows and counts by reason where the policy is to stop."""
-    def attempt(row, version):
-        try:
-            return {"problem": None, "length": collator([row])["labels"].shape[1], "images": len(image_cells(row, ""))}
-        except BadRow as e:
-            return {"problem": str(e).split(": ", 1)[1], "length": 0, "images": 0}
-
-    if len(data) == 0:
-        fail(f"{name} is empty: there is nothing to train on")
-    files = set()
-    for row in data.select_columns(["image", "folder"]):
-        with contextlib.suppress(BadRow):  # it is named below
-            files |= set(image_cells(row, ""))
-    version = sorted((f, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f))  # map's cache key: a changed file is read again
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    with training.main_process_first(desc=f"checking {name}"):
-        found = data.map(
-            attempt, fn_kwargs={"version": version}, remove_columns=data.column_names, desc=f"Checking {name}",
-            features=datasets.Features(problem=datasets.Value("string"), length=datasets.Value("int64"), images=datasets.Value("int64")),
-            num_proc=os.cpu_count() if len(data) > 1000 else None)
-    torch.set_num_threads(threads)
-    problems = found["problem"]
-    bad = sorted((n for n, problem in enumerate(problems) if problem), key=lambda n: problems[n].startswith("too long"))
-    counts = Counter(problems[n].split(":")[0] for n in bad)
-    report = [f"{len(bad)} of {len(data)} rows of {name} cannot be trained on: {dict(counts)}"]
-    for row, n in zip(data.select(bad[:20]), bad):
-        report.append(f"  row {row['row']}" + (f" (id {row['id']})" if row.get("id") not in (None, "") else "") + f": {problems[n]}")
-    report += [f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)
-    stop = settings.on_bad_rows == "stop" and len(bad) > counts["too long"]
-    if stop or settings.on_long_rows == "stop" and counts["too long"] or len(bad) == len(data):
-        report += ["Mend them (rows count from 0), or train without them: --on_bad_rows skip"] * (len(data) > len(bad) > counts["too long"])
-        report += ["Raise --model_max_length, or train without the long ones: --on_long_rows drop"] * (counts["too long"] > 0)
-        fail("\n".join([*report, "No row would be left."] if len(bad) == len(data) else report))
-    if bad:
-        PartialState().print("left out:", "\n".join(report))
-    good = [n for n, problem in enumerate(problems) if not problem]
-    return datasets.concatenate_datasets([data, found.select_columns(["length", "images"])], axis=1).select(good)
-
-
 def load_data(settings, training):
-    """-> (train, eval): Datasets of rows that the Collator accepts, with their number in `row`; eval may be None."""
+    r"""-> (train, eval): Datasets of checked rows; eval is None if nothing is to be evaluated. Raises SystemExit.
+
+    A row is LLaVA JSON: for align an image and a caption, for instruct a conversation with any number of images:
+        {"image": "cat.jpg", "caption": "a cat on a sofa"}
+        {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\nDescribe this."},
+                                               {"from": "gpt", "value": "a cat on a sofa"}]}
+    Several images are a list of paths. A first turn from "system" takes the place of LLaVA's system prompt."""
+    train_rows = read_rows(settings.data_path, None, settings)
+    eval_rows = None  # then some training rows are held out, unless evaluation is off
+    if settings.eval_data_path and training.eval_strategy != "no":
+        eval_rows = read_rows(settings.eval_data_path, None, settings)
     collator = Collator(load_processor(settings), settings, training)
-    train, held_out = read_rows(settings.data_path, None, settings), None
-    if settings.eval_data_path and training.eval_strategy != "no":  # bounded before it is checked: no need to decode what is never scored
-        held_out = read_rows(settings.eval_data_path, None, settings).shuffle(training.seed)
-        held_out = held_out.select(range(min(len(held_out), settings.max_eval_rows))).flatten_indices()
-        held_out = check_rows(held_out, settings.eval_data_path, collator, settings, training)
-    train = check_rows(train, settings.data_path, collator, settings, training)
-    if not settings.eval_data_path and settings.eval_fraction > 0 and training.eval_strategy != "no":
-        images = [tuple(map(os.path.realpath, image_cells(row, ""))) or (f"row {row['row']}",) for row in train.select_columns(["image", "folder", "row"])]
-        every = sorted({image for some in images for image in some})  # of images, not of rows: other questions about an image are no test
-        random.Random(training.seed).shuffle(every)
-        apart = set(every[: max(1, round(settings.eval_fraction * len(every)))])
-        kept = [n for n, some in enumerate(images) if not apart & set(some)]
-        if not kept:
-            fail(f"{len(every)} images cannot be divided into training and evaluation: --eval_fraction 0 (none), or give --eval_data_path")
-        held = [n for n, some in enumerate(images) if apart & set(some)]
-        held_out = train.select(held).shuffle(training.seed).select(range(min(len(held), settings.max_eval_rows)))
-        train = train.select(kept)
-    return train, held_out
+    return prepare_rows(train_rows, eval_rows, settings.data_path, collator, settings, training)
 
 
 class Collator:
-    """Rows -> input_ids, attention_mask, labels (B, L), padded on the left, and pixel_values (images, 3, H, W) where there are images.
+    """Rows -> a batch: input_ids, attention_mask, labels (B, L), padded on the left; pixel_values (images, 3, H, W)
+    if there are images. labels: the input_ids of captions and answers, -100 on everything else."""
 
-    Labels are -100 but, in align, on the caption and the newline that ends it, in instruct on the answers and the EOS that ends each. An
-    answer begins where the prompt of inference ends; a row that does not begin with the very tokens of that prompt is refused. Raises BadRow."""
+    image_columns = ("image",)
 
     def __init__(self, processor, settings, training):
-        # no setting that has no say in a batch: all of this is the key under which the check is cached
-        self.processor, self.stage, self.folder, self.max_length = processor, settings.stage, settings.image_folder or "", settings.model_max_length
-        tokens = processor.tokenizer.added_tokens_decoder.values()
-        self.control = {token.content for token in tokens if token.special} | {processor.image_token}
-        self.stop = [processor.tokenizer.eos_token_id]  # where generation ends; a caption, at any token that ends in a newline (Llama 3 has many)
+        # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
+        self.processor = processor
+        self.stage = settings.stage
+        self.folder = settings.image_folder or ""
+        self.max_length = settings.model_max_length
+        special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = {*special, processor.image_token}
+        self.stop_ids = [processor.tokenizer.eos_token_id]  # where generation ends
         if self.stage == "align":
-            newlines = [n for token, n in processor.tokenizer.get_vocab().items() if token.endswith(("<0x0A>", "\u010a", "\n"))]
-            self.stop += sorted(n for n in newlines if processor.tokenizer.decode([n]).endswith("\n"))
-
-    def ask(self, question, images):
-        """The user's turn: images, question."""
-        return {"role": "user", "content": [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]}
-
-    def read(self, row):
-        """A row -> its messages in the chat template's form, with PIL images inside. Raises BadRow."""
-        cells, turns, messages, seen = image_cells(row, self.folder), row.get("conversations"), [], 0
-        if row.get("caption") is not None and turns is not None:
-            raise BadRow("caption and conversations: the row has both; one of them")
-        if row.get("caption") is not None and self.stage == "align":  # short for a conversation
-            turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": row["caption"]}]
-        if not isinstance(turns, list) or not turns:
-            raise BadRow("no conversation: conversations must be a list of turns, {from, value}")
-        lead = isinstance(turns[0], dict) and turns[0].get("from") == "system"
-        for n, turn in enumerate(turns):
-            role = "system" if lead and n == 0 else ("human", "gpt")[(n - lead) % 2]
-            if not isinstance(turn, dict) or turn.get("from") != role:
-                raise BadRow(f"wrong order of roles: turn {n} must be the {role}'s, {{from, value}}; it is {turn!r:.100}")
-            if not isinstance(text := turn.get("value"), str) or not text.strip():
-                raise BadRow(f"{'empty answer' if role == 'gpt' else 'empty turn'}: turn {n}, the {role}'s, says {text!r:.100}; needed is text")
-            here = text.count("<image>") if role == "human" else 0
-            text = text.replace("<image>", "").strip() if here else text  # as in LLaVA: images come first, wherever they stand
-            if found := [token for token in self.control if token in text]:
-                raise BadRow(f"control token: {found[0]} is typed in turn {n} and would become a real one; take it out")
-            content, seen = [{"type": "image", "image": path} for path in cells[seen : seen + here]], seen + here
-            messages.append({"role": {"human": "user", "gpt": "assistant"}.get(role, role),
-                             "content": content + [{"type": "text", "text": text}] * bool(text)})
-        if seen != len(cells):
-            raise BadRow(f"images do not match: {seen} <image> in what the human says, {len(cells)} images")
-        if self.stage == "align" and (len(messages) != 2 or lead or len(cells) != 1):
-            raise BadRow(f"no caption: --stage align takes one image and one caption, not {len(messages)} turns and {len(cells)} images; conversations are for instruct")
-        if self.stage == "align" and (said := re.search(r"(?m)^\s*((USER|ASSISTANT|Human|Assistant)\s?:|###)", text_of(messages[1]))):
-            raise BadRow(f"roles in a caption: {said[0].strip()!r} begins a line of it; captions have none, conversations are for --stage instruct")
-        if self.stage == "align" and "\n" in text_of(messages[1]):
-            raise BadRow("several lines: a newline ends a caption, what follows would never be said; write it on one line")
-        for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
-            part["image"] = load_image(part["image"])
-        return messages
-
-    def tokenize(self, conversations, prompt=False):
-        """Lists of messages -> the processor's batch; with `prompt`, ready to generate the next answer."""
-        return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=True, return_dict=True,
-                                                  return_tensors="pt", processor_kwargs={"padding": True})
-
-    def words(self, messages, prompt=False):
-        """Token ids of a conversation, as the processor makes them, but without its image tokens."""
-        text, tokenizer = self.processor.apply_chat_template(messages, add_generation_prompt=prompt), self.processor.tokenizer
-        return [i for i in tokenizer(text)["input_ids"] if i != self.processor.image_token_id]
-
-    def learned(self, messages):
-        """Which of the words of a conversation are trained: a list of bools. Raises BadRow."""
-        tokens = self.words(messages)
-        learned = [False] * len(tokens)
-        for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
-            prompt, answered = self.words(messages[:n], prompt=True), self.words(messages[: n + 1])
-            if tokens[: len(prompt)] != prompt or tokens[: len(answered)] != answered:
-                raise BadRow(f"prompt changed: by its first characters the answer {text_of(messages[n])[:40]!r} changes the tokens before it; begin it otherwise")
-            learned[len(prompt) : len(answered)] = [True] * (len(answered) - len(prompt))
-        return learned
+            self.stop_ids += tokens_that_end_a_line(processor.tokenizer)
 
     def __call__(self, rows):
-        conversations, learned = [], []
+        conversations, masks = [], []
         for row in rows:
             try:
-                conversations.append(self.read(row))
-                if conversations[-1][-1]["role"] != "assistant":
-                    raise BadRow("no answer: the last turn is not gpt's")
-                learned.append(torch.tensor(self.learned(conversations[-1])))
-            except BadRow as e:
-                raise BadRow(f"row {row.get('row', '?')}: {e}") from e
+                messages = self.read(row)
+                masks.append(torch.tensor(self.trained_mask(messages)))
+                conversations.append(messages)
+            except BadRow as error:
+                error.row = row.get("row")
+                raise
         batch = self.tokenize(conversations)
-        for row, mask, ids in zip(rows, batch["attention_mask"], batch["input_ids"]):
-            if (length := int(mask.sum())) > self.max_length:
-                images = int((ids == self.processor.image_token_id).sum())
-                raise BadRow(f"row {row.get('row', '?')}: too long: {length} tokens, {images} of them of images; --model_max_length is {self.max_length}")
-        words = batch["attention_mask"].bool() & (batch["input_ids"] != self.processor.image_token_id)
-        batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        batch["labels"][words] = batch["input_ids"][words].where(torch.cat(learned), -100)
+        for row, ids, is_real in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
+            if is_real.sum() > self.max_length:
+                detail = f"{is_real.sum()} tokens, {(ids == self.processor.image_token_id).sum()} of them of images"
+                raise BadRow("too long", f"{detail}; --model_max_length is {self.max_length}", row.get("row"))
+        batch["labels"] = labels_from_masks(batch, masks, self.processor.image_token_id)
         return batch
 
+    def trained_mask(self, messages):
+        """A bool for each text token of a conversation: is it trained? Image tokens are left out. Raises BadRow."""
+        if messages[-1]["role"] != "assistant":
+            raise BadRow("no answer", "the last turn is not gpt's")
+        ids = self.text_ids(messages)
+        mask = [False] * len(ids)
+        for n, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.text_ids(messages[:n], prompt=True)  # the prompt at inference, ends with ASSISTANT:
+            through = self.text_ids(messages[: n + 1])  # ends with this answer's EOS (a caption: its newline)
+            start, end = len(before), len(through)
+            if ids[:start] != before or ids[:end] != through:
+                detail = f"the first characters of the answer {text_of(message)[:40]!r} change the tokens before it"
+                raise BadRow("prompt changed", f"{detail}; begin it differently")
+            mask[start:end] = [True] * (end - start)
+        return mask
 
-def gathered(parameters):
-    """Under ZeRO-3, whose processes hold a share of each weight: the whole weights while the context lasts."""
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    import deepspeed
+    def text_ids(self, messages, prompt=False):
+        """Token ids of a conversation as in the batch, but without image tokens, so that no image need be prepared."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
+        ids = self.processor.tokenizer(text)["input_ids"]
+        return [token for token in ids if token != self.processor.image_token_id]
 
-    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)  # what is changed there is kept
+    def tokenize(self, conversations, prompt=False):
+        """Lists of messages -> the processor's batch. With `prompt` it ends where the model is to answer."""
+        options = {"add_generation_prompt": prompt, "processor_kwargs": {"padding": True}}
+        options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return self.processor.apply_chat_template(conversations, **options)
+
+    def read(self, row):
+        """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
+        paths = self.images_of(row)
+        messages, placeholders = [], []
+        for n, (role, text) in enumerate(read_turns(row, self.stage)):
+            content = []
+            if role == "user" and "<image>" in text:
+                content = [{"type": "image"} for _ in range(text.count("<image>"))]  # first in a turn, as in LLaVA
+                placeholders += content  # the same dicts: filled with images below
+                text = text.replace("<image>", "").strip()
+            typed = [token for token in self.control_tokens if token in text]
+            if typed:
+                raise BadRow("control token", f"{typed[0]} in turn {n} would become a real one; take it out")
+            if text:
+                content = [*content, {"type": "text", "text": text}]
+            messages.append({"role": role, "content": content})
+        if len(placeholders) != len(paths):
+            raise BadRow("images do not match", f"{len(placeholders)} <image> of the human's, {len(paths)} images")
+        if self.stage == "align":
+            check_caption(messages, len(paths))
+        for placeholder, path in zip(placeholders, paths, strict=True):
+            placeholder["image"] = load_image(path)  # edit images here, to augment them (for evaluation, too)
+        return messages
+
+    def images_of(self, row):
+        """The paths of a row's images. Raises BadRow."""
+        images = row.get("image")
+        if images in (None, ""):
+            return []
+        paths = images if isinstance(images, list) else [images]
+        for path in paths:
+            if not isinstance(path, str) or not path:
+                raise BadRow("malformed image", f"{path!r:.100}; it must be a path, or a list of paths")
+        return [os.path.join(row.get("folder") or self.folder, path) for path in paths]
+
+    def ask(self, question, images):
+        """A question about PIL images -> the user's turn. (For tools/; training gets its questions by `read`.)"""
+        content = [{"type": "image", "image": image} for image in images]
+        return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
-def complete(cls, name, **kwargs):
-    """cls.from_pretrained, that fails where weights are missing instead of making them up with a warning. Raises ValueError."""
-    model, info = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} lacks {len(info['missing_keys'])} weights of a {type(model).__name__}: {', '.join(sorted(info['missing_keys'])[:3])}")
+def load_model(settings, training):
+    """The model in weight_dtype, or its language model in NF4; frozen, except for parts that are trained in full."""
+    config, options = load_config(settings), {"dtype": weight_dtype(training)}
+    if not is_deepspeed_zero3_enabled():  # which divides the weights among the processes
+        options["device_map"] = {"": training.device}
+    if settings.load_in_4bit:
+        options["quantization_config"] = nf4_quantization(options["dtype"], ["lm_head", VISION, PROJECTOR])
+    load = functools.partial(load_complete, LlavaForConditionalGeneration, **options)
+    if settings.model_name_or_path:
+        model = load(settings.model_name_or_path, revision=settings.model_revision)
+        if settings.pretrain_mm_mlp_adapter:
+            projector = model.get_submodule(PROJECTOR)
+            with gathered(projector.parameters()):
+                projector.load_state_dict(projector_weights(settings, config))
+    elif settings.lora_r > 0 or is_deepspeed_zero3_enabled():
+        # An adapter needs a model on disk to belong to; ZeRO-3 divides a model while it is loaded from there.
+        model = load(write_base(settings, training, config))
+    else:
+        model = join(settings, config, training.seed, **options)
+    keep_4bit_trainable_on_cpu(model)
+    model.requires_grad_(False)
+    if settings.lora_r == 0:
+        for part, rate in learning_rates(settings, training).items():
+            model.get_submodule(part).requires_grad_(rate > 0)
+        model.lm_head.requires_grad_(training.learning_rate > 0)
+        # save_pretrained writes the old (2023) weight names by default; Trainer could not resume from those.
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     return model
 
 
-def precision(training):
-    """Of what is frozen, and of the model that is saved."""
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+# Edit the LoRA targets here, or give --lora_target_modules. They are full paths, because bare names ("q_proj") match
+# the vision tower, too. Targets in UNTRAINABLE parts are refused, with the reason.
+LORA_TARGETS = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+UNTRAINABLE = {
+    "vision_tower": "which takes no adapter: --vision_learning_rate trains it in full",
+    "multi_modal_projector": "which takes no adapter: --projector_learning_rate trains it in full",
+}
 
 
-def join(settings, config, seed, **kwargs):
-    """Vision encoder + new projector + language model, whose new rows of embeddings (of <image>, and what pads them to a multiple of 64)
-    are the mean of the old ones. The projector begins as torch begins linear layers, like the original's."""
-    vision = complete(CLIPVisionModel, settings.vision_tower, revision=settings.vision_tower_revision, **kwargs)
-    language = complete(AutoModelForCausalLM, settings.language_model, revision=settings.language_model_revision, **kwargs)
+def lora_config(settings):
+    """LoRA on all linear layers of the language model; parts with a rate are trained in full. None for --lora_r 0."""
+    if settings.lora_r == 0:
+        return None
+    saved_in_full = [VISION] if settings.vision_learning_rate > 0 else []
+    # A projector that is not the base's must be saved with the adapter, even if it is frozen.
+    replaces_projector = settings.model_name_or_path and settings.pretrain_mm_mlp_adapter
+    if settings.projector_learning_rate > 0 or replaces_projector:
+        saved_in_full.append(PROJECTOR)
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=lora_targets(settings.lora_target_modules, LANGUAGE, LORA_TARGETS),
+        task_type="CAUSAL_LM",
+        modules_to_save=saved_in_full or None,
+    )
+
+
+class Trainer(transformers.Trainer):
+    """Trainer with a learning rate for each part, steps of rows of one kind, and answers to held-out rows.
+    Your own metric: override evaluate(), as below, and name it in check: check_training(..., ("loss", "mine")).
+        metrics = super().evaluate(*args, **kwargs)
+        answers = answer_rows(self, self.eval_dataset, max_new_tokens=64)
+        self.log({"eval_mine": my_score(answers, self.eval_dataset)})  # answers[0].text, ...
+        return metrics | self.state.log_history[-1]"""
+
+    def __init__(self, settings, model, args, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        self.settings = settings
+        self.rates = learning_rates(settings, args)
+        self.llava = model.get_base_model() if isinstance(model, PeftModel) else model
+        for name, parameter in self.model.named_parameters():
+            if self.rate_of(name) == 0:  # PEFT would train a projector that is saved with the adapter
+                parameter.requires_grad = False
+        # Layers after the one whose features are used get no gradient, nor does a linear projector's second layer.
+        tower, num_layers = self.llava.model.vision_tower, len(self.llava.model.vision_tower.encoder.layers)
+        num_used = self.llava.config.vision_feature_layer % (num_layers + 1)  # -2: all but the last; -1 and n: all
+        tower.encoder.layers[num_used:].requires_grad_(False)
+        tower.post_layernorm.requires_grad_(False)
+        if self.llava.config.projector_hidden_act == "linear":
+            self.llava.model.multi_modal_projector.linear_2.requires_grad_(False)
+        if not self.is_deepspeed_enabled:  # DeepSpeed keeps float32 copies of its own
+            train_in_float32(self.model)
+        if settings.vision_learning_rate == 0:
+            self.add_callback(FrozenWithoutGraph(self.model, "vision_tower"))
+        self.add_callback(AnswerSamples(self, settings.sample_rows, settings.sample_tokens))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the trained tokens, each predicted from all before it: the sum / num_items, or the mean."""
+        targets = next_tokens(inputs["labels"])
+        is_trained = targets != -100
+        inputs = {**inputs, "shift_labels": targets[is_trained], "use_cache": False}
+        # Optional, for speed: no scores for the 576 image tokens. To undo, delete logits_only_at and `[is_trained]`.
+        with blank_image(self.llava, inputs), logits_only_at(is_trained, self.llava.lm_head):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def rate_of(self, name):
+        """The learning rate of a weight: that of its part. Adapters and lm_head have the language model's."""
+        for part, rate in self.rates.items():
+            if f".{part}." in f".{name}":
+                return rate
+        return self.rates[LANGUAGE]
+
+    def create_optimizer(self, *args, **kwargs):
+        """--optim, with the learning rate of its part for each weight."""
+        if self.optimizer is None:
+            main_part = PROJECTOR if self.settings.stage == "align" else LANGUAGE
+            self.optimizer = optimizer_by_part(self, self.rate_of, logged_rate=self.rates[main_part])
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.settings.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        args, rows = self.args, self.train_dataset
+        rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        image_counts = [len(keys) for keys in rows["image_keys"]]
+        return ByModalityAndLength(rows["length"], image_counts, rows_per_step, lambda: epoch_generator(self))
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the result, unless it is an adapter, in 16 bits by the published names; checkpoints as they are."""
+        is_final = output_dir is None  # Trainer names a folder only for checkpoints
+        if is_final and not isinstance(self.model, PeftModel):
+            dtype = weight_dtype(self.args)
+            self.model.save_pretrained = functools.partial(save_renamed, self.model, PUBLISHED, dtype)
+        super().save_model(output_dir, _internal_call)
+
+
+def main(argv=None):
+    """Parse, check, read the rows, show an example, join or load the model, train, save."""
+    settings, training = parse(argv)
+    check(settings, training)
+    checkpoint = checkpoint_to_resume(training)
+    check_processes(checkpoint, training)
+    set_seed(training.seed)
+    adapter = lora_config(settings)
+    check_model_files(settings, adapter)
+
+    train_dataset, eval_dataset = load_data(settings, training)
+    if eval_dataset is None:
+        training.eval_strategy, training.load_best_model_at_end = "no", False
+    processor = load_processor(settings)  # (load_data has its own copy: it can be called alone)
+    collator = Collator(processor, settings, training)
+    example = marked(collator([train_dataset[0]]), processor)
+    PartialState().print(f"\nOne row as the model sees it, trained on in «»:\n\n{example}\n")
+    with fail_on_error(f"cannot load the weights of {' and '.join(source for _, source, _ in sources(settings))}"):
+        model = load_model(settings, training)
+    if settings.stage == "instruct":
+        warn_if_untrained(settings, model)
+    set_seed(training.seed)  # joining and loading use up different amounts of random numbers
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    data = {"data_collator": collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    trainer = Trainer(settings, model=model, args=training, processing_class=processor, **data)
+    print_parameters(trainer.model, [VISION, PROJECTOR, LANGUAGE, "lm_head"], trainer.rate_of)
+    train_and_save(trainer, checkpoint)
+
+
+# ----------------------------------------------------------------- details: prompts, rows, joining, the projector
+# LLaVA's prompts. `-` strips the white space between tags: only what is quoted comes out. `gap`: see load_processor.
+CHAT_TEMPLATES = {
+    # LLaVA's "plain": image, caption, newline. What the human asked is left out.
+    "align": r"""
+{%- for message in messages -%}
+  {%- for part in message.content if part.type == 'image' -%} {{- '<image>' -}} {%- endfor -%}
+  {%- if message.role == 'assistant' -%}
+    {{- gap + (message.content if message.content is string else message.content[0].text) + '\n' -}}
+  {%- endif -%}
+{%- endfor -%}""",
+    # LLaVA's "v1", which is Vicuna's: a system prompt, then USER: and ASSISTANT: in turn, EOS after each answer.
+    "instruct": r"""
+{%- macro text_of(message) -%} {%- if message.content is string -%} {{- message.content -}} {%- endif -%}
+  {%- for part in message.content if part.type == 'text' -%} {{- part.text -}} {%- endfor -%}
+{%- endmacro -%}
+{%- if messages[0].role == 'system' -%} {{- text_of(messages[0]) + ' ' -}}
+{%- else -%}
+  {{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
+  {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%} {{- 'USER: ' -}}
+    {%- for part in message.content if part.type == 'image' -%}
+      {{- '<image>' + (gap + '\n' if text_of(message) or not loop.last else '') -}}
+    {%- endfor -%}
+    {{- text_of(message) + ' ' -}}
+  {%- elif message.role == 'assistant' -%} {{- 'ASSISTANT: ' + text_of(message) + eos_token -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- 'ASSISTANT:' -}} {%- endif -%}""",
+}
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# Keys that would be ignored although they carry meaning, and what to do instead.
+MISTAKEN_KEYS = dict.fromkeys(("images", "Image", "Images"), "images go under 'image'")
+MISTAKEN_KEYS |= {"system": "a system message is the first turn", "video": "only images", "videos": "only images"}
+
+
+def read_rows(name, split, settings):
+    """The rows of a .json or .jsonl file, numbered. (Other recipes have a use for `split`.) Raises SystemExit."""
+    is_json = Path(name).suffix.lower() in (".json", ".jsonl")
+    require(is_json, f"cannot read {name}: it must be a .json file (a list of rows) or a .jsonl file (one row a line)")
+    with fail_on_error(f"cannot read {name}"):
+        rows = read_json(Path(name))
+    keys = rows.column_names
+    has_text = "conversations" in keys or "caption" in keys
+    require(has_text, f"cannot read {name}: no row has 'conversations'; there are {', '.join(keys)}")
+    for key in MISTAKEN_KEYS.keys() & set(keys):
+        numbers = [n for n, value in enumerate(rows[key]) if value is not None]
+        if numbers:
+            fail(f"cannot read {name}: row {numbers[0]} has a key {key!r}: {MISTAKEN_KEYS[key]}")
+    rows = rows.select_columns([key for key in ("id", "image", "conversations", "caption") if key in keys])
+    folder = os.path.abspath(settings.image_folder or Path(name).parent)
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def read_turns(row, stage):
+    """A row -> [(role, text)] of its turns: system, if any, then user and assistant in turn. Raises BadRow."""
+    turns, caption = row.get("conversations"), row.get("caption")
+    if caption is not None and turns is not None:
+        raise BadRow("caption and conversations", "the row has both; it must have one of them")
+    if caption is not None and stage == "align":
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no conversation", "conversations must be a list of turns, {from, value}")
+    speakers = ["human", "gpt"] * len(turns)
+    if isinstance(turns[0], dict) and turns[0].get("from") == "system":
+        speakers.insert(0, "system")
+    messages = []
+    for n, (turn, speaker) in enumerate(zip(turns, speakers, strict=False)):
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            detail = f"turn {n} must be the {speaker}'s, {{from, value}}; it is {turn!r:.100}"
+            raise BadRow("wrong order of roles", detail)
+        text = turn.get("value")
+        if not isinstance(text, str) or not text.strip():
+            reason = "empty answer" if speaker == "gpt" else "empty turn"
+            raise BadRow(reason, f"turn {n}, the {speaker}'s, says {text!r:.100}; it must be text")
+        messages.append((ROLES[speaker], text))
+    return messages
+
+
+def check_caption(messages, num_images):
+    """Raises BadRow if a row of align is not one image and one caption, of one line and without roles."""
+    if [message["role"] for message in messages] != ["user", "assistant"] or num_images != 1:
+        found = f"not {len(messages)} turns and {num_images} images; conversations are for instruct"
+        raise BadRow("no caption", f"--stage align takes one image and one caption, {found}")
+    if re.search(r"\n|^\s*((USER|ASSISTANT|Human|Assistant)\s?:|###)", text_of(messages[1])):
+        raise BadRow("more than a caption", "it has roles (USER:), or a second line; generation stops at a newline")
+
+
+def join_processors(settings):
+    """A LLaVA processor of CLIP's image processor and the language model's tokenizer, to which <image> is added."""
+    options = {"revision": settings.vision_tower_revision}
+    images = transformers.AutoImageProcessor.from_pretrained(settings.vision_tower, **options)
+    options = {"revision": settings.language_model_revision, "extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings.language_model, **options)
+    is_new = tokenizer.convert_tokens_to_ids("<image>") == len(tokenizer) - 1
+    require(is_new, f"--language_model {settings.language_model}: it has a token <image>; take a plain language model")
+    options = {"patch_size": load_config(settings).vision_config.patch_size, "num_additional_image_tokens": 1}  # CLS
+    return transformers.LlavaProcessor(images, tokenizer, vision_feature_select_strategy="default", **options)
+
+
+def check_processes(checkpoint, training):
+    """A DeepSpeed checkpoint resumes only on the same number of processes. Raises SystemExit."""
+    if checkpoint is not None:
+        written_by = len(list(Path(checkpoint).glob("global_step*/*optim_states.pt")))  # a file for each process
+        resumed_by = training.world_size if training.deepspeed_plugin is not None else 0
+        how = f"with DeepSpeed by {written_by} processes" if written_by > 0 else "without DeepSpeed"
+        remedy = "resume it in the same way, or choose another --output_dir"
+        require(written_by == resumed_by, f"{checkpoint} was written {how}: {remedy}")
+
+
+def check_model_files(settings, adapter):
+    """Stop before rows are read if the model or projector cannot be loaded or adapted. Raises SystemExit."""
+    config = load_config(settings)
+    for flag, source, _ in sources(settings):
+        check_weight_files(flag, source)
+    if settings.pretrain_mm_mlp_adapter:
+        projector_weights(settings, config)
+    if adapter is not None:
+        with not_divided(), torch.device("meta"):  # without weights
+            check_lora_targets(settings, adapter, LlavaForConditionalGeneration(config), UNTRAINABLE)
+
+
+def load_config(settings):
+    """The configuration of the LLaVA to start from, or of the one that joining makes. Raises SystemExit."""
+    names = [f"{flag} {source}" for flag, source, _ in sources(settings)]
+    configs = []
+    for name, (_, source, revision) in zip(names, sources(settings), strict=True):
+        is_folder = Path(source, "config.json").exists()
+        hint = "" if is_folder else ": no such folder with a model (--stage align makes one), and as a hub id"
+        with fail_on_error(name + hint):
+            configs.append(AutoConfig.from_pretrained(source, revision=revision))
+    if settings.model_name_or_path:
+        config = configs[0]
+        require(config.model_type == "llava", f"{names[0]} is {config.model_type}, not a LLaVA")
+        vision, text = config.vision_config, config.text_config
+    else:
+        vision, text = configs
+        if vision.model_type == "clip":  # it has a text tower, which is left out
+            vision = vision.vision_config
+    if vision.model_type != "clip_vision_model":
+        fail(f"{names[0]}: its vision encoder is {vision.model_type}; this recipe takes clip_vision_model")
+    if text.model_type not in ("llama", "mistral"):
+        fail(f"{names[-1]}: its language model is {text.model_type}; this recipe takes llama, mistral")
+    if not settings.model_name_or_path:
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_seq_length=num_patches)
+        config.projector_hidden_act = "linear" if settings.projector_type == "linear" else "gelu"
+    kind = "linear" if config.projector_hidden_act == "linear" else "mlp2x_gelu"
+    if settings.projector_type not in (None, kind):
+        fail(f"--projector_type {settings.projector_type}: {names[0]} has a projector of type {kind}")
+    require(isinstance(config.vision_feature_layer, int), f"{names[0]} takes features from several layers, not one")
+    return config
+
+
+def join(settings, config, seed, **options):
+    """Vision encoder + new projector + language model -> a LLaVA. It knows a new token, <image>."""
+    vision = load_complete(CLIPVisionModel, settings.vision_tower, revision=settings.vision_tower_revision, **options)
+    options["revision"] = settings.language_model_revision
+    language = load_complete(transformers.AutoModelForCausalLM, settings.language_model, **options)
     processor = load_processor(settings)
-    old = processor.image_token_id  # it is the last one, so all before it
-    language.resize_token_embeddings(max(old + 1, language.config.vocab_size), pad_to_multiple_of=64, mean_resizing=False)
-    with torch.no_grad():
-        for matrix in {language.get_input_embeddings().weight, language.get_output_embeddings().weight}:
-            matrix[old:] = matrix[:old].float().mean(0).to(matrix.dtype)
-    config.text_config, config.image_token_index = language.config, old
-    config.vision_config = vision.config
+    add_embeddings(language, processor.image_token_id)  # <image> is the last token
+    config.vision_config, config.text_config = vision.config, language.config
+    config.image_token_index = processor.image_token_id
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # as PyTorch begins linear layers, and the original LLaVA
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config)
-    if config.projector_hidden_act == "linear":  # Transformers knows two layers only: the second one does nothing, and stays so
+    if config.projector_hidden_act == "linear":
         torch.nn.init.eye_(projector.linear_2.weight)
         torch.nn.init.zeros_(projector.linear_2.bias)
     if settings.pretrain_mm_mlp_adapter:
         projector.load_state_dict(projector_weights(settings, config))
     model.model.multi_modal_projector = projector.to(vision.device, vision.dtype)
-    model.model.vision_tower, model.model.language_model, model.lm_head = vision, language.get_decoder(), language.lm_head
+    model.model.vision_tower, model.model.language_model = vision, language.get_decoder()
+    model.lm_head = language.lm_head
     tokens = {f"{name}_token_id": getattr(processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.generation_config = GenerationConfig(**tokens)
+    model.generation_config = transformers.GenerationConfig(**tokens)
     return model
 
 
-def save(model, dtype, folder, state_dict=None, **kwargs):
-    """save_pretrained in 16 bits and by the names of the published LLaVAs, which all versions of Transformers and vLLM read; those that
-    Transformers gives today lack vision_model, and under ZeRO-3 it has one model too many."""
-    old = {"model.vision_tower": "vision_tower.vision_model", "model.language_model": "language_model.model", "lm_head": "language_model.lm_head",
-           "model.multi_modal_projector": "multi_modal_projector"}
-    state = {re.sub(f"^({'|'.join(old)})", lambda new: old[new[0]], name): value.to("cpu", dtype)
-             for name, value in (model.state_dict() if state_dict is None else state_dict).items()}
-    type(model).save_pretrained(model, folder, state_dict=state, save_original_format=False, **kwargs)
+def not_divided():
+    """A context in which a process makes a model by itself; ZeRO-3 would divide its weights among all processes."""
+    return patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None)
 
 
-def load_model(settings, training):
-    """The model, joined or loaded, frozen but for what is trained in full: language model in NF4 with load_in_4bit, the rest in bf16 / fp16
-    (float32 on a CPU). With adapters, which need a model to belong to, and with ZeRO-3, which loads in shares, a joined model is first
-    written into output_dir/base."""
-    config, dtype = load_config(settings), precision(training)
-    kwargs = {"dtype": dtype} | ({} if is_deepspeed_zero3_enabled() else {"device_map": {"": training.device}})
-    name, revision = settings.model_name_or_path, settings.model_revision
-    if name is None and (settings.lora_r or is_deepspeed_zero3_enabled()):
-        name, revision = os.path.join(training.output_dir, "base"), None
-        with training.main_process_first():
-            if not os.path.exists(os.path.join(name, "processor_config.json")):  # written last
-                with patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None):  # one process: no shares
-                    save(join(settings, config, training.seed, dtype=dtype), dtype, name)
-                load_processor(settings).save_pretrained(name)
-    if name is None:
-        model = join(settings, config, training.seed, **kwargs)
+def write_base(settings, training, config):
+    """Write the joined model to output_dir/base, unless the run to resume has written it. Returns that folder."""
+    folder, dtype = Path(training.output_dir, "base"), weight_dtype(training)
+    # One process writes for all, or with --save_on_each_node one on each machine: as checkpoints are written.
+    with training.main_process_first(local=training.save_on_each_node):
+        # Without a checkpoint it may be left from an earlier attempt, with other parts. The processor is written last.
+        is_resumed = any(is_whole(checkpoint) for checkpoint in folder.parent.glob("checkpoint-*"))
+        if training.should_save and not (is_resumed and (folder / "processor_config.json").exists()):
+            with not_divided():
+                save_renamed(join(settings, config, training.seed, dtype=dtype), PUBLISHED, dtype, folder)
+            load_processor(settings).save_pretrained(folder)
+    return str(folder)
+
+
+# A projector's weights in the original LLaVA -> in Transformers. The first LLaVA's have no number: it has one linear
+# layer. Transformers knows two layers only, so with projector_hidden_act "linear" the second one is the identity.
+ORIGINAL_NAMES = {"0.weight": "linear_1.weight", "0.bias": "linear_1.bias", "weight": "linear_1.weight"}
+ORIGINAL_NAMES |= {"2.weight": "linear_2.weight", "2.bias": "linear_2.bias", "bias": "linear_1.bias"}
+
+
+def projector_weights(settings, config):
+    """--pretrain_mm_mlp_adapter -> the projector's state dict. Raises SystemExit if there is none that fits."""
+    flag = f"--pretrain_mm_mlp_adapter {settings.pretrain_mm_mlp_adapter}"
+    with fail_on_error(flag):
+        stored = read_tensors(Path(settings.pretrain_mm_mlp_adapter), r"(mm|multi_modal)_projector\.")
+    require(stored, f"{flag}: there is no projector in it; stage 1's output_dir or an mm_projector.bin is needed")
+    weights = {}
+    for name, value in stored.items():
+        name = name.rpartition("projector.")[2]
+        weights[ORIGINAL_NAMES.get(name, name)] = value
+    from_size, to_size = config.vision_config.hidden_size, config.text_config.hidden_size
+    is_linear, identity = config.projector_hidden_act == "linear", torch.eye(to_size)
+    if is_linear and "linear_2.weight" not in weights:
+        weights |= {"linear_2.weight": identity, "linear_2.bias": torch.zeros(to_size)}
+    with torch.device("meta"):
+        fitting = LlavaMultiModalProjector(config).state_dict()
+    sizes = {name: tuple(value.shape) for name, value in weights.items()}
+    kind = "linear" if is_linear else "mlp2x_gelu"
+    needed = f"a {kind} projector from {from_size} to {to_size} is needed"
+    needed += " (--vision_tower, --language_model, --projector_type)"
+    if sizes != {name: tuple(value.shape) for name, value in fitting.items()}:
+        fail(f"{flag} does not fit: it has {sizes}; {needed}")
+    found_kind = "linear" if weights["linear_2.weight"].float().equal(identity) else "mlp2x_gelu"
+    require(found_kind == kind, f"{flag} does not fit: it is {found_kind}; {needed}")
+    return weights
+
+
+def warn_if_untrained(settings, model):
+    """Warn if the projector is as new: zero biases (Transformers), or no weight beyond PyTorch's initial bound."""
+    layers = [model.model.multi_modal_projector.linear_1]
+    if model.config.projector_hidden_act != "linear":  # then the second layer is the identity
+        layers.append(model.model.multi_modal_projector.linear_2)
+    with gathered(model.model.multi_modal_projector.parameters()):
+        has_zero_biases = not any(layer.bias is None or layer.bias.any() for layer in layers)
+        is_within_bound = all(layer.weight.abs().max() <= 1.01 * layer.in_features**-0.5 for layer in layers)
+    if has_zero_biases or is_within_bound:
+        name = settings.pretrain_mm_mlp_adapter or settings.model_name_or_path
+        PartialState().print(f"warning: the projector of {name} has never been trained: --stage align comes first")
+
+
+@contextlib.contextmanager
+def blank_image(llava, inputs):
+    """Give a text-only batch one blank image, whose features are not inserted, so that all processes run the same
+    modules; otherwise they would wait for each other for ever."""
+    if "pixel_values" in inputs:
+        yield
+        return
+
+    def no_positions(input_ids, *args, **kwargs):  # the model's own would raise an error: there is no <image>
+        return torch.zeros_like(input_ids, dtype=torch.bool).unsqueeze(-1)
+
+    size, device = llava.config.vision_config.image_size, inputs["input_ids"].device
+    inputs["pixel_values"] = torch.zeros(1, 3, size, size, device=device, dtype=llava.dtype)
+    with patch.object(llava.model, "get_placeholder_mask", no_positions):
+        yield
+
+
+# =====================================================================================================================
+# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
+# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# =====================================================================================================================
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+# Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
+UNUSED_FLAGS = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed
+fsdp do_train do_eval do_predict dataloader_drop_last""".split()
+
+
+OTHER_NAMES = {"gradient_checkpointing": "; its new name is --activation_checkpointing"}
+
+
+OTHER_NAMES["deepspeed"] = "; give it to the launcher: accelerate launch --config_file"
+
+
+# Settings that may change when a run is resumed: they have no effect on what is trained.
+FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
+dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens
+max_new_tokens shared_prompt logging_steps save_total_limit per_device_eval_batch_size""".split()
+
+
+SPLIT_NOTE = "# Evaluation rows without a split of their own: whole groups of rows that share images."  # settings.yaml
+
+
+def fail(message):
+    """End the program (SystemExit) with exit status 1 and one message, which only the first process prints."""
+    sys.exit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def require(condition, message):
+    """End the program with this message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+# What a damaged file of a model, or one of another kind of model, can raise.
+READ_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, TemplateError)
+
+
+@contextlib.contextmanager
+def fail_on_error(message):
+    """End the program with this message if files of a model cannot be read, or do not fit, in the `with` block."""
+    try:
+        yield
+    except (*READ_ERRORS, SafetensorError) as error:
+        fail(f"{message}: {' '.join(str(error).split()):.600}")
+
+
+def pick_precision(training):
+    """Unless the user chose: bf16 where the GPU has it, fp16 on an older GPU, float32 on a CPU."""
+    if training.bf16 is None and not training.fp16:
+        has_gpu = torch.cuda.is_available() and not training.use_cpu
+        training.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        training.fp16 = has_gpu and not training.bf16
+
+
+def weight_dtype(training):
+    """The dtype of the frozen weights."""
+    if training.bf16:
+        return torch.bfloat16
+    if training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def parse_arguments(parser, refused, argv=None, fill=None):
+    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
+    refused: inherited flags that this recipe does not use, beside UNUSED_FLAGS. fill: a function that completes
+    {name: value} with defaults that depend on other settings. training.given: the values before __post_init__ or
+    `fill` changed any, for settings.yaml."""
+    # Loader processes are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config_file = parser.parse_known_args(argv)[0].config
+    if config_file:
+        argv = flags_from_yaml(config_file, parser) + argv
+    try:
+        given = vars(parser.parse_args(argv))
+        del given["config"]
+        for field in fields(parser.dataclass_types[1]):
+            if field.name in UNUSED_FLAGS + refused and given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+        settings, training = parser.parse_dict(fill(given) if fill else given)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        fail(error)
+    training.given = {name: value for name, value in given.items() if name != "hub_token"}
+    return settings, training
+
+
+def flags_from_yaml(file, parser):
+    """A YAML file of settings -> a list of flags, so that argparse checks their types and choices."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fail(f"--config {file} cannot be read: {error}")
+    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
+    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
+    flags = []
+    for name, value in config.items():
+        if value is None or value == []:  # no flag can say these, so they become the default
+            may_be_none = name not in types or type(None) in get_args(types[name]) or parser.get_default(name) is None
+            require(value == [] or may_be_none, f"--config {file}: {name} must have a value")
+            parser.set_defaults(**{name: value})
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags
+
+
+def check_training(settings, training, memory_needed, metrics=("loss",)):
+    """Stop if the machine, or flags that every recipe has, cannot work. Raises SystemExit.
+    `metrics`: what the best checkpoint may be chosen by. The lowest loss is the best, the highest of all others."""
+    gpus, has_device = training.n_gpu, training.use_cpu or training.device.type != "cpu"
+    launch = f"accelerate launch --num_processes {gpus} {Path(__file__).name}"
+    require(has_device, f"no GPU found ({memory_needed}); for tiny models: --use_cpu")
+    require(gpus <= 1, f"{gpus} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
+    require(not (training.fp16 and training.use_cpu), "--fp16 needs a GPU")
+
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        require(getattr(training, name) >= 1, f"--{name}: batch sizes and accumulation steps must be at least 1")
+    for name in ("eval", "save", "logging"):
+        if getattr(training, f"{name}_strategy") == "steps":
+            steps = getattr(training, f"{name}_steps")
+            require(steps > 0, f"--{name}_steps: above 0 is needed; --{name}_strategy no turns it off")
+    is_positive = training.max_steps != 0 and training.num_train_epochs > 0
+    require(is_positive, "--max_steps and --num_train_epochs must be above 0")
+    require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
+    require(0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1")
+    require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
+    if training.load_best_model_at_end:
+        check_best_model(training, metrics)
+    try:  # tested now: otherwise they fail after the long loading of the weights
+        for callback in transformers.integrations.get_reporting_integration_callbacks(training.report_to):
+            callback()
+        if training.push_to_hub:
+            HfApi(token=training.hub_token).whoami()
+    except Exception as error:  # each integration has exceptions of its own
+        fail(f"--report_to or --push_to_hub: {error}")
+
+
+def check_best_model(training, metrics):
+    """Stop if the best checkpoint could not be found: another metric, the wrong direction, or not saved."""
+    metric = str(training.metric_for_best_model).removeprefix("eval_")
+    require(metric in metrics, f"--metric_for_best_model {metric}: this recipe computes {' and '.join(metrics)} only")
+    higher_is_better = metric != "loss"
+    message = f"--greater_is_better {not higher_is_better} would keep the worst checkpoint by {metric}".lower()
+    require(training.greater_is_better == higher_is_better, message)
+    if training.eval_strategy == training.save_strategy == "steps":
+        message = "to keep the best: --save_steps equal to --eval_steps, or --load_best_model_at_end false"
+        require(training.eval_steps == training.save_steps, message)
+
+
+# ----------------------------------------------------------------------------------------------------- images and rows
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
+
+    def __init__(self, reason, detail="", row=None):
+        super().__init__(reason, detail, row)
+        self.reason = reason
+        self.detail = detail
+        self.row = row
+
+    def __str__(self):
+        text = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return text if self.row is None else f"row {self.row}: {text}"
+
+
+def stored_images(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images."""
+    if value is None or value == "":
+        return []
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str):
+            image = os.path.join(folder, image)
+        images.append(image)
+    if images == [None]:  # an embedded image with neither path nor bytes
+        return []
+    return images
+
+
+def image_key(image):
+    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
+    if isinstance(image, dict):
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+
+
+def load_image(image, max_aspect_ratio=200):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
+    if len(source) > 500:  # an image written as text, perhaps
+        source = f"{source[:100]}... ({len(source)} characters)"
+    try:
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        frames = getattr(image, "n_frames", 1)
+        is_several = frames > 1 and image.format != "MPO"  # a phone's MPO holds the picture and a preview of it
+        image.load()  # verify() would accept a truncated JPEG
+        upright = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise BadRow("image too large", f"{source} ({error}); shrink it") from error
+    except Exception as error:  # decoders raise all kinds of exceptions
+        cause = getattr(error, "strerror", None) or error
+        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
+    if is_several:
+        raise BadRow(
+            "several images", f"{source} holds {frames}, only the first would be seen; give each its own file"
+        )
+    width, height = upright.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
+        raise BadRow("image too narrow", detail)
+    return upright
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError for brightness that is no number."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
+        brightest = image.getextrema()[1]
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"its brightest value is {brightest}")
+        is_0_to_1 = image.mode == "F" and brightest <= 1
+        scale = 255 / brightest if is_0_to_1 or brightest > 255 else 1
+        # For these modes PIL only accepts a function of the form value * scale + offset.
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
+    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def refuse_duplicate_keys(pairs):
+    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key appears twice in {str(pairs):.200}")
+    return row
+
+
+def read_json(path):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error} (a .jsonl file has one row a line)") from None
     else:
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", *PARTS[:2]])  # replaces bitsandbytes' own list, so lm_head is named again
-        model = complete(LlavaForConditionalGeneration, name, revision=revision, quantization_config=nf4 if settings.load_in_4bit else None, **kwargs)
-    if settings.model_name_or_path and settings.pretrain_mm_mlp_adapter:
-        with gathered(model.model.multi_modal_projector.parameters()):
-            model.model.multi_modal_projector.load_state_dict(projector_weights(settings, config))
+        try:
+            rows = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error} (a .json file is one list of rows; one row a line is a .jsonl file)") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
+    if not any(rows):
+        raise ValueError("it is empty")
+    broken = [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]
+    if broken:
+        raise ValueError(f"half a character (a lone surrogate) is in rows {broken[:20]}; fix their encoding")
+
+    # from_generator may divide every list among its arguments, so columns, which it must not divide, are a tuple.
+    columns = tuple(dict.fromkeys(key for row in rows for key in row))
+
+    def encoded_rows(rows, columns):  # as JSON text: datasets.Json() would read the text "7" as the number 7
+        for row in rows:
+            yield {column: json.dumps(row.get(column), ensure_ascii=False) for column in columns}
+
+    features = datasets.Features({column: datasets.Json() for column in columns})
+    arguments = {"rows": rows, "columns": columns}
+    return datasets.Dataset.from_generator(encoded_rows, features=features, gen_kwargs=arguments)
+
+
+def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
+    """(train, eval): the rows that the collator accepts. If eval_rows is None, some of train are held out instead;
+    eval is None if nothing is to be evaluated (--eval_strategy no, --eval_fraction 0)."""
+    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
+        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
+        eval_rows = check_rows(eval_rows, "the evaluation data", collator, settings, training)
+    train_rows = check_rows(train_rows, name, collator, settings, training)
+    if eval_rows is not None:
+        return train_rows, eval_rows
+    if training.eval_strategy == "no" or settings.eval_fraction == 0:
+        return train_rows, None
+    refuse_run_with_other_split(training)
+    return hold_out(train_rows, settings, training)
+
+
+def check_rows(rows, name, collator, settings, training):
+    """The rows that the collator accepts, with two new columns that hold_out and the sampler use: `length`, in tokens,
+    and `image_keys`. The other rows are left out, or the program ends and names them (--on_bad_rows)."""
+
+    def try_row(row, changed_at):
+        try:
+            length = collator([row])["attention_mask"].shape[1]
+            keys = [image_key(image) for image in collator.images_of(row)]
+        except BadRow as error:
+            return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
+        return {"reason": None, "detail": None, "length": length, "image_keys": keys}
+
+    require(len(rows) > 0, f"{name} is empty: there is nothing to train on")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    features = datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text))
+    # map() reuses its result while function and arguments stay the same. The function holds the collator with all its
+    # attributes; `changed_at` is given so that rows are checked again when an image file has changed.
+    options = {"features": features, "fn_kwargs": {"changed_at": times_of_change(rows, collator)}}
+    if len(rows) > 1000:
+        options["num_proc"] = getattr(training, "dataset_num_proc", None) or os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    with training.main_process_first(desc=f"checking {name}"):
+        results = rows.map(try_row, remove_columns=rows.column_names, desc=f"Checking {name}", **options)
+    torch.set_num_threads(threads)
+
+    found = zip(results["reason"], results["detail"], strict=True)
+    problems = {n: (reason, detail) for n, (reason, detail) in enumerate(found) if reason is not None}
+    report_problems(rows, problems, name, settings)
+    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    return rows.select([n for n in range(len(rows)) if n not in problems])
+
+
+def times_of_change(rows, collator):
+    """[(path, time of its last change)] of the image files that these rows name."""
+    columns = []
+    for column in set(collator.image_columns).intersection(rows.column_names):
+        has_paths = isinstance((stored_images(rows[0][column], "") or [None])[0], str)
+        if has_paths or "Image(" not in str(rows.features[column]):  # embedded images are no files
+            columns.append(column)
+    if not columns:
+        return []
+    paths = set()
+    for row in rows.select_columns([*columns, "folder"]):
+        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
+            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
+
+
+def report_problems(rows, problems, name, settings):
+    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit."""
+    if not problems:
+        return
+    counts = Counter(reason for reason, _ in problems.values())
+    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals}"]
+    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
+    for n, row in zip(shown, rows.select(shown), strict=True):
+        reason, detail = problems[n]
+        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
+        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
+    if len(problems) > len(shown):
+        lines.append(f"  ... and {len(problems) - len(shown)} more")
+
+    too_long = counts["too long"]
+    broken = len(problems) - too_long
+    none_left = len(problems) == len(rows)
+    stop_on_broken = broken > 0 and settings.on_bad_rows == "stop"
+    stop_on_long = too_long > 0 and settings.on_long_rows == "stop"
+    if not (none_left or stop_on_broken or stop_on_long):
+        PartialState().print("left out:", "\n".join(lines))
+        return
+    if broken > 0:
+        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
+    if too_long > 0:
+        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
+    if none_left:
+        lines.append("No row would be left.")
+    fail("\n".join(lines))
+
+
+def draw_rows(rows, count, seed):
+    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
+    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
+
+
+def hold_out(rows, settings, training):
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
+    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image go to the same side,
+    directly or through other rows: another question about an image that was trained on would be no test."""
+    # 1. Groups of images that rows connect. A row without images counts as one image.
+    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    connected = UnionFind()
+    for images in images_of_row:
+        connected.union(*images)
+    groups = list(connected.to_sets())
+    group_of_image = {image: group for group in groups for image in group}
+    # 2. Image by image in random order, take its group, until there are enough.
+    order = sorted(group_of_image)
+    random.Random(training.seed).shuffle(order)
+    held_out, room = set(), max(1, round(settings.eval_fraction * len(order)))
+    for image in order:
+        group = group_of_image[image]
+        if image not in held_out and len(group) <= room:  # a larger group than there is room for is trained on
+            held_out |= group
+            room -= len(group)
+    if not held_out:
+        held_out = min(groups, key=len)
+    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
+    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
+    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
+    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
+
+
+def refuse_run_with_other_split(training):
+    """Stop if output_dir holds a run of an earlier version: it lacks SPLIT_NOTE, and has held out other rows."""
+    output_dir = Path(training.output_dir)
+    settings = output_dir / "settings.yaml"
+    is_begun = any(output_dir.glob("checkpoint-*")) or (output_dir / "trainer_state.json").exists()
+    if is_begun and settings.exists() and SPLIT_NOTE not in settings.read_text(encoding="utf-8"):
+        problem = f"{output_dir} holds a run of an earlier version, which held out other rows for evaluation"
+        fail(f"{problem}: use that version for it, or choose another --output_dir")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def keep_4bit_trainable_on_cpu(model):
+    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # on a CPU the first eval() would repack 4-bit weights for a
-            module.support_avx512bf16_for_cpu = False  # kernel without autograd, and adapters would get no gradient
-    model.requires_grad_(False)
-    if settings.lora_r == 0:
-        for part, rate in zip([*PARTS, "lm_head"], [*rates(settings, training), training.learning_rate]):
-            model.get_submodule(part).requires_grad_(rate > 0)
-        # The names of the files are those that Trainer resumes by.
-        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def nf4_quantization(dtype, skip_modules):
+    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`.
+    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
+    a bare "vision_tower" would match nothing."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
+
+
+def lora_targets(names, language_model, default):
+    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
+
+    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
+    if not names:
+        return default
+    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    if not is_one_regex:
+        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        fail(f"--lora_target_modules {names[0]!r} is no regular expression: {error}")
+    return names[0]
+
+
+def check_lora_targets(settings, adapter, model, untrainable):
+    """Stop if a LoRA target is no linear layer of the model, or one that cannot be trained. Raises SystemExit.
+    adapter: the LoraConfig, or None. model: may be an empty_model. untrainable: {part of a path: reason}."""
+    if adapter is None:
+        return
+    targets = adapter.target_modules
+    matched = []
+    for name, module in model.named_modules():
+        if targets == "all-linear":  # PEFT leaves lm_head out
+            is_target = module is not model.get_output_embeddings()
+        elif isinstance(targets, str):
+            is_target = re.fullmatch(targets, name)
+        else:
+            is_target = f".{name}".endswith(tuple(f".{target}" for target in targets))
+        if is_target and isinstance(module, torch.nn.Linear):
+            matched.append(name)
+    names = settings.lora_target_modules or []
+    for wanted in names:
+        is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
+        if len(names) == 1 and not is_found:  # it may be a regex
+            is_found = any(re.fullmatch(wanted, name) for name in matched)
+        require(is_found, f"--lora_target_modules {wanted}: no such linear layer; give names (q_proj) or one regex")
+    for part, reason in untrainable.items():
+        inside = [name for name in matched if f".{part}." in f".{name}."]
+        require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
+
+
+def check_weight_files(flag, folder):
+    """Stop before rows are read if a local folder has no weights, or some that were cut off. Raises SystemExit."""
+    files = list(Path(folder).glob("*.safetensors"))
+    with fail_on_error(f"{flag} {folder}"):
+        for file in files:
+            safe_open(file, "pt")  # raises if the end of the file is missing
+    if Path(folder).is_dir() and not files and not list(Path(folder).glob("*.bin")):
+        fail(f"{flag} {folder}: there are no weights in it")
+
+
+def load_complete(model_class, name, **options):
+    """model_class.from_pretrained, but missing weights are an error: it would make them up. Raises ValueError."""
+    model, info = model_class.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}: {', '.join(missing[:3])}")
     return model
 
 
-def lora_config(settings):
-    """LoRA on every linear layer of the language model; beside it are the parts that have a rate, trained in full, and a projector that the
-    whole model beneath does not have. None for r 0."""
-    other = settings.model_name_or_path and settings.pretrain_mm_mlp_adapter
-    needed = settings.vision_learning_rate, settings.projector_learning_rate or other
-    return None if settings.lora_r == 0 else LoraConfig(
-        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM",
-        target_modules=rf"{re.escape(PARTS[2])}\..*\.(q|k|v|o|gate|up|down)_proj",
-        modules_to_save=[part for part, need in zip(PARTS, needed) if need] or None)
+def read_tensors(path, pattern):
+    """{name: tensor} of a folder's .safetensors, or of a file that torch.save wrote, if the pattern is in the name."""
+    tensors = {}
+    if path.is_dir():
+        for file in path.glob("*.safetensors"):
+            weights = safe_open(file, "pt")
+            names = [name for name in list(weights.keys()) if re.search(pattern, name)]
+            tensors |= {name: weights.get_tensor(name) for name in names}
+        return tensors
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError):  # torch's own text advises to run what is in it
+        raise ValueError("it is empty, damaged, or a pickle that holds more than weights") from None
+    for name, value in stored.items() if isinstance(stored, dict) else ():
+        if isinstance(value, torch.Tensor) and re.search(pattern, str(name)):
+            tensors[name] = value
+    return tensors
 
 
-def untrained(projector):
-    """Whether a projector looks as it began: zero biases (Transformers' beginning), or no weight beyond torch's bound."""
-    layers = [projector.linear_1] if projector.linear_2.weight.equal(torch.eye(len(projector.linear_2.weight)).to(projector.linear_2.weight)) else [
-        projector.linear_1, projector.linear_2]
-    return all((p.bias is not None and not p.bias.any()) or p.weight.abs().max() <= 1.01 * p.in_features**-0.5 for p in layers)
+def save_renamed(model, beginnings, dtype, folder, state_dict=None, **options):
+    """save_pretrained in `dtype`, by other names. beginnings: {how names begin: how they begin in the file}."""
+    renamed = {}
+    for name, value in (state_dict or model.state_dict()).items():
+        for old, new in beginnings.items():
+            if name.startswith(old):
+                renamed[new + name.removeprefix(old)] = value.to("cpu", dtype)
+    type(model).save_pretrained(model, folder, state_dict=renamed, save_original_format=False, **options)
 
 
-def marked(batch, processor):
-    """The first row of a batch as text: what is trained on in «», runs of image tokens folded, padding left out."""
-    out, shown, end, real = "", "", 0, batch["attention_mask"][0].bool()
-    ids, labels = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist()
-    kinds = ((token == processor.image_token_id, label != -100) for token, label in zip(ids, labels))
-    for (image, trained), run in itertools.groupby(kinds):
-        end += (count := len(list(run)))
-        text = processor.tokenizer.decode(ids[:end])  # from the start: by itself a run would lose its leading space
-        out += f"<image> x {count}" if image else f"«{text[len(shown) :]}»" if trained else text[len(shown) :]
-        shown = text
-    return out
+def add_embeddings(language_model, first_new):
+    """Give a language model embeddings for token ids from `first_new` on, to a multiple of 64: the mean of all others.
+    It may have such rows already, which no token uses."""
+    num_rows = max(first_new + 1, language_model.config.vocab_size)
+    language_model.resize_token_embeddings(num_rows, pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+            layer.weight[first_new:] = layer.weight[:first_new].float().mean(0).to(layer.weight.dtype)
+
+
+def gathered(parameters):
+    """A context in which ZeRO-3, which divides each weight among the processes, puts these weights together."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed  # needed by few: it is no dependency
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
+def train_in_float32(model):
+    """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def print_parameters(model, parts, rate_of=None):
+    """Print how many parameters each part of the model has, how many are trained and in 4-bit, and their learning rate
+    by `rate_of(name)`. A weight belongs to the first part whose name is in its own, or else to the last one."""
+    counts = {part: Counter() for part in parts}
+    rates = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:  # PEFT trains a copy of it
+            continue
+        part = next((part for part in parts if part in name), parts[-1])
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # a byte holds two
+            counts[part]["in 4-bit"] += size
+        counts[part]["all"] += size
+        if parameter.requires_grad:
+            counts[part]["trained"] += size
+            rates[part] = rate_of(name) if rate_of else 0
+    for part, count in counts.items():
+        if count["all"] > 0:
+            rate = f" at {rates[part]:g}" if rate_of else ""
+            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained{rate}"
+            PartialState().print(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
+
+
+def marked(batch, processor, n=0):
+    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
+    real = batch["attention_mask"][n].bool()
+    ids = batch["input_ids"][n][real].tolist()
+    is_trained = (batch["labels"][n][real] != -100).tolist()
+    is_image = [token == processor.image_token_id for token in ids]
+    text, decoded, end = "", "", 0
+    for (image, trained), run in itertools.groupby(zip(is_image, is_trained, strict=True)):
+        count = len(list(run))
+        end += count
+        # Decoded from the start each time: a run by itself would lose its leading space.
+        before, decoded = decoded, processor.tokenizer.decode(ids[:end])
+        piece = decoded[len(before) :]
+        if image:
+            text += f"<image> x {count}"
+        elif trained:
+            text += f"«{piece}»"
+        else:
+            text += piece
+    return text
+
+
+def labels_from_masks(batch, masks, image_token_id):
+    """labels (B, L): the ids of a row where its mask is True, -100 elsewhere. A mask has a value for each text token
+    of the row: none for image tokens and padding."""
+    is_text = batch["attention_mask"].bool() & (batch["input_ids"] != image_token_id)
+    labels = torch.full_like(batch["input_ids"], -100)
+    for n, mask in enumerate(masks):
+        text_positions = is_text[n].nonzero().squeeze(1)
+        trained_positions = text_positions[mask]
+        labels[n, trained_positions] = batch["input_ids"][n, trained_positions]
+    return labels
+
+
+def next_tokens(labels):
+    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+@contextlib.contextmanager
+def logits_only_at(positions, lm_head):
+    """Optional, for speed: within the `with` block lm_head scores these positions only. Pass it shift_labels to match.
+
+    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+
+    def select(module, inputs):
+        return inputs[0][positions]
+
+    hook = lm_head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class ReplacedForwards(transformers.TrainerCallback):
+    """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
+
+    def __init__(self):
+        self.modules = []
+
+    def replace(self, module, forward):
+        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.modules.append(module)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for module in self.modules:
+            vars(module).pop("forward", None)  # from here on the forward of its class again
+
+
+class FrozenWithoutGraph(ReplacedForwards):
+    """Optional, for speed: a frozen part of the model (the vision tower) runs without a graph until training ends.
+    Activation checkpointing makes a model's inputs require a gradient, so it would compute a frozen tower twice and
+    backpropagate through it. To do without this, delete the line that adds it: the result is the same."""
+
+    def __init__(self, model, part):
+        super().__init__()
+        for name, module in model.named_modules():
+            if f".{name}".endswith(f".{part}"):
+                trained = [weight for weight, parameter in module.named_parameters() if parameter.requires_grad]
+                remedy = "freeze it, or delete the line that adds FrozenWithoutGraph"
+                require(not trained, f"{part} runs without a graph, so {trained[:1]} would get no gradient: {remedy}")
+                self.replace(module, torch.no_grad()(module.forward))
+
+
+def optimizer_by_part(trainer, rate_of, logged_rate):
+    """The optimizer of --optim, with a learning rate for each weight: `rate_of(name)`. Biases and norms do not decay.
+
+    Weights with `logged_rate` come first: the first group's rate is the one that is logged."""
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+
+    def group_of(name):
+        rate = rate_of(name)
+        return rate != logged_rate, rate, name in decayed
+
+    groups = []
+    for (_, rate, decays), names in itertools.groupby(sorted(trained, key=group_of), key=group_of):
+        weight_decay = trainer.args.weight_decay if decays else 0.0
+        groups.append({"params": [trained[name] for name in names], "lr": rate, "weight_decay": weight_decay})
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    return optimizer_class(groups, **options)
 
 
 class ByModalityAndLength(torch.utils.data.Sampler):
-    """Numbers of rows, so that those of a step (`rows` of them: all processes, all accumulated) have images or have none, all of them,
-    and are about as long; the longest come first. What is left over of both kinds comes last. `epoch` says which one begins: each has an order of its
-    own, the same one in all processes and after a resume. After LLaVA's group_by_modality_length."""
+    """Optional, for speed, LLaVA's group_by_modality_length: the rows of a step all have images or all have none, and
+    are of similar length, so there is little padding. The longest step comes first, to see whether it fits; what is
+    left over of both kinds comes last. To do without it: --group_by_modality_length false.
+    `generator()` returns the random numbers of the current epoch."""
 
-    def __init__(self, lengths, images, rows, seed, epoch):
-        self.lengths, self.images, self.rows, self.seed, self.epoch = list(lengths), list(images), rows, seed, epoch
+    def __init__(self, lengths, image_counts, rows_per_step, generator):
+        self.lengths = list(lengths)
+        self.image_counts = list(image_counts)
+        self.rows_per_step = rows_per_step
+        self.generator = generator
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
-        random, steps, rest = torch.Generator().manual_seed(self.seed + self.epoch()), [], []
-        for kind in (True, False):
-            if mine := [n for n, images in enumerate(self.images) if (images > 0) == kind]:
-                order = [mine[i] for i in get_length_grouped_indices([self.lengths[n] for n in mine], self.rows, generator=random)]
-                full = len(order) - len(order) % self.rows
-                steps += [order[n : n + self.rows] for n in range(0, full, self.rows)]
-                rest += order[full:]
-        steps = [steps[n] for n in torch.randperm(len(steps), generator=random)]
-        if steps:  # if memory runs out, then in the first step
+        generator, size = self.generator(), self.rows_per_step
+        steps, left_over = [], []
+        for has_images in (True, False):
+            rows = [n for n, count in enumerate(self.image_counts) if (count > 0) == has_images]
+            if rows:
+                lengths = [self.lengths[n] for n in rows]
+                order = [rows[n] for n in get_length_grouped_indices(lengths, size, generator=generator)]
+                end = len(rows) - len(rows) % size
+                steps += [order[start : start + size] for start in range(0, end, size)]
+                left_over += order[end:]
+        steps = [steps[n] for n in torch.randperm(len(steps), generator=generator)]
+        if steps:
             longest = max(range(len(steps)), key=lambda step: max(self.lengths[n] for n in steps[step]))
             steps[0], steps[longest] = steps[longest], steps[0]
-        return itertools.chain(*steps, rest)
+        return itertools.chain(*steps, left_over)
 
 
-def lean(model, size):
-    """model.forward for training: scores label positions only (of a caption's 600 tokens 576 are its image's), and lets a batch without
-    images run a blank one of `size` through tower and projector, to be put nowhere: several processes must use the same parts in the
-    same order, or they wait for each other for ever."""
-    usual, placeholders = model.forward, model.model.get_placeholder_mask
-
-    def none_or_usual(input_ids, *args, **kwargs):
-        mask = (input_ids == model.config.image_token_id).unsqueeze(-1)
-        return placeholders(input_ids, *args, **kwargs) if mask.any() else mask
-
-    def forward(input_ids=None, labels=None, pixel_values=None, num_items_in_batch=None, **kwargs):
-        if labels is None:
-            return usual(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        if pixel_values is None:
-            pixel_values = torch.zeros(1, 3, size, size, device=input_ids.device, dtype=model.dtype)
-        hidden = model.model(input_ids=input_ids, pixel_values=pixel_values, **kwargs).last_hidden_state
-        told = labels[:, 1:] != -100
-        logits = model.lm_head(hidden[:, :-1][told]).float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][told], reduction="sum")
-        return CausalLMOutput(loss=loss / (told.sum() if num_items_in_batch is None else num_items_in_batch))
-
-    model.model.get_placeholder_mask = none_or_usual
-    return forward
+def epoch_generator(trainer):
+    """Random numbers for the order of rows in the current epoch, the same on all GPUs and after a resume."""
+    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+    epoch = int(trainer.state.epoch or 0)  # after a resume Trainer does not call set_epoch on samplers of ours
+    return torch.Generator().manual_seed(seed + epoch)
 
 
-class Trainer(transformers.Trainer):
-    """Trainer with a learning rate for each part, batches by modality and length, a frozen vision tower without a graph, and after each
-    evaluation captions or answers for a few held-out rows, greedily, in samples.md."""
-
-    def __init__(self, settings, model, args, *more, **kwargs):
-        self.settings, self.rates, base = settings, rates(settings, args), model.get_base_model() if isinstance(model, PeftModel) else model
-        base.forward = lean(base, base.config.vision_config.image_size)
-        super().__init__(model, args, *more, **kwargs)
-        layers, feature = base.config.vision_config.num_hidden_layers, base.config.vision_feature_layer
-        used = feature if feature >= 0 else layers + 1 + feature  # layers after the one that features are taken from get no gradient
-        for name, p in self.model.named_parameters():
-            layer = re.search(r"vision_tower\..*\blayers\.(\d+)\.", name)
-            unused = layer and int(layer[1]) >= used or "vision_tower" in name and "post_layernorm" in name
-            identity = base.config.projector_hidden_act == "linear" and ".linear_2." in name  # of a linear projector
-            idle = self.rate(name) > 0 and (unused or identity)
-            p.requires_grad &= self.rate(name) > 0 and not idle
-            if (p.requires_grad or idle) and not self.is_deepspeed_enabled:  # in 16 bits small steps round to nothing; DeepSpeed has its own copy
-                p.data = p.data.float()
-        tower = base.get_submodule(PARTS[0])
-        if not any(p.requires_grad for p in tower.parameters()):
-            tower.forward = torch.no_grad()(tower.forward)  # checkpointing's hook on its input would back-propagate through it
-
-    def rate(self, name):
-        """The learning rate of a weight, by the part that its name belongs to."""
-        return next((rate for part, rate in zip(PARTS, self.rates) if f".{part}." in f".{name}"), self.rates[2])
-
-    def create_optimizer(self, *args, **kwargs):
-        """AdamW, or --optim, with the rate of the part that a weight belongs to; biases and norms do not decay."""
-        if self.optimizer is None:
-            groups, decay, named = [], set(self.get_decay_parameter_names(self.model)), dict(self.model.named_parameters())
-            main = max(self.rates[1:]) if self.settings.stage == "align" else self.rates[2]
-            kind = lambda n: (self.rate(n) != main, self.rate(n), n in decay)  # the first group's rate is the one logged
-            for (_, rate, decays), some in itertools.groupby(sorted((n for n, p in named.items() if p.requires_grad), key=kind), key=kind):
-                groups.append({"params": [named[n] for n in some], "lr": rate, "weight_decay": self.args.weight_decay * decays})
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(groups, **settings)
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset=None):
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if not self.settings.group_by_modality_length:
-            return super()._get_train_sampler(data)
-        rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # asked for its epoch, not told by set_epoch: where several processes go on from a checkpoint, Accelerate's does not get there
-        return ByModalityAndLength(data["length"], data["images"], rows, seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def evaluate(self, *args, **kwargs):
-        metrics, collator, out = super().evaluate(*args, **kwargs), self.data_collator, Path(self.args.output_dir)
-        rows = self.eval_dataset.select(range(min(self.settings.sample_rows, len(self.eval_dataset))))
-        if len(rows) == 0 or not (self.is_world_process_zero() or is_deepspeed_zero3_enabled()):  # with ZeRO-3 it takes all of them to answer
-            return metrics
-        text = f"\n## Step {self.state.global_step}\n\n| picture | question | right | answered |\n|---|---|---|---|\n"
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            messages = collator.read(row)
-            batch = collator.tokenize([messages[:-1]], prompt=True).to(self.args.device)
-            with torch.no_grad(), self.accelerator.autocast():  # max_length None: the model's own would only warn
-                ids = self.model.generate(**batch, max_new_tokens=self.settings.sample_tokens, max_length=None, do_sample=False,
-                                          use_cache=True, eos_token_id=collator.stop)[0, batch["input_ids"].shape[1] :]
-            pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-            if self.is_world_process_zero():
-                for n, picture in enumerate(pictures):
-                    ImageOps.contain(picture, (224, 224)).save(out / f"samples/{row['row']}-{n}.png")
-            cells = [" ".join(f"![](samples/{row['row']}-{n}.png)" for n in range(len(pictures))), text_of(messages[-2]),
-                     text_of(messages[-1]), collator.processor.tokenizer.decode(ids, skip_special_tokens=True)]
-            text += f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |\n"
-        if self.is_world_process_zero():
-            with open(out / "samples.md", "a", encoding="utf-8") as file:
-                file.write(text)
-        return metrics
+def tokens_that_end_a_line(tokenizer):
+    """Token ids whose text ends in a newline. Some tokenizers have many: a full stop and a newline together."""
+    newlines = ("<0x0A>", "\u010a", "\n")  # as a byte, as byte-level BPE writes it, as it is
+    candidates = [n for token, n in tokenizer.get_vocab().items() if token.endswith(newlines)]
+    return sorted(n for n in candidates if tokenizer.decode([n]).endswith("\n"))
 
 
-def is_whole(folder):
-    """Whether a checkpoint has all that it takes to go on from it; one that was cut off while it was written has not."""
+def text_of(message):
+    """The words of a message, without its images."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def images_in(messages):
+    """The images of a conversation, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message."""
+    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+Answer = namedtuple("Answer", "text num_tokens ended")  # ended: whether it stopped by itself, and not at the limit
+
+
+def answer_rows(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each answers a
+    share of the rows; under ZeRO-3, where all must use the same weights at the same time, each answers all."""
+    share = range(len(rows))
+    if not is_deepspeed_zero3_enabled():
+        share = share[PartialState().process_index :: PartialState().num_processes]
+    batch_size = trainer.args.per_device_eval_batch_size
+    answers = {}  # number of a row -> Answer
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        answers |= zip(numbers, answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens), strict=True)
+    all_answers = dict(gather_object(list(answers.items())))
+    return [all_answers[n] for n in range(len(rows))]
+
+
+def answer_batch(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row, generated together: a list of Answer."""
+    collator, device = trainer.data_collator, trainer.args.device
+    conversations = [collator.read(row) for row in rows]
+    questions = [messages[: last_answer(messages)] for messages in conversations]
+    batch = collator.tokenize(questions, prompt=True).to(device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = collator.stop_ids
+    options["max_length"] = None  # the one in the model's generation config would only cause a warning
+    trainer.model.eval()  # each training step turns training mode on again
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = trainer.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    # From the stop token on, also in the padding after it:
+    is_over = torch.isin(ids, torch.tensor(collator.stop_ids, device=device)).cumsum(dim=1) > 0
+    answers = []
+    for row_ids, over in zip(ids, is_over, strict=True):
+        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
+    return answers
+
+
+class AnswerSamples(transformers.TrainerCallback):
+    """After each evaluation, answer the last question of the first few held-out rows, into samples.md."""
+
+    def __init__(self, trainer, num_rows, max_new_tokens):
+        self.trainer = trainer
+        self.num_rows = num_rows
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        rows = self.trainer.eval_dataset
+        rows = rows.take(min(self.num_rows, len(rows)))
+        samples = []
+        for row, answer in zip(rows, answer_rows(self.trainer, rows, self.max_new_tokens), strict=True):
+            messages = self.trainer.data_collator.read(row)
+            last = last_answer(messages)
+            texts = [text_of(messages[last - 1]), text_of(messages[last]), answer.text]
+            samples.append((row["row"], messages, texts))
+        if state.is_world_process_zero and samples:
+            columns = ["picture", "question", "right", "answered"]
+            append_samples(args.output_dir, f"Step {state.global_step}", columns, samples)
+
+
+def append_samples(output_dir, title, columns, samples):
+    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
+    texts fill the columns after the first, which holds the images."""
+    folder = Path(output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for number, messages, texts in samples:
+        links = []
+        for n, image in enumerate(images_in(messages)):
+            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
+            links.append(f"![](samples/{number}-{n}.png)")
+        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
+        lines.append(f"| {' | '.join(cells)} |")
+    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def is_whole(checkpoint):
+    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-        state["global_step"] + state["train_batch_size"]  # fails where one is missing
-        weights = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]  # fails where the end is missing
-        optimizer = [folder / "optimizer.pt"]
-        if list(folder.glob("global_step*")):  # DeepSpeed's
-            optimizer = list((folder / (folder / "latest").read_text().strip()).glob("*.pt")) or optimizer
-        files = [*optimizer, folder / "scheduler.pt", *(list(folder.glob("rng_state*")) or [folder / "rng_state.pth"])]
-        return bool(weights) and all(map(zipfile.is_zipfile, files))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        if "global_step" not in state or "train_batch_size" not in state:
+            return False
+        weights, random_states = list(checkpoint.glob("*.safetensors")), list(checkpoint.glob("rng_state*"))
+        for file in weights:
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        optimizer = [checkpoint / "optimizer.pt"]
+        if (checkpoint / "latest").exists():  # DeepSpeed's, which names a folder with a share of each process
+            optimizer = list((checkpoint / (checkpoint / "latest").read_text().strip()).glob("*.pt")) or optimizer
+        others = [*optimizer, checkpoint / "scheduler.pt", *random_states]
+        return bool(weights) and bool(random_states) and all(zipfile.is_zipfile(file) for file in others)
+    except (OSError, ValueError, TypeError, SafetensorError):
         return False
 
 
 def checkpoint_to_resume(training):
-    """The checkpoint to go on from, None for a new run; exits 0 where this very run is finished. Raises SystemExit."""
-    out, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    wanted = wanted.lower() if wanted.lower() in ("auto", "false") else wanted
-    found = [c for c in out.glob("checkpoint-*") if c.name[11:].isdigit()]
-    whole = sorted(filter(is_whole, found), key=lambda c: int(c.name[11:]))
-    finished = (out / "trainer_state.json").exists()
-    for checkpoint in [wanted] if wanted not in ("auto", "false") else map(str, whole[-1:] * (not finished)):
-        shares = len(list(Path(checkpoint).glob("global_step*/*optim_states.pt")))  # of the optimizer, one for each process with ZeRO
-        if bool(shares) != (training.deepspeed_plugin is not None) or shares not in (0, training.world_size):
-            fail(f"{checkpoint} was written {f'with DeepSpeed by {shares} processes' if shares else 'without DeepSpeed'}: go on in the same way, "
-                 "or choose another --output_dir")
-    if wanted not in ("auto", "false"):
-        if not is_whole(Path(wanted)):
-            fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there; there are {[str(c) for c in whole]}")
+    """The checkpoint to resume from, or None. Exits with status 0 where the run is finished. Raises SystemExit."""
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
+    whole = [folder for folder in checkpoints if is_whole(folder)]
+    finished = (output_dir / "trainer_state.json").exists()
+
+    if wanted.lower() == "false":
+        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        require_writable(output_dir)
+        return None
+    if wanted.lower() != "auto":
+        names = [str(folder) for folder in whole]
+        require(is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: no whole checkpoint; whole are {names}")
         return wanted
-    if wanted == "false" and (found or finished):
-        fail(f"{out} holds a run, and --resume_from_checkpoint false would overwrite it: choose another --output_dir")
     if whole or finished:
-        try:
-            old, new = dict(yaml.safe_load((out / "settings.yaml").read_text())), training.given
-        except (OSError, TypeError, ValueError, yaml.YAMLError):
-            fail(f"{out} holds a run without the settings.yaml that says which (missing or damaged): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
-        if changes := [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k] and k not in FREE_TO_CHANGE]:
-            fail(f"{out} holds a run with other settings ({', '.join(changes)}): choose another --output_dir, or go on from it "
-                 "all the same with --resume_from_checkpoint CHECKPOINT")
+        require_same_settings(training)
     if finished:
-        PartialState().print(f"{out} holds this run, finished. For another one choose another --output_dir.")
-        PartialState().destroy_process_group()  # as at the end of main
+        PartialState().print(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()
         sys.exit(0)
-    try:  # now, and not when the weights are loaded
-        tempfile.TemporaryFile(dir=next(folder for folder in (out, *out.absolute().parents) if folder.exists())).close()
-    except OSError as e:
-        fail(f"--output_dir {out} cannot be written: {e}")
+    require_writable(output_dir)
+    for folder in checkpoints:
+        if folder not in whole:
+            PartialState().print(f"{folder} is incomplete, skipped")
     return str(whole[-1]) if whole else None
 
 
-def main(argv=None):
-    """Parse, check, load, say what will happen, train, save."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork after the tokenizer was used
-    settings, training = parse(argv)
-    check(settings, training)
-    checkpoint, say = checkpoint_to_resume(training), PartialState().print
-    set_seed(training.seed)
-    check_weights(settings, load_config(settings))
-    train, held_out = load_data(settings, training)
-    if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = "no", False
-    processor = load_processor(settings)
-    collator = Collator(processor, settings, training)
-    say(f"\nOne row as the model sees it, trained on in «»:\n\n{marked(collator([train[0]]), processor)}\n")
+def require_same_settings(training):
+    """Stop if output_dir holds a run with other settings. Raises SystemExit."""
+    output_dir = Path(training.output_dir)
+    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    try:
+        old = dict(yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+    changes = []
+    for name, value in training.given.items():
+        if name in old and old[name] != value and name not in FREE_TO_CHANGE:
+            changes.append(f"{name} {old[name]} -> {value}")
+    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
 
-    if checkpoint is None and settings.model_name_or_path is None and training.process_index == 0:
-        Path(training.output_dir, "base", "processor_config.json").unlink(missing_ok=True)  # of an earlier attempt, with other parts perhaps
+
+def require_writable(output_dir):
+    """Stop if output_dir could not be written. Raises SystemExit."""
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        model = load_model(settings, training)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        fail(f"cannot load the weights of {settings.model_name_or_path or f'{settings.vision_tower} and {settings.language_model}'}: {e}")
-    with gathered(model.model.multi_modal_projector.parameters()):
-        if settings.stage == "instruct" and untrained(model.model.multi_modal_projector):
-            say(f"warning: the projector of {settings.pretrain_mm_mlp_adapter or settings.model_name_or_path} has never been trained, what it sees means nothing yet: --stage align comes first")
-    adapter = lora_config(settings)
-    set_seed(training.seed)  # loading takes more or less of the random numbers by the way it is done
-    base, model = model, get_peft_model(model, adapter) if adapter else model
-    trainer = Trainer(settings, model, training, collator, train, held_out, processor)
-    for part in PARTS:  # lm_head belongs to the language model
-        named = [(n, p) for n, p in base.named_parameters() if "original_module." not in n
-                 and part == next((other for other in PARTS if n.startswith(f"{other}.")), PARTS[2])]
-        rate = max((trainer.rate(n) for n, p in named if p.requires_grad), default=0)
-        own = [(p, type(p).__name__ == "Params4bit", getattr(p, "ds_numel", p.numel())) for _, p in named]  # ds_numel: split by ZeRO-3
-        packed, trained = sum(2 * count for _, nf4, count in own if nf4), sum(count for p, _, count in own if p.requires_grad)
-        count = packed + sum(count for _, nf4, count in own if not nf4)  # 4-bit: two in a byte
-        say(f"{part:22s}{trained:>14,} of {count:>14,} parameters trained at {rate:g}, {packed:>14,} in 4-bit")
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * math.ceil(len(train) / batch))
-    say(f"{len(train)} rows to train on, {len(held_out or ())} to evaluate; {steps} steps of {batch} rows, "
-        f"{steps / math.ceil(len(train) / batch):.2f} epochs; {f'going on from {checkpoint}' if checkpoint else 'from the start'}")
-    if training.process_index == 0:
-        Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(training.output_dir, "settings.part").write_text(f"# {Path(__file__).name}\n" + yaml.safe_dump(training.given, sort_keys=False))
-        os.replace(Path(training.output_dir, "settings.part"), Path(training.output_dir, "settings.yaml"))
-        Path(training.output_dir, "trainer_state.json").unlink(missing_ok=True)  # an earlier end is not this one's
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        fail(f"--output_dir {output_dir} cannot be written: {error}")
+
+
+def write_settings(training):
+    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = f"# {Path(__file__).name}\n{SPLIT_NOTE}\n" + yaml.safe_dump(training.given, sort_keys=False)
+    (output_dir / "settings.part").write_text(text, encoding="utf-8")
+    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+def train_and_save(trainer, checkpoint=None):
+    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
+    args, say = trainer.args, PartialState().print
+    steps = print_plan(trainer, checkpoint)
+    if args.process_index == 0:
+        write_settings(args)
     try:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
-        if state and state.global_step >= steps and training.deepspeed_plugin is None:  # killed when it had only to save the result: train() would take a step more
-            trainer.state, best = state, training.load_best_model_at_end and state.best_model_checkpoint
-            wanted = Path(training.output_dir, Path(best).name) if best else Path(checkpoint)  # the folder may have another name by now
-            if not is_whole(wanted):
-                fail(f"{wanted}, the best checkpoint, is missing or damaged: --load_best_model_at_end false saves the last one")
-            trainer._load_from_checkpoint(str(wanted))
-        else:
+        is_trained = checkpoint is not None and load_finished_training(trainer, checkpoint, steps)
+        if not is_trained:
             trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as e:  # out of a loader's process it comes with a traceback before it
-        fail(f"the data changed under the run: {str(e).strip().splitlines()[-1].removeprefix(f'{__name__}.BadRow: ')}")
+    except BadRow as error:
+        # From a loader it is a traceback, whose last line is the message. Perhaps only this process has met the row.
+        sys.exit(f"error: the data changed during the run: {str(error).splitlines()[-1]}")
     except KeyboardInterrupt:
-        fail(f"interrupted; the same command goes on from the newest checkpoint in {training.output_dir}, where there is one")
-    if adapter is None:
-        base.save_pretrained = functools.partial(save, base, precision(training))
-    trainer.save_model()  # pushes to the hub, too, where asked
-    trainer.save_state()  # last: its presence says that the run is finished
-    if training.load_best_model_at_end and trainer.state.best_metric is not None:
-        say(f"best of the evaluations by {training.metric_for_best_model}: {trainer.state.best_metric:.4g}, at step {trainer.state.best_global_step}; that is saved")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one still writes may take it down
-    time.sleep(0.5 * (training.world_size > 1))  # Gloo (CPUs) lets go of that barrier in a thread, which aborts where Python shuts down: PyTorch's issue 190489
+        fail(f"interrupted; the same command resumes from the newest checkpoint in {args.output_dir}, if there is one")
+
+    trainer.save_model()  # also pushes to the hub with --push_to_hub
+    trainer.save_state()  # last: its file says that the run is finished
+    state = trainer.state
+    if args.load_best_model_at_end and state.best_metric is not None:
+        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
+        say(f"best {best}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    if args.world_size > 1:
+        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
-    say(f"saved {training.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+    say(f"saved {args.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
+
+
+def print_plan(trainer, checkpoint):
+    """Print what will be trained. Returns the number of optimizer steps of the whole run."""
+    args, num_rows = trainer.args, len(trainer.train_dataset)
+    rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
+    PartialState().print(
+        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
+        f"{steps} steps of {rows_per_step} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
+    )
+    if args.eval_strategy == "steps" and args.eval_steps > steps:
+        PartialState().print(f"warning: nothing will be evaluated, --eval_steps {args.eval_steps:g} is above {steps}")
+    return steps
+
+
+def load_finished_training(trainer, checkpoint, steps):
+    """If a run was killed after its last step, but before its result was saved, load the result and return True."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    is_at_end = state.global_step >= max(steps, state.max_steps)
+    if not is_at_end or trainer.is_deepspeed_enabled:  # DeepSpeed can load a checkpoint only in train()
+        return False
+    trainer.state = state  # train() is not called, it would take one more step
+    result = Path(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        result = Path(checkpoint).parent / Path(state.best_model_checkpoint).name  # the folder may have moved
+    remedy = "--load_best_model_at_end false saves the last one"
+    require(is_whole(result), f"{result}, the best checkpoint, is missing or damaged: {remedy}")
+    trainer._load_from_checkpoint(str(result))
+    return True
 
 
 if __name__ == "__main__":

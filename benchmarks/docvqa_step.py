@@ -147,7 +147,7 @@ def trainers(model, collator, rows, settings, training):
     )
     stock = transformers.Trainer(model, arguments, collator, rows)
 
-    mine = recipe.Trainer(settings, copied, training, collator, rows)
+    mine = recipe.Trainer(settings, model=copied, args=training, data_collator=collator, train_dataset=rows)
     for trainer in (stock, mine):
         trainer.remove_callback(transformers.PrinterCallback)
     return {"stock": stock, "recipe": mine}
@@ -191,16 +191,12 @@ def shares(model, batch):
 @contextlib.contextmanager
 def static_shapes():
     """Within it the label positions are looked up as indices. A boolean mask on a tensor without storage has no known shape."""
-    original = modeling_idefics2.slice_logits_to_keep
-    modeling_idefics2.slice_logits_to_keep = lambda hidden, keep: (
-        hidden[keep.nonzero(as_tuple=True)]
-        if isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
-        else original(hidden, keep)
-    )
+    original = recipe.logits_only_at
+    recipe.logits_only_at = lambda positions, lm_head: original(positions.nonzero(as_tuple=True), lm_head)
     try:
         yield
     finally:
-        modeling_idefics2.slice_logits_to_keep = original
+        recipe.logits_only_at = original
 
 
 def flops_without_storage(shape, collator, rows, settings, training):
@@ -262,6 +258,7 @@ def measure(args, checkpointing, folder, report):
         both = trainers(model, collator, rows[: args.batch_size], settings, training)
         for trainer in both.values():
             trainer.train()  # a step at learning rate 0: checkpointing and autocast are set up as for a user, kernels are warm
+        recipe.FrozenWithoutGraph(both["recipe"].model, "vision_model")  # it ended with the training
         return both, batches, collator, rows, settings, training
 
     exact = {"lora_dropout": 0, "bf16": False, "fp16": False}

@@ -28,6 +28,7 @@ relative; gradients in the largest element and in the norm); no speed-up is prin
 without --report_only, the scaled model's time or FLOPs miss their thresholds (THRESHOLDS)."""
 
 import copy
+import functools
 import io
 import os
 import random
@@ -209,7 +210,8 @@ def trainers(base, collator, rows, settings, training):
     random: at its initial 0 policy and reference would be the same, and every gradient of lora_A 0."""
     copied = copy.deepcopy(base, {id(p): p for p in base.parameters()})
     sides = {}
-    for name, kind, model in (("stock", trl.DPOTrainer, base), ("recipe", recipe.SharedPromptDPOTrainer, copied)):
+    shared = functools.partial(recipe.SharedPromptDPOTrainer, settings)
+    for name, kind, model in (("stock", trl.DPOTrainer, base), ("recipe", shared, copied)):
         sides[name] = kind(
             model=model,
             args=training,
@@ -219,12 +221,13 @@ def trainers(base, collator, rows, settings, training):
             peft_config=recipe.lora_config(settings),
         )
         sides[name].remove_callback(transformers.PrinterCallback)
+        sides[name].remove_callback(recipe.ReplacedForwards)  # prompts stay shared after train(), for what is measured then
         transformers.set_seed(training.seed)
         for part, weight in sides[name].model.named_parameters():
             if weight.requires_grad:
                 weight.data = weight.data.float()  # as the recipe's own Trainer does it
                 weight.data.normal_(std=0.02 if "lora_B" in part else weight.shape[1] ** -0.5)
-    assert sides["recipe"].stock is None
+    assert sides["recipe"].why_not_shared is None
     return sides
 
 

@@ -228,7 +228,7 @@ def stock(recipe, flags, path):
         rows, _ = recipe.load_data(settings, training)
         model = recipe.load_model(settings, training)
         if name == "finetune_minicpm_lora":
-            model = recipe.adapted(model, settings)
+            model = recipe.add_adapter(model, settings, recipe.lora_config(settings))
         elif adapter := recipe.lora_config(settings):
             model = get_peft_model(model, adapter)
         trainer = transformers.Trainer(model, training, recipe.Collator(processor, settings, training), rows)

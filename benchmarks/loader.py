@@ -219,11 +219,11 @@ def samplers(module, lengths, step, batch):
     if step == batch:
         alike = random_order  # the recipes leave it at that
     elif hasattr(module, "LongestFirst"):
-        alike = list(module.LongestFirst(lengths, step, SEED, lambda: 0))
-    elif hasattr(module, "AlikeInAStep"):
-        alike = list(module.AlikeInAStep(lengths, step, SEED, epoch=lambda: 0))
+        alike = list(module.LongestFirst(lengths, step, lambda: torch.Generator().manual_seed(SEED)))
+    elif not hasattr(module, "ByModalityAndLength"):
+        alike = random_order  # the Trainer's own sampler
     else:
-        alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, SEED, lambda: 0))
+        alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, lambda: torch.Generator().manual_seed(SEED)))
     grouped = LengthGroupedSampler(step, lengths=lengths, generator=torch.Generator().manual_seed(SEED))
     return {"random": random_order, "steps by length": alike, "group_by_length": list(grouped)}
 

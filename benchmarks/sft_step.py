@@ -212,9 +212,10 @@ def trainers(name, base, collator, rows, settings, training):
         copied, data = copy.deepcopy(base, {id(p): p for p in base.parameters()}), datasets.Dataset.from_list(rows)
         lora = sft_llava.lora_config(settings)
         stock = trl.SFTTrainer(base, training, collator, data, processing_class=collator.processor, peft_config=lora)
-        mine = sft_llava.Trainer(settings, copied, training, collator, data, None, collator.processor, peft_config=lora)
+        parts = {"model": copied, "args": training, "data_collator": collator, "train_dataset": data}
+        mine = sft_llava.Trainer(settings, **parts, processing_class=collator.processor, peft_config=lora)
     else:
-        model = finetune_minicpm_lora.adapted(base, settings)
+        model = finetune_minicpm_lora.add_adapter(base, settings, finetune_minicpm_lora.lora_config(settings))
         copied = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
         same = """output_dir use_cpu bf16 fp16 activation_checkpointing per_device_train_batch_size gradient_accumulation_steps seed
         max_steps learning_rate disable_tqdm dataloader_num_workers remove_unused_columns""".split()
@@ -222,7 +223,8 @@ def trainers(name, base, collator, rows, settings, training):
         plain = transformers.TrainingArguments(**plain, report_to="none", save_strategy="no", logging_strategy="no")
         parts = finetune_minicpm_lora.PARTS[base.config.model_type]
         stock = transformers.Trainer(model, plain, collator, rows)
-        mine = finetune_minicpm_lora.Trainer(settings, parts, copied, training, collator, rows)
+        inputs = {"model": copied, "args": training, "data_collator": collator, "train_dataset": rows}
+        mine = finetune_minicpm_lora.Trainer(settings, parts, **inputs)
     for trainer in (stock, mine):
         ready(trainer)
     return {"stock": stock, "recipe": mine}
@@ -381,10 +383,13 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
         alone = trainer, split(trainer.data_collator, own), trained
     for trainer in (*both.values(), *([alone[0]] if alone else [])):
         trainer.train()  # a step: checkpointing and autocast are set up as for a user, kernels are warm
-    for callback in both["recipe"].callback_handler.callbacks:
-        if isinstance(callback, sft_llava.ProductLast):  # which ended with the training
-            for layer in callback.layers:
-                sft_llava.product_last(layer)
+    for callback in both["recipe"].callback_handler.callbacks:  # what replaced a forward ended with the training
+        if type(callback).__name__ == "FrozenWithoutGraph":
+            for module in callback.modules:
+                module.forward = torch.no_grad()(module.forward)
+        if type(callback).__name__ == "FrozenLinearLast":
+            for layer in callback.modules:
+                layer.forward = sft_llava.adapter_first(layer)
     for stock, mine in zip(*(trainer.model.parameters() for trainer in both.values())):
         if mine.requires_grad:
             mine.data.copy_(stock.data)  # MiniCPM-V's recipe knows no learning rate of 0, and an AdamW of its own

@@ -35,7 +35,7 @@ def seen():
     row = PAIR | {"image": preferences.digits.to_pil(preferences.make_rows(0, True, 1)[0]["picture"])}
     collator = recipe.Collator(processor, settings, training)
     trainer = recipe.SharedPromptDPOTrainer(
-        recipe.load_model(settings, training), args=training, data_collator=collator, train_dataset=Dataset.from_list([{"image": 0}]),
+        settings, recipe.load_model(settings, training), args=training, data_collator=collator, train_dataset=Dataset.from_list([{"image": 0}]),
         processing_class=processor, peft_config=recipe.lora_config(settings))  # fmt: skip
     given = {}
     trainer.model.get_base_model().model.text_model.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)

@@ -231,7 +231,7 @@ def short_run(folder, out, data=("dataset_name", "data"), **settings):
     `data`: the flag that names the data, and where they are."""
     own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, data[0]: folder / data[1]}
     settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
-    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items() if value is not None}
+    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items() if value is not None}
     return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
 
 

@@ -233,7 +233,7 @@ def test_runs_of_the_same_name_are_shown_by_their_paths(runs, tmp_path):
         (None, "What is <image>?", "`<image>` in the question"),
         ("truncated.jpg", "What is this?", r"unreadable image: the picture \("),
         ("text.png", "What is this?", "cannot identify image file"),
-        ("pages.tiff", "What is this?", "3 pictures"),
+        ("pages.tiff", "What is this?", "several images: the picture holds 3"),
     ],
 )
 def test_what_cannot_be_asked_gets_a_message(loaded, odd_images, tmp_path, picture, question, message):
@@ -257,7 +257,7 @@ def test_votes_are_pairs_that_dpo_reads(tmp_path, pair_parse):
     assert "**3 votes**" in text and "| lora | 2 | 1 |" in text and last == lines(path)[-1]
     for n, row in enumerate(dpo_idefics2.load_data(*pair_parse(dataset_name=path, eval_strategy="no"))[0]):
         assert (row["question"], row["chosen"], row["rejected"]) == (f"What is thís, {n}?", *list(SAID.values())[:: 1 if n == 1 else -1])
-        image = dpo_idefics2.load_image(dpo_idefics2.image_cell(row, ""))
+        image = dpo_idefics2.load_image(*dpo_idefics2.stored_images(row["image"], row["folder"]))
         assert image.tobytes() == (picture if n < 2 else picture.rotate(90)).tobytes()
 
 

@@ -6,12 +6,14 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from conftest import prefers
 from PIL import Image
+from test_every_recipe import trainer_of
 from test_idefics2_docvqa_data import write_folder
 from test_sft_llava_data import BOS_IN_TEMPLATE, CHATML, MODES, RED, WHITE, colours, same, trained, unpadded
 from transformers import AutoProcessor
@@ -176,7 +178,7 @@ def test_prompts_to_answer_are_padded_on_the_left(pair_collate, pictures):
     collator.processor.tokenizer.padding_side = "right"
     prompts = collator.tokenize([collator.read(row)[:1] for row in ROWS], prompt=True)
     assert (prompts["attention_mask"][:, -1] == 1).all() and (prompts["attention_mask"][:, 0] == 0).any()
-    assert collator.stop == [collator.processor.tokenizer.convert_tokens_to_ids(token) for token in (END, "</s>")]
+    assert collator.stop_ids == [collator.processor.tokenizer.convert_tokens_to_ids(token) for token in (END, "</s>")]
 
 
 def test_generation_stops_at_what_is_learnt_last(models, pair_collate, pictures):
@@ -184,7 +186,7 @@ def test_generation_stops_at_what_is_learnt_last(models, pair_collate, pictures)
         collator = pair_collate(model_name_or_path=models[model])
         batch = collator(ROWS)
         last = batch["input_ids"].gather(1, batch["attention_mask"].sum(1, keepdim=True) - 1).unique().tolist()
-        assert len(last) == 1 and last[0] in collator.stop
+        assert len(last) == 1 and last[0] in collator.stop_ids
 
 
 def test_what_a_template_puts_behind_the_first_end_is_not_learnt(pair_collate, pictures, tmp_path):
@@ -215,7 +217,7 @@ def test_the_printed_example(models, pair_collate, pictures):
     collator = pair_collate()
     batch = collator([ROWS[3], ROWS[0]])  # both rows of the pair padded
     image = "<fake_token_around_image><image> x 8<fake_token_around_image>"
-    assert recipe.marked(batch, collator.processor) == (
+    assert recipe.marked_pair(batch, collator.processor) == (
         f"<s> User:{image} What?{END}\nAssistant:\n  chosen:   « a{END}»\n  rejected: « {ROWS[3]['rejected']}{END}»"
     )
     shown = {
@@ -225,7 +227,31 @@ def test_the_printed_example(models, pair_collate, pictures):
     }
     for model, expected in shown.items():
         collator = pair_collate(model_name_or_path=models[model])
-        assert recipe.marked(collator([prefers("What?", "a", "b")]), collator.processor) == expected
+        assert recipe.marked_pair(collator([prefers("What?", "a", "b")]), collator.processor) == expected
+
+
+def test_the_marks_may_be_in_the_question_and_in_the_answers(pair_collate, pictures):
+    collator = pair_collate()
+    shown = recipe.marked_pair(collator([prefers("What is «x»?", "«a»", "b")]), collator.processor)
+    assert shown.endswith(f" What is «x»?{END}\nAssistant:\n  chosen:   « «a»{END}»\n  rejected: « b{END}»")
+
+
+def test_an_eos_that_is_not_special_ends_answers(models, pair_collate, pictures):
+    """Of a tokenizer whose files do not mark it so."""
+    collator = pair_collate(model_name_or_path=models["llava"])
+    tokenizer = collator.processor.tokenizer
+    unmarked = [SimpleNamespace(content=token.content, special=token.content != "</s>") for token in tokenizer.added_tokens_decoder.values()]
+    decoder, settings = dict(enumerate(unmarked)), SimpleNamespace(image_folder=None, max_length=None)
+    fake = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder=decoder, eos_token="</s>", convert_tokens_to_ids=list), image_token="<image>")
+    made = recipe.Collator(fake, settings, settings)
+    assert made.end_tokens == ["</s>"] and made.control_tokens == collator.control_tokens
+
+
+def test_losses_that_compare_the_pairs_of_a_batch_keep_batches_random():
+    for losses in (["aot"], ["aot_unpaired"], ["sigmoid", "aot"]):
+        assert type(trainer_of(recipe, loss_type=losses)._get_train_sampler()) is torch.utils.data.RandomSampler
+    for losses in (["sigmoid"], ["sigmoid", "bco_pair", "sft"]):  # TRL's bco_pair is a mean over pairs, too
+        assert type(trainer_of(recipe, loss_type=losses)._get_train_sampler()) is recipe.LongestFirst
 
 
 # ---------------------------------------------------------------------------------------------------- rows and images
@@ -235,7 +261,7 @@ def test_a_row_without_answers_is_a_question(pair_collate, pictures):
     for some in (row, {**row, "chosen": None, "rejected": None}):
         [asked] = collator.read(some)
         assert (asked["role"], recipe.text_of(asked)) == ("user", "What?") and asked["content"][0]["image"].size == (112, 56)
-        with pytest.raises(recipe.BadRow, match=r"^row \?: no answers: .*--chosen_column and --rejected_column"):
+        with pytest.raises(recipe.BadRow, match=r"^no answers: .*--chosen_column and --rejected_column"):
             collator([some])
     asked, answered = collator.read({**row, "chosen": "a ", "rejected": " b"})
     assert (recipe.text_of(asked), answered["role"], recipe.text_of(answered), answered["rejected"]) == ("What?", "assistant", "a", "b")
@@ -561,7 +587,7 @@ def test_columns_of_the_names_used_here_do_no_harm(kind, pair_parse, write, imag
     rows = [{**mine, **prefers("q", f"a{n}", "b"), "id": n, "images": [], "pixel_values": [n]} for n in range(3)]
     train, _ = recipe.load_data(*pair_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0))
     assert (train["row"], train["id"], train["chosen"]) == ([0, 1, 2], [0, 1, 2], ["a0", "a1", "a2"]) and train["length"][0] > 5
-    assert set(train.column_names) == {"id", "image", "question", "chosen", "rejected", "row", "folder", "length"}
+    assert set(train.column_names) == {"id", "image", "question", "chosen", "rejected", "row", "folder", "length", "image_keys"}
 
 
 def test_types_may_differ_between_rows_and_texts_stay_texts(pair_parse, write, images, tmp_path):
@@ -595,7 +621,7 @@ def test_the_hub_is_asked_for_what_the_flags_say(pair_parse, monkeypatch, images
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0])
     train, held_out = recipe.load_data(*pair_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))
     assert (len(train), len(held_out)) == (3, 1)
-    assert seen == ["e", (("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"})]
+    assert seen == [(("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"}), "e"]
 
 
 # --------------------------------------------------------------------------------------------------------- the check

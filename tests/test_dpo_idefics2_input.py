@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, Loaded, prefers, stopped_by
 from PIL import Image
-from test_idefics2_docvqa_input import FILES
+from test_idefics2_docvqa_input import FILES as DOCVQA_FILES
 from transformers import CLIPProcessor
 
 import dpo_idefics2 as recipe
 from tiny import idefics2, llava, preferences
 
+HALF = {"half a character": (*DOCVQA_FILES["half a character"][:2], r"lone surrogate. is in rows \[0\]; fix")}
+FILES = DOCVQA_FILES | HALF
 GOOD = prefers("Which digit is this?", "It is a seven.", "It is a two.")
 END, FAKE = "<end_of_utterance>", "<fake_token_around_image>"
 IMAGE = "{{ '<image>' if c.type == 'image' else c.text }}"
@@ -41,32 +43,32 @@ def message(text, role=None):
     return [{"content": text} if role is None else {"role": role, "content": text}]
 
 
-NO_TEXT, NOT_ONE, NO_IMAGE = "is no text: ", "is not one message: it is a list of", "unreadable image: "
-NEEDED = "images: needed is one, a path or the bytes of a file; --image_column"
+NO_TEXT, NO_IMAGE = "is not a text: ", "unreadable image: "
+NEEDED = "images; give one path, or its bytes: see --image_column"
 TEXTS = {  # of a question or an answer: a cell, what the message says behind its name
     "a number": (47, NO_TEXT + "47; .*quotes"),
     "a fraction": (0.5, NO_TEXT + "0.5"),
     "a truth value": (True, NO_TEXT + "True"),
     "a dict": ({"text": "x"}, NO_TEXT + ".*text"),
     "a message out of its list": ({"role": "user", "content": "x"}, NO_TEXT + ".*content"),
-    "no message": ([], NOT_ONE + " 0; .*one question and two answers"),
-    "a list of a text": (["x"], NOT_ONE + " 1"),
-    "a list of null": ([None], NOT_ONE + " 1"),
-    "a list of lists": ([["x"]], NOT_ONE + " 1"),
-    "several messages": ([*message("x", "user"), *message("y", "assistant")], NOT_ONE + " 2; .*one question and two answers"),
-    "a message without content": ([{"role": None}], NO_TEXT + "None"),
-    "a message of null": (message(None), NO_TEXT + "None"),
-    "a message of a number": (message(5), NO_TEXT + "5"),
+    "no message": ([], NO_TEXT + r"\[\]; make it .*a list of one message of the (user|assistant) with one text"),
+    "a list of a text": (["x"], NO_TEXT + r"\['x'\]"),
+    "a list of null": ([None], NO_TEXT + r"\[None\]"),
+    "a list of lists": ([["x"]], NO_TEXT + r"\[\['x'\]\]"),
+    "several messages": ([*message("x", "user"), *message("y", "assistant")], NO_TEXT + ".*'y'.*; make it .* one message"),
+    "a message without content": ([{"role": None}], NO_TEXT + r"\[{'role': None}\]"),
+    "a message of null": (message(None), NO_TEXT + ".*None"),
+    "a message of a number": (message(5), NO_TEXT + ".*5"),
     "a message of a dict": (message({"type": "text", "text": "x"}), NO_TEXT),
-    "a message of LLaVA's": ([{"from": "human", "value": "x"}], NO_TEXT + "None"),
+    "a message of LLaVA's": ([{"from": "human", "value": "x"}], NO_TEXT + ".*'human'"),
     "a message of no parts": (message([]), NO_TEXT),
     "a message of an image": (message([{"type": "image"}]), NO_TEXT),
-    "a message of bare texts": (message(["x"]), NO_TEXT + r"\['x'\]"),
+    "a message of bare texts": (message(["x"]), NO_TEXT + r".*\['x'\]"),
     "a message of null and a part": (message([None, {"type": "text", "text": "x"}]), NO_TEXT),
-    "a message of two texts": (message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), "of several texts: its message has 2; make them one"),
-    "a message of a part of null": (message([{"type": "text", "text": None}]), NO_TEXT + "None"),
-    "a message of a part without text": (message([{"type": "text"}]), NO_TEXT + "None"),
-    "a message of the system": (message("x", "system"), "of another role: it is a message of 'system'.*columns"),
+    "a message of two texts": (message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), NO_TEXT + ".*'x'.*'y'.*; make it .* with one text"),
+    "a message of a part of null": (message([{"type": "text", "text": None}]), NO_TEXT + ".*None"),
+    "a message of a part without text": (message([{"type": "text"}]), NO_TEXT),
+    "a message of the system": (message("x", "system"), NO_TEXT + ".*'system'.* one message of the (user|assistant)"),
 }
 BLANKS = {"empty": "", "blank": " \r\n\t", "a no-break space": "\u00a0", "a message of blanks": message([{"type": "text", "text": " "}])}
 TOKENS = ["<image>", FAKE, END, "<s>", "</s>", "<unk>"]
@@ -79,40 +81,39 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
        for which in ("question", "chosen", "rejected") for token in TOKENS for text in (f"What {token}?", message(f"{token}\nWhat?"))},
     "question null": (with_text("question", None), f"question {NO_TEXT}None"),
     "question missing": ({key: GOOD[key] for key in ("image", "chosen", "rejected")}, f"question {NO_TEXT}None"),
-    "question of the assistant": (with_text("question", message("x", "assistant")), "question of another role: .*'assistant'"),
-    "chosen null": (with_text("chosen", None), "one answer: the row has a rejected one only"),
-    "chosen missing": ({key: GOOD[key] for key in ("image", "question", "rejected")}, "one answer: the row has a rejected one only"),
-    "chosen of the user": (with_text("chosen", message("x", "user")), "chosen of another role: .*'user'"),
-    "rejected null": (with_text("rejected", None), "one answer: the row has a chosen one only"),
-    "rejected not a number": (with_text("rejected", float("nan")), "one answer: the row has a chosen one only"),
-    "rejected of the user": (with_text("rejected", message("x", "user")), "rejected of another role: .*'user'"),
+    "question of the assistant": (with_text("question", message("x", "assistant")), f"question {NO_TEXT}.*'assistant'.* one message of the user"),
+    "chosen null": (with_text("chosen", None), "one answer: the row has only a rejected answer"),
+    "chosen missing": ({key: GOOD[key] for key in ("image", "question", "rejected")}, "one answer: the row has only a rejected answer"),
+    "chosen of the user": (with_text("chosen", message("x", "user")), f"chosen {NO_TEXT}.*'user'.* one message of the assistant"),
+    "rejected null": (with_text("rejected", None), "one answer: the row has only a chosen answer"),
+    "rejected not a number": (with_text("rejected", float("nan")), "one answer: the row has only a chosen answer"),
+    "rejected of the user": (with_text("rejected", message("x", "user")), f"rejected {NO_TEXT}.*'user'.* one message of the assistant"),
     "no answers": ({"image": "red.png", "question": "q"}, "no answers: .*--chosen_column and --rejected_column"),
     "answers null": ({**GOOD, "chosen": None, "rejected": None}, "no answers: .*--chosen_column and --rejected_column"),
     "equal answers": (prefers("q", "a b", "a b"), "equal answers: chosen and rejected are both 'a b'"),
     "answers equal but for space around": (prefers("q", " a b\n", "\ta b"), "equal answers: chosen and rejected are both 'a b'"),
     "a text and a message that are equal": (prefers("q", "a b", message("a b ", "assistant")), "equal answers"),
     "answers equal to the tokenizer": (prefers("q", "a b", "a\u2581b"), "equal answers: to the tokenizer 'a b' and 'a\u2581b' are the same"),
-    "image null": (shows(None), "0 " + NEEDED),
-    "image an empty list": (shows([]), "0 " + NEEDED),
-    "image a list of null": (shows([None]), "0 " + NEEDED),
-    "image missing": ({key: GOOD[key] for key in ("question", "chosen", "rejected")}, "0 " + NEEDED),
-    "image without bytes": (shows({"bytes": None, "path": None}), "0 " + NEEDED),
-    "image of no known kind": (shows({"url": "x"}), "0 " + NEEDED),
-    "two images": (shows(["red.png", "lime.png"]), "2 " + NEEDED),
-    "image a list of a list": (shows([["red.png"]]), "1 " + NEEDED),
-    "image of numbers": (shows([[[0, 0, 0]] * 9] * 9), "9 " + NEEDED),
+    "image null": (shows(None), "not one image: 0 " + NEEDED),
+    "image an empty list": (shows([]), "not one image: 0 " + NEEDED),
+    "image a list of null": (shows([None]), "not one image: 0 " + NEEDED),
+    "image missing": ({key: GOOD[key] for key in ("question", "chosen", "rejected")}, "not one image: 0 " + NEEDED),
+    "image without bytes": (shows({"bytes": None, "path": None}), "not one image: 0 " + NEEDED),
+    "image of no known kind": (shows({"url": "x"}), "not one image: 0 " + NEEDED),
+    "two images": (shows(["red.png", "lime.png"]), "not one image: 2 " + NEEDED),
+    "image a list of a list": (shows([["red.png"]]), NO_IMAGE + r"\['red.png'\]"),
+    "image of numbers": (shows([[[0, 0, 0]] * 9] * 9), "not one image: 9 " + NEEDED),
     "image a number": (shows(5), NO_IMAGE + "5 "),
     "image a list of a number": (shows([5]), NO_IMAGE + "5 "),
     "bytes that are a text": (shows({"bytes": "red.png"}), NO_IMAGE + "its bytes"),
     "no such image": (shows("nowhere.png"), NO_IMAGE + ".*nowhere.png.*No such file.*--image_folder"),
     "image a path without a file": (shows({"path": "nowhere.png", "bytes": None}), NO_IMAGE + ".*nowhere.png.*No such file.*--image_folder"),
     "image in the web": (shows("https://example.org/red.png"), NO_IMAGE + ".*https://example.org/red.png .No such file"),
-    "image of an empty name": (shows(""), NO_IMAGE + ".*it is no file"),
-    "image a folder": (shows("."), NO_IMAGE + ".*it is no file"),
-    "image a pipe": (shows("pipe"), NO_IMAGE + ".*pipe .it is no file"),
-    "several images in one file": (shows("pages.tiff"), "3 images: .*pages.tiff holds several.*its own file"),
-    "a moving picture": (shows("film.gif"), "3 images: .*film.gif"),
-    "a moving picture, too": (shows("film.webp"), "3 images: .*film.webp"),
+    "image of an empty name": (shows(""), "not one image: 0 " + NEEDED),
+    "image a folder": (shows("."), NO_IMAGE + ".*Is a directory"),
+    "several images in one file": (shows("pages.tiff"), "several images: .*pages.tiff holds 3, .*its own file"),
+    "a moving picture": (shows("film.gif"), "several images: .*film.gif holds 3"),
+    "a moving picture, too": (shows("film.webp"), "several images: .*film.webp holds 3"),
     "image of no numbers": (shows("nan.tiff"), NO_IMAGE + ".*nan.tiff .its brightest value is nan"),
     "image of infinite numbers": (shows("inf.tiff"), NO_IMAGE + ".*inf.tiff .its brightest value is inf"),
     "image of negative numbers": (shows("negative.tiff"), NO_IMAGE + ".*negative.tiff .its brightest value is -1"),
@@ -131,7 +132,7 @@ def test_bad_rows_are_named_with_a_remedy(stops, write, odd_images):
         some = list(BAD_ROWS.items())[start : start + 20]
         lines = stops(dataset_name=write([GOOD, *(row for _, (row, _) in some), GOOD])).splitlines()
         assert lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2, lines
-        assert lines[-1] == "Mend them (rows count from 0), or train without them: --on_bad_rows skip"
+        assert lines[-1] == "Fix these rows (counted from 0), or train without them: --on_bad_rows skip"
         for n, (line, (name, (_, expected))) in enumerate(zip(lines[1:], some), 1):
             assert re.match(rf"  row {n}: {expected}", line), (name, line)
 
@@ -170,12 +171,12 @@ def test_ids_may_be_numbers(stops, write, odd_images):
 TYPES = {  # of a parquet file's column: a cell, what the message says
     "question int": ("question", 5, f"question {NO_TEXT}5"),
     "question bytes": ("question", b"What?", f"question {NO_TEXT}b'What"),
-    "chosen null": ("chosen", None, "one answer: .*rejected one only"),
+    "chosen null": ("chosen", None, "one answer: .*only a rejected answer"),
     "chosen float": ("chosen", float("nan"), f"chosen {NO_TEXT}nan"),
-    "rejected list": ("rejected", ["x"], f"rejected {NOT_ONE} 1"),
+    "rejected list": ("rejected", ["x"], f"rejected {NO_TEXT}.*'x'"),
     "image bytes": ("image", b"\x89PNG no", NO_IMAGE + "its bytes .cannot identify"),
     "image bytes in a list": ("image", [b"\x89PNG no"], NO_IMAGE + "its bytes .cannot identify"),
-    "image numbers": ("image", [[[0, 0, 0]] * 9] * 9, "9 " + NEEDED),
+    "image numbers": ("image", [[[0, 0, 0]] * 9] * 9, "not one image: 9 " + NEEDED),
 }
 
 
@@ -196,7 +197,7 @@ def test_embedded_images_that_are_none(listed, kind, stops, tmp_path, odd_images
     data = datasets.Dataset.from_list([shows(cell) for cell in cells], features=kinds)
     (data.to_parquet if kind == "parquet" else data.save_to_disk)(tmp_path / f"x.{kind}")
     message = stops(dataset_name=tmp_path / f"x.{kind}")
-    assert re.search(rf"3 of 4 (?s:.)*row 1: .*photo.png(?s:.)*row 2: {NO_IMAGE}its bytes (?s:.)*row 3: 0 {NEEDED}", message), message
+    assert re.search(rf"3 of 4 (?s:.)*row 1: .*photo.png(?s:.)*row 2: {NO_IMAGE}its bytes (?s:.)*row 3: not one image: 0 {NEEDED}", message), message
 
 
 def write_templated(folder, template, **tokens):
@@ -214,7 +215,7 @@ def test_a_prompt_that_an_answer_changes_is_refused(stops, write, odd_images, tm
     write_templated(tmp_path / "model", "{% for m in messages %}{% for c in m.content %}" + IMAGE + "{% endfor %}" + end + "{% endfor %}")
     rows = [prefers("Which digit", "?", "!"), prefers("Which di", "?", "git is this?"), prefers("Which di", "git is this?", "?")]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model")
-    changed = r"prompt changed: .*'git is this\?' changes its tokens; begin it otherwise"
+    changed = r"prompt changed: the first characters of 'git is this\?' change its tokens; begin otherwise"
     assert re.search(rf"2 of 3(?s:.)*\n  row 1: {changed}\n  row 2: {changed}", message), message
 
 
@@ -230,7 +231,7 @@ UNFIT = {  # templates that do not go from a question on to an answer
 def test_a_template_that_does_not_go_on_to_the_answer_is_refused(template, stops, write, odd_images, tmp_path):
     write_templated(tmp_path / "model", template)
     message = stops(dataset_name=write([GOOD]), model_name_or_path=tmp_path / "model")
-    assert re.search(r"row 0: prompt changed: with the answer 'It is a seven\.' the chat template renders the question otherwise", message)
+    assert re.search(r"row 0: prompt changed: with the answer 'It is a seven\.' the chat template changes the question", message)
 
 
 # ------------------------------------------------------------------------------------------------------ skipping
@@ -242,7 +243,7 @@ def test_skipped_rows_are_counted_and_the_first_twenty_listed(pair_parse, write,
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
     for n, reason in ((16, "equal answers"), (8, "control token"), (1, "unreadable image"), (1, "one answer")):
-        assert re.search(rf"'{reason}': {n}\b", out)
+        assert re.search(rf"\b{n} x {reason}\b", out)
     assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "and 6 more" in out
 
 
@@ -271,7 +272,7 @@ def test_no_row_is_left(row, settings, remedy, other, stops, write, odd_images):
 
 def test_long_rows_do_not_hide_bad_ones(stops, write, odd_images):
     message = stops(dataset_name=write([prefers("q", "a", "q " * 99)] * 25 + [with_text("chosen", " ")]), max_length=60)
-    assert "row 25: empty chosen" in message and "'too long': 25" in message, message
+    assert "row 25: empty chosen" in message and "25 x too long" in message, message
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -285,7 +286,7 @@ def test_a_data_set_that_cannot_be_read_is_named(name, create, expected, flag, s
 
 @pytest.mark.parametrize("row", [prefers("What\ud83d?", "a", "b"), prefers("q", "a\udc00", "b"), prefers("q", "a", message("\ud83d"))])
 def test_half_a_character_is_not_dropped(row, stops, write, odd_images):
-    assert re.search(r"cannot read .*lone surrogate. is in rows \[1, 3\]; mend", stops(dataset_name=write([GOOD, row, GOOD, row])))
+    assert re.search(r"cannot read .*lone surrogate. is in rows \[1, 3\]; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
 
 
 def test_the_hub_cannot_be_reached(stops):
@@ -324,14 +325,15 @@ def test_columns_that_are_not_there_are_named_with_their_flags(row, flags, expec
 
 
 def test_a_data_set_of_questions_is_not_one_of_pairs(stops, write, odd_images):
-    message = stops(dataset_name=write([{"image": "red.png", "question": "q"}] * 2))
-    assert re.search("(?s)2 of 2 rows.*no answers.*--chosen_column and --rejected_column", message), message
+    for row, flags in (({"image": "red.png", "question": "q"}, {}), (GOOD, {"chosen_column": "besser", "rejected_column": "schlechter"})):
+        message = stops(dataset_name=write([row] * 2), **flags)
+        assert re.search("no answers.*--chosen_column and --rejected_column", message) and "\n" not in message, message
 
 
 def test_one_image_cannot_be_divided(stops, write, odd_images):
     for rows in ([GOOD], [GOOD] * 5):
         message = stops(dataset_name=write(rows), eval_fraction=0.1)
-        assert "1 images cannot be divided" in message and "--eval_fraction" in message
+        assert "rows cannot be divided" in message and "--eval_fraction 0" in message
 
 
 # -------------------------------------------------------------------------------------------------- machine, flags
@@ -344,7 +346,7 @@ ELSEWHERE = "kto orpo cpo simpo grpo sigmoid_norms Sigmoid".split()
         *(({"loss_type": loss}, f"--loss_type {loss}: .*sigmoid, hinge, .*kto, orpo, cpo, simpo and others have trainers of their own") for loss in ELSEWHERE),
         ({"loss_type": ["sigmoid", "kto", "nll"]}, "--loss_type kto nll: "),
         ({"eval_steps": -5}, "--eval_steps: above 0"),
-        ({"greater_is_better": True, "load_best_model_at_end": True}, "--greater_is_better true would keep the checkpoint with the highest loss"),
+        ({"greater_is_better": True, "load_best_model_at_end": True}, "--greater_is_better true would keep the worst checkpoint by loss"),
         ({"save_steps": -3}, "--save_steps: above 0"),
         ({"loss_type": "exo_pair"}, "exo_pair needs --label_smoothing above 0"),
         ({"loss_type": ["sft", "exo_pair"], "label_smoothing": 1}, "exo_pair needs --label_smoothing above 0 and below 1"),
@@ -354,9 +356,7 @@ ELSEWHERE = "kto orpo cpo simpo grpo sigmoid_norms Sigmoid".split()
         ({"loss_type": "aot_unpaired", "label_smoothing": "nan"}, "robust and aot take --label_smoothing"),
         ({"label_smoothing": 0.1}, "--label_smoothing is for the losses exo_pair, robust and aot"),
         ({"loss_type": ["hinge", "sft"], "label_smoothing": 0.1}, "--label_smoothing is for the losses"),
-        ({"loss_type": "aot", "use_weighting": True}, "--use_weighting: not with the losses aot"),
-        ({"loss_type": ["sigmoid", "aot_unpaired"], "use_weighting": True}, "--use_weighting: not with the losses aot"),
-        *(({"loss_type": loss, "f_divergence_type": "js_divergence"}, "--f_divergence_type js_divergence: .*nca_pair.*reverse_kl only")
+        *(({"loss_type": loss, "f_divergence_type": "js_divergence"}, f"--f_divergence_type js_divergence: {loss} can only have reverse_kl")
           for loss in "nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero apo_down".split()),
         ({"f_divergence_type": "kl"}, "--f_divergence_type.*kl"),
         ({"loss_weights": [1, 2]}, "weights.*Got 2 weights for 1 loss"),
@@ -364,37 +364,25 @@ ELSEWHERE = "kto orpo cpo simpo grpo sigmoid_norms Sigmoid".split()
         ({"loss_weights": -1}, "--loss_weights: none below 0"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0, 0]}, "--loss_weights: none below 0, and not all 0"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1, "nan"]}, "--loss_weights"),
-        ({"ld_alpha": 2}, "--ld_alpha: from 0 to 1"),
-        ({"ld_alpha": -0.5}, "--ld_alpha: from 0 to 1"),
-        ({"ld_alpha": "nan"}, "--ld_alpha: from 0 to 1"),
         ({"beta": 0}, "--beta"),
         ({"beta": -0.1}, "--beta"),
-        ({"beta": "inf"}, "--beta"),
         ({"beta": "nan"}, "--beta"),
-        ({"loss_type": "discopop", "discopop_tau": 0}, "--discopop_tau"),
         ({"learning_rate": -1}, "--learning_rate"),
+        ({"learning_rate": 0}, "--learning_rate must be above 0"),
         ({"learning_rate": "nan"}, "--learning_rate"),
-        ({"lora_alpha": 0}, "--lora_alpha"),
         ({"lora_r": 0}, "--lora_r"),
         ({"eval_fraction": 1}, "--eval_fraction"),
         ({"eval_fraction": -0.1}, "--eval_fraction"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
-        ({"max_length": 0}, "--max_length"),
-        ({"max_length": -1}, "--max_length"),
-        ({"max_new_tokens": 0}, "--max_new_tokens"),
         ({"longest_edge": 0}, "--longest_edge"),
         ({"per_device_train_batch_size": 0}, "batch sizes"),
         ({"per_device_eval_batch_size": 0}, "batch sizes"),
         ({"gradient_accumulation_steps": 0}, "accumulation steps"),
-        ({"sample_rows": -1}, "--sample_rows"),
-        ({"seed": -1}, "--seed"),
-        ({"seed": 2**32}, "--seed"),
-        ({"dataloader_num_workers": -1}, "--dataloader_num_workers"),
         ({"max_steps": 0}, "--max_steps"),
         ({"num_train_epochs": 0}, "--num_train_epochs"),
         ({"num_train_epochs": "nan"}, "--num_train_epochs"),
         ({"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 10}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
-        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies"}, "--metric_for_best_model eval_rewards/accuracies: .*loss"),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies"}, "--metric_for_best_model rewards/accuracies: .*loss"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
@@ -439,7 +427,7 @@ def test_flags_that_can(settings, pair_parse):
 def test_a_file_in_place_of_the_output(below, stops, tmp_path):
     (tmp_path / "file").write_text("mine")
     message = stops(output_dir=tmp_path / "file" / below)
-    assert "--output_dir" in message and "there is a file in its place" in message and (tmp_path / "file").read_text() == "mine"
+    assert "--output_dir" in message and "cannot be written" in message and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -516,7 +504,7 @@ def test_a_tokenizer_without_its_words_knows_no_answers(stops, write, odd_images
 
 def test_a_question_with_two_images_is_refused(stops, write, odd_images):
     asked = message([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}], "user")
-    assert "row 0: images in the question: 2 parts of its message are no text" in stops(dataset_name=write([GOOD | {"question": asked}]))
+    assert "row 0: question is not a text: [{'role': 'user'" in stops(dataset_name=write([GOOD | {"question": asked}]))
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "of_tomorrow"}'], ids=["missing", "damaged", "empty", "unknown"])
@@ -536,7 +524,7 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
 def test_an_answer_with_an_image_is_refused(stops, write, odd_images):
     said = message([{"type": "image"}, {"type": "text", "text": "It is a seven."}], "assistant")
     message_of = stops(dataset_name=write([GOOD | {"chosen": said}]))
-    assert "row 0: images in the chosen: 1 parts of its message are no text; a pair is about one image, in the question" in message_of
+    assert "row 0: chosen is not a text: [{'role': 'assistant'" in message_of and "(only a question has an image)" in message_of
 
 
 def test_damaged_weights_are_one_message(tiny_pairs, pair_flags, write, odd_images, tmp_path):
@@ -565,7 +553,7 @@ def test_rows_longer_than_the_sliding_window_are_for_the_stock_path(family, stop
     (tmp_path / "run.yaml").write_text("max_length: null\n")
     for given, limit in (({}, "1024"), ({"max_length": 101}, "101"), ({"config": tmp_path / "run.yaml"}, "None")):
         message = stops(**settings, **given)
-        assert re.search(f"--max_length {limit}: .* 100 tokens back.*--max_length 100, or --shared_prompt false", message), message
+        assert re.search(f"--max_length {limit}: .* sliding window of 100 tokens.*--max_length 100, or --shared_prompt false", message), message
     for given in ({"max_length": 100}, {"max_length": 101, "shared_prompt": False}, {"config": tmp_path / "run.yaml", "shared_prompt": False}):
         with pytest.raises(Loaded):
             stops(**settings, **given)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import short_run
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
@@ -35,6 +35,7 @@ FLAGS = {
     "learning_rate": 1e-2,
     "eval_strategy": "no",
     "save_strategy": "no",
+    "sample_rows": 0,
     "activation_checkpointing": False,
 }
 TOWER = {"idefics2": "vision_model", "llava": "vision_tower", "paligemma": "vision_tower", "paligemma2": "vision_tower"}
@@ -100,6 +101,8 @@ def make(bases, tmp_path_factory):
         torch.manual_seed(0)
         own = {"peft_config": dpo_idefics2.lora_config(settings), "processing_class": processor, "train_dataset": Dataset.from_list(ROWS)}
         own |= {"data_collator": dpo_idefics2.Collator(processor, settings, training), "eval_dataset": Dataset.from_list(ROWS[3:])}
+        if cls is SharedPromptDPOTrainer:
+            own["settings"] = settings
         if callable(given):
             given = given(dpo_idefics2.load_model(settings, training), own["peft_config"])
         own |= {"model": dpo_idefics2.load_model(settings, training)} | (given or {})
@@ -121,7 +124,7 @@ def both(make):
     @functools.cache
     def made(family, **settings):
         stock, shared = (make(cls, family, **settings) for cls in (DPOTrainer, SharedPromptDPOTrainer))
-        assert shared.stock is None
+        assert shared.why_not_shared is None
         return stock, shared
 
     return made
@@ -324,7 +327,7 @@ def test_an_adapter_that_exists_is_trained_on(make, adapters):
         return {"model": stir(get_peft_model(base, config), seed=2), "peft_config": None}
 
     stock, shared = (make(cls, "idefics2", trained, adapters=adapters) for cls in (DPOTrainer, SharedPromptDPOTrainer))
-    assert shared.stock is None and "ref" in shared.model.peft_config
+    assert shared.why_not_shared is None and "ref" in shared.model.peft_config
     batch = shared.data_collator(ROWS[:3])
     want = step(stock, batch)
     same(want, step(shared, batch))
@@ -430,7 +433,7 @@ def test_what_a_frozen_tower_gave_is_forgotten_after_the_step(both):
     for batch in (first, other):
         with Watch(shared, "idefics2") as watch:
             losses.append(step(shared, batch).loss)
-        assert watch.pictures == [2] and shared.kept is None
+        assert watch.pictures == [2] and shared.frozen_outputs is None
         same(step(stock, batch), step(shared, batch))
     assert abs(losses[0] - losses[1]) > 1e-4
 
@@ -441,7 +444,7 @@ def test_it_is_forgotten_after_an_error_too(both, monkeypatch):
         patch.setattr(whole(shared.model).model.text_model, "forward", None)
         with pytest.raises(TypeError):
             step(shared, shared.data_collator(ROWS[:1]))
-    assert shared.kept is None
+    assert shared.frozen_outputs is None
 
 
 @pytest.mark.parametrize("family", ["idefics2", "llava", "paligemma", "paligemma2"])
@@ -501,7 +504,7 @@ def test_a_row_beyond_the_sliding_window(both, monkeypatch):
     same(want, step(shared, batch))
     for trainer in (stock, shared):
         monkeypatch.setattr(trainer.model.config.get_text_config(), "sliding_window", longest - 2)
-    with pytest.raises(ValueError, match=f"a row of {longest} tokens is longer than the model's sliding window of {longest - 2}"):
+    with pytest.raises(SystemExit, match=f"a row of {longest} tokens: this model has a sliding window of {longest - 2} tokens"):
         step(shared, batch)
     assert step(stock, batch).loss != want.loss
 
@@ -509,7 +512,7 @@ def test_a_row_beyond_the_sliding_window(both, monkeypatch):
 # ------------------------------------------------------------------------------------------------- where it is not done
 def test_llava_next_takes_the_stock_path(make):
     stock, shared = (make(cls, "llava_next", adapters="language") for cls in (DPOTrainer, SharedPromptDPOTrainer))
-    assert "llava_next" in shared.stock and "forward_pairs" not in repr(whole(shared.model).forward)
+    assert "llava_next" in shared.why_not_shared and "forward_pairs" not in repr(whole(shared.model).forward)
     batch = shared.data_collator(ROWS[:3])
     want, got = step(stock, batch), step(shared, batch)
     assert want.loss == got.loss and want.metrics == got.metrics
@@ -519,7 +522,7 @@ def test_a_reference_model_takes_the_stock_path(make):
     """Of training in full, or given."""
     full = lambda base, config: {"model": base.requires_grad_(True), "peft_config": None}
     stock, shared = (make(cls, "idefics2", full) for cls in (DPOTrainer, SharedPromptDPOTrainer))
-    assert "reference model" in shared.stock
+    assert "reference model" in shared.why_not_shared
     for trainer in (stock, shared):
         torch.manual_seed(3)
         for p in trainer.model.parameters():
@@ -530,26 +533,23 @@ def test_a_reference_model_takes_the_stock_path(make):
 
     beside = lambda base, config: {"ref_model": base}
     stock, shared = (make(cls, "idefics2", beside, adapters="language") for cls in (DPOTrainer, SharedPromptDPOTrainer))
-    assert "reference model" in shared.stock and step(stock, batch).loss == step(shared, batch).loss
+    assert "reference model" in shared.why_not_shared and step(stock, batch).loss == step(shared, batch).loss
 
 
 def test_what_else_takes_the_stock_path(make, both, monkeypatch):
-    shared = make(SharedPromptDPOTrainer, "llava", {"shared_prompt": False}, adapters="language")
-    assert shared.stock == "--shared_prompt false"
+    shared = make(SharedPromptDPOTrainer, "llava", shared_prompt=False, adapters="language")
+    assert shared.why_not_shared == "--shared_prompt false"
     batch = shared.data_collator(ROWS[:2])
     with Watch(shared, "llava") as watch:
         assert step(shared, batch).loss == step(both("llava", adapters="language")[0], batch).loss
     assert watch.pictures == [4, 4]
 
     model = both("idefics2", adapters="language")[1].model
-    assert dpo_idefics2.why_stock(model) is None and "reference model" in dpo_idefics2.why_stock(model, model)
+    assert dpo_idefics2.obstacle_to_sharing(model) is None and "reference model" in dpo_idefics2.obstacle_to_sharing(model, model)
     for attention in ("flash_attention_2", "flex_attention"):
         with monkeypatch.context() as patch:
             patch.setattr(model.config.get_text_config(), "_attn_implementation", attention)
-            assert dpo_idefics2.why_stock(model) == f"{attention} takes no 4-D attention mask"
-    with monkeypatch.context() as patch:
-        patch.setitem(model.peft_config, "other", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-        assert "prompt learning" in dpo_idefics2.why_stock(model)
+            assert dpo_idefics2.obstacle_to_sharing(model) == f"{attention} takes no 4-D attention mask"
 
 
 # -------------------------------------------------------------------------------------------------------- afterwards

@@ -248,12 +248,12 @@ def test_says_what_is_trained(trained, variant, several):
         names = linear(base, name) if name in ("connector", "text_model") and "4-bit" in variant else ()
         assert packed == sum(base.get_submodule(n).weight.numel() for n in names)
     assert "path: shared prompts, each pair one sequence with its image once\n" in done.text
-    assert "14 pairs to train on, 5 to evaluate; 4 steps of 2 pairs, 0.57 epochs; from the start\n" in done.text
+    assert "14 rows to train on, 5 to evaluate; 4 steps of 2 rows, 0.57 epochs; from the start\n" in done.text
 
 
 def test_shows_a_pair_as_the_model_sees_it(trained):
     text, rows = trained().text, json.loads(Path(trained().argv[trained().argv.index("--dataset_name") + 1]).read_text())
-    shown = re.search(r"One pair as the model sees it, learnt from in «»:\n\n(.*)\n  chosen:   (.*)\n  rejected: (.*?)\n\n", text, re.S)
+    shown = re.search(r"One pair as the model sees it, trained on in «»:\n\n(.*)\n  chosen:   (.*)\n  rejected: (.*?)\n\n", text, re.S)
     prompt, chosen, rejected = shown.groups()
     assert prompt.replace("<image> x 8", "") == (
         f"<s> User:<fake_token_around_image><fake_token_around_image> {rows[0]['question']}<end_of_utterance>\nAssistant:"
@@ -265,6 +265,59 @@ def test_a_16_bit_adapter_would_not_move(several, tmp_path):
     """TRL makes the adapters of a 4-bit model bf16, the recipe's Trainer float32 again, before there is an optimizer."""
     trainer = run(command(several, tmp_path), train=False).trainer
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32} and trainer.optimizer is None
+
+
+@pytest.mark.parametrize(
+    "family, names, expected",
+    [
+        ("tiny_pairs", ["q_proj", "down_proj"], r"model\.text_model\..*(q|down)_proj"),
+        ("tiny_llava", ["q_proj", "down_proj"], r"model\.language_model\..*(q|down)_proj"),
+        ("tiny_pairs", [r"model\.(vision_model|connector)\..*(q_proj|fc1)"], r"model\.(vision_model|connector)\..*(q_proj|fc1)"),
+        ("tiny_pairs", [], r"model\..*"),
+    ],
+)
+def test_lora_target_modules_are_names_or_a_regex(request, several, tmp_path, family, names, expected):
+    """Of the language model, or anywhere; it wins over --adapters, and what it names learns."""
+    flags = command(several, tmp_path, **FLOAT, model_name_or_path=request.getfixturevalue(family) / "model")
+    done = run([*flags, *(["--adapters", "language", "--lora_target_modules", *names] if names else [])])
+    base = AutoModelForImageTextToText.from_pretrained(request.getfixturevalue(family) / "model")
+    linear_layers = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert adapted(done.trainer.model) == {name for name in linear_layers if re.fullmatch(expected, name)} != set()
+    assert not [name for name, p in done.weights[0].items() if torch.equal(p, done.weights[-1][name])]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["q_proj", "qproj"], "--lora_target_modules qproj: no such linear layer"),
+        ([r".*\.(x|y)_proj"], r"--lora_target_modules .*_proj: no such linear layer"),
+        (["(q_proj"], "is no regular expression"),
+        ([r".*lm_head"], "lm_head, which DPOTrainer merges with the loss and cannot adapt"),
+    ],
+)
+def test_lora_target_modules_that_cannot_be_adapted(several, tmp_path, monkeypatch, names, message):
+    monkeypatch.setattr(dpo_idefics2, "load_model", None)
+    assert re.search(message, refusal(dpo_idefics2.main, [*command(several, tmp_path), "--lora_target_modules", *names]))
+
+
+@pytest.mark.parametrize("settings", [FLOAT, FLOAT | LANGUAGE, FLOAT | DORA, FLOAT | {"shared_prompt": False}], ids=str)
+def test_the_trained_model_can_be_merged_in_the_same_process(several, tmp_path, settings):
+    """Each module has its own forward back, and merged they say what the adapter says."""
+    trainer = run(command(several, tmp_path, **settings)).trainer
+    replaced = [vars(module)["forward"] for module in trainer.model.modules() if "forward" in vars(module)]
+    assert not any(word in repr(replaced) for word in ("forward_pairs", "run_once"))
+    collator = trainer.data_collator
+    batch = collator.tokenize([collator.read(row)[:1] for row in trainer.eval_dataset], prompt=True)
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(**batch).logits[batch["attention_mask"].bool()]
+
+    with trainer.model.disable_adapter():
+        base = logits(trainer.model)
+    adapter = logits(trainer.model)
+    assert (adapter - base).abs().max() > 0.01
+    torch.testing.assert_close(logits(trainer.model.merge_and_unload()), adapter, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- answers by heart
@@ -286,12 +339,12 @@ def test_samples_show_image_prompt_and_answers(learnt, several):
     tables = sections(learnt.out)
     assert list(tables) == [20, 40] == list(log(learnt.out, "eval_loss"))
     assert [row[:3] + row[4:] for row in tables[20]] == [row[:3] + row[4:] for row in tables[40]]
-    numbers = [int(re.fullmatch(r"!\[\]\(samples/(\d+)\.png\)", row[0])[1]) for row in tables[40]]
+    numbers = [int(re.fullmatch(r"!\[\]\(samples/(\d+)-0\.png\)", row[0])[1]) for row in tables[40]]
     assert sorted(numbers) == list(range(6))
     base, collator = AutoModelForImageTextToText.from_pretrained(several / "model"), learnt.trainer.data_collator
     for n, (_, prompt, before, _, chosen, rejected) in zip(numbers, tables[40]):
         assert (prompt, chosen, rejected) == tuple(given[n][key] for key in ("question", "chosen", "rejected"))
-        shown, picture = (Image.open(path).convert("L") for path in (learnt.out / f"samples/{n}.png", several / "images" / given[n]["image"]))
+        shown, picture = (Image.open(path).convert("L") for path in (learnt.out / f"samples/{n}-0.png", several / "images" / given[n]["image"]))
         drawn = torch.tensor(list(shown.resize(picture.size, Image.Resampling.BOX).tobytes())).float()
         apart = [(drawn - torch.tensor(list(Image.open(several / "images" / row["image"]).convert("L").tobytes()))).norm() for row in given]
         assert min(range(6), key=apart.__getitem__) == n
@@ -305,22 +358,22 @@ def test_answers_are_counted_up_to_their_end(several, tmp_path, monkeypatch):
     """By hand: an answer is as long as what stands before its end, be it <end_of_utterance> or EOS, and ended if there is one."""
     trainer = run(command(several, tmp_path, per_device_eval_batch_size=3), train=False).trainer
     collator = trainer.data_collator
-    assert collator.processor.tokenizer.convert_ids_to_tokens(collator.stop) == ["<end_of_utterance>", "</s>"]
-    (end, eos), pad = collator.stop, trainer.processing_class.tokenizer.pad_token_id
+    assert collator.processor.tokenizer.convert_ids_to_tokens(collator.stop_ids) == ["<end_of_utterance>", "</s>"]
+    (end, eos), pad = collator.stop_ids, trainer.processing_class.tokenizer.pad_token_id
     a, b = trainer.processing_class.tokenizer("Yes No", add_special_tokens=False)["input_ids"][:2]
     said = iter([torch.tensor([[a, b, end, pad], [a, b, a, b], [end, pad, pad, pad]]), torch.tensor([[a, eos], [b, a]])])
     monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, next(said)], dim=1))
-    found = trainer.answers(trainer.eval_dataset)
+    found = dpo_idefics2.answer_rows(trainer, trainer.eval_dataset, 4)
     assert [(tokens, ended) for _, tokens, ended in found] == [(2, True), (4, False), (0, True), (1, True), (2, False)]
     assert found[2][0] == ""
-    monkeypatch.setattr(trainer, "answers", lambda rows: found[: len(rows)])
+    monkeypatch.setattr(dpo_idefics2, "answer_rows", lambda trainer, rows, most: found[: len(rows)])
     metrics = trainer.evaluate()
     assert (metrics["eval_samples/tokens"], metrics["eval_samples/ended"]) == (3, 0.5)  # of the first two: --sample_rows 2
 
 
 def test_a_pipe_or_a_line_end_keeps_the_table_whole(several, tmp_path, monkeypatch):
     trainer = run(command(several, tmp_path), train=False).trainer
-    monkeypatch.setattr(trainer, "answers", lambda rows: [("a | b\nc", 3, True)] * len(rows))
+    monkeypatch.setattr(dpo_idefics2, "answer_rows", lambda trainer, rows, most: [dpo_idefics2.Answer("a | b\nc", 3, True)] * len(rows))
     trainer.evaluate()
     assert [row[2:4] for row in sections(tmp_path)[0]] == [["a &#124; b c"] * 2] * 2
 
@@ -329,7 +382,7 @@ def test_a_pipe_or_a_line_end_keeps_the_table_whole(several, tmp_path, monkeypat
 def test_what_is_shown_can_be_bounded(several, tmp_path):
     done = run(command(several, tmp_path / "a", sample_rows=1, max_eval_rows=3))
     assert len(done.trainer.eval_dataset) == 3 and all(len(rows) == 1 for rows in sections(done.out).values())
-    assert "14 pairs to train on, 3 to evaluate" in done.text
+    assert "14 rows to train on, 3 to evaluate" in done.text
     done = run(command(several, tmp_path / "b", sample_rows=0))
     assert log(done.out, "eval_loss") and not log(done.out, "eval_samples/ended") and not list(done.out.glob("samples*"))
 
@@ -347,7 +400,7 @@ def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch):
     for best, flags in ((2, {"load_best_model_at_end": True}), (4, {})):
         done = run(command(several, tmp_path / str(best), **flags, eval_steps=1, save_steps=1))
         assert list(log(done.out, "eval_loss").values()) == losses
-        assert ("best of the evaluations by loss: 1, at step 2; that is saved" in done.text) == bool(flags)
+        assert ("best loss: 1, at step 2; that is saved" in done.text) == bool(flags)
         saved = load_file(done.out / "adapter_model.safetensors")
         for name, value in done.weights[best].items():
             assert torch.equal(saved[name.replace(".default", "")], value)
@@ -358,7 +411,7 @@ def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch):
 def test_without_evaluation(several, tmp_path, without):
     done = run(command(several, tmp_path, load_best_model_at_end=True, **without))
     assert list(log(done.out)) == [1, 2, 3, 4] and not log(done.out, "eval_loss")
-    assert not (done.out / "samples.md").exists() and "14 pairs to train on, 0 to evaluate" in done.text
+    assert not (done.out / "samples.md").exists() and "14 rows to train on, 0 to evaluate" in done.text
 
 
 # ------------------------------------------------------------------------------------------------------ what is saved
@@ -411,7 +464,7 @@ def test_the_stock_path_logs_the_same(trained, several, tmp_path):
     half = shutil.copytree(first.out / "checkpoint-2", tmp_path / "half" / "checkpoint-2").parent
     shutil.copy(first.out / "settings.yaml", half)
     rest = run(command(several, half, **FLOAT, shared_prompt=False))
-    assert f"going on from {half / 'checkpoint-2'}\n" in rest.text
+    assert f"resuming from {half / 'checkpoint-2'}\n" in rest.text
     assert log(half) == pytest.approx(log(first.out), abs=1e-4)
 
 
@@ -583,7 +636,7 @@ def test_killed_and_started_again(uninterrupted, killed, several, workers):
     half = Path(shutil.copytree(killed / "checkpoint-6", killed / "checkpoint-7"))
     (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:1000])
     resumed = run(command(several, killed, **LONG, dataloader_num_workers=workers))
-    assert f"going on from {killed / 'checkpoint-6'}\n" in resumed.text
+    assert f"resuming from {killed / 'checkpoint-6'}\n" in resumed.text
     same_end(uninterrupted, resumed, 6)
     assert (killed / "samples.md").read_text() == (uninterrupted.out / "samples.md").read_text()
     assert list(sections(killed)) == list(range(2, 14, 2))
@@ -593,7 +646,7 @@ def test_killed_and_started_again(uninterrupted, killed, several, workers):
 def test_a_path_names_the_checkpoint(uninterrupted, several, tmp_path):
     checkpoint = uninterrupted.out / "checkpoint-4"  # at the end of an epoch
     resumed = run(command(several, tmp_path / "other", **LONG, resume_from_checkpoint=checkpoint))
-    assert f"going on from {checkpoint}\n" in resumed.text
+    assert f"resuming from {checkpoint}\n" in resumed.text
     same_end(uninterrupted, resumed, 4)
 
 
@@ -695,7 +748,7 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(several, tmp_path
     monkeypatch.setattr(dpo_idefics2, "load_model", vanish)
     message = refusal(dpo_idefics2.main, command(folder, tmp_path / "out", dataloader_num_workers=workers, max_steps=7))
     n = 4 if name == "held_out" else 5
-    assert "the data changed under the run" in message and f"row {n}: unreadable image" in message and row["image"] in message
+    assert "the data changed during the run" in message and f"row {n}: unreadable image" in message and row["image"] in message
 
 
 def test_beyond_the_sliding_window(several, tmp_path, monkeypatch):
@@ -709,7 +762,7 @@ def test_beyond_the_sliding_window(several, tmp_path, monkeypatch):
     assert "path: shared" in run(command(folder, tmp_path / "short", max_length=64), train=False).text
     monkeypatch.setattr(dpo_idefics2, "load_model", None)
     message = refusal(dpo_idefics2.main, command(folder, tmp_path / "out"))
-    assert "--max_length 1024" in message and "64 tokens back" in message and "--max_length 64, or --shared_prompt false" in message
+    assert "--max_length 1024" in message and "sliding window of 64 tokens" in message and "--max_length 64, or --shared_prompt false" in message
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "paligemma2", "llava_next"])
@@ -761,7 +814,7 @@ def test_two_processes_train_like_one(several, tmp_path):
     program = [*launch, str(ROOT / "dpo_idefics2.py"), *argv]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
-    for words in ("pairs to train on", "One pair as the model sees it", "path: shared prompts", "8 steps of 4 pairs"):
+    for words in ("rows to train on", "One pair as the model sees it", "path: shared prompts", "8 steps of 4 rows"):
         assert done.stdout.count(words) == 1
     one = run(command(several, tmp_path / "one", **settings, gradient_accumulation_steps=4))
     for key in ("loss", "grad_norm", "eval_loss", *REWARDS, "logps/chosen", *(f"eval_{name}" for name in REWARDS)):

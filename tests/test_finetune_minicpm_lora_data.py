@@ -92,6 +92,10 @@ def parts(batch):
     return [part for row in batch.get("pixel_values", []) for part in row]
 
 
+def slice_ids(collator):
+    return collator.processor.tokenizer.convert_tokens_to_ids(["<slice>", "</slice>"])
+
+
 def seen(batch):
     """The colours of the parts: r, g, b or y."""
     names = {(1, 0, 0): "r", (0, 1, 0): "g", (0, 0, 1): "b", (1, 1, 0): "y"}
@@ -113,11 +117,11 @@ def test_trained_are_the_answers_and_their_ends(collate):
     tokenizer, batch = collator.processor.tokenizer, collator(ROWS)
     rows = flat(batch)
     assert trained(rows, tokenizer) == [[f"{answer}{END}" for answer in answers] for answers in ANSWERS]  # nothing else
-    assert not (rows["labels"] == recipe.image_token_id(collator.processor)).any()
+    assert not (rows["labels"] == collator.processor.image_token_id).any()
     padded = rows["attention_mask"] == 0
     assert padded.any(1).sum() == len(ROWS) - 1 and (rows["input_ids"][padded] == tokenizer.pad_token_id).all()
     assert (rows["attention_mask"].diff(dim=1) >= 0).all() and (rows["labels"][padded] == -100).all()  # on the left
-    if collator.hub:
+    if collator.is_26:
         assert batch.keys() == {"data", "attention_mask", "labels"}
         assert batch["data"].keys() == {"input_ids", "position_ids", "pixel_values", "tgt_sizes", "image_bound"}
         for ids, positions, mask in zip(rows["input_ids"], rows["position_ids"], rows["attention_mask"].bool()):
@@ -133,9 +137,9 @@ def test_a_row_is_the_same_alone_as_in_company(collate):
         for key, value in flat(one).items():
             if isinstance(value, torch.Tensor) and value.shape == one["labels"].shape:
                 assert torch.equal(rows[key][n][mask], value[0]), key
-        if collator.hub:
+        if collator.is_26:
             assert torch.equal(rows["image_bound"][n], one["data"]["image_bound"][0] + int((~mask).sum()))
-            image = recipe.image_token_id(collator.processor)
+            image = collator.processor.image_token_id
             assert all((rows["input_ids"][n][a:b] == image).all() for a, b in rows["image_bound"][n])
     assert len(parts(batch)) == sum(len(parts(one)) for one in alone) > 5
     assert all(map(torch.equal, parts(batch), [part for one in alone for part in parts(one)]))
@@ -216,7 +220,7 @@ def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tm
     def answered(conversations):
         batch = collator.tokenize(conversations, prompt=True)
         with torch.no_grad():
-            out = model.generate(**batch, max_new_tokens=8, max_length=None, do_sample=False, use_cache=True, eos_token_id=collator.stop)
+            out = model.generate(**batch, max_new_tokens=8, max_length=None, do_sample=False, use_cache=True, eos_token_id=collator.stop_ids)
         return out[:, batch["input_ids"].shape[1] :].tolist()
 
     total, count = learnt(ROWS)
@@ -227,7 +231,7 @@ def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tm
     asked = [collator.read(row)[:-1] for row in ROWS]
     together, alone = answered(asked), [answered([one])[0] for one in asked]
     for one, other in zip(together, alone):  # padded once both have ended
-        assert one[: len(other)] == other and set(one[len(other) :]) <= set(collator.stop)
+        assert one[: len(other)] == other and set(one[len(other) :]) <= set(collator.stop_ids)
     assert len({tuple(ids) for ids in alone}) > 2
 
 
@@ -238,7 +242,7 @@ def test_4x_keeps_four_times_as_many_tokens_that_the_model_takes(kind, request, 
         settings, training = recipe.parse(minicpm_run(request.getfixturevalue(kind), tmp_path / "out", image_folder=tmp_path, downsample_mode=mode))
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
         batch = collator(ROWS)
-        counts[mode] = [row.count(recipe.image_token_id(collator.processor)) for row in batch["input_ids"].tolist()]
+        counts[mode] = [row.count(collator.processor.image_token_id) for row in batch["input_ids"].tolist()]
         model = recipe.load_model(settings, training)
         with torch.no_grad():
             assert model(**batch).loss.isfinite()
@@ -275,7 +279,7 @@ def test_a_picture_stands_where_its_placeholder_does(row, colours, asked, collat
     collator = collate()
     batch = collator([row])
     assert seen(batch) == colours
-    text = recipe.marked(batch, collator.processor).replace("«", "").replace("»", "")
+    text = recipe.marked(flat(batch), collator.processor).replace("«", "").replace("»", "")
     for n in range(len(colours)):
         head, rest = text.split(f"<image_id>{n}</image_id><image>")
         text = head + "#" + rest.split("</image>", 1)[1]  # numbered in the order of the text
@@ -294,7 +298,7 @@ def test_a_large_picture_is_seen_as_a_whole_and_in_slices(collate):
         batch = collator([row])
         assert set(seen(batch)) == {"y"}
         counts.append(len(parts(batch)))
-        assert tokens(batch).count(collator.slice[0]) == tokens(batch).count(collator.slice[1]) == counts[-1] - 1
+        assert [tokens(batch).count(token) for token in slice_ids(collator)] == [counts[-1] - 1] * 2
         assert seen(collator([talks("<image>", "b")])) == "r"  # a small one never is
     assert counts[0] == 1 and counts[1] == 3 and 3 < counts[2] <= 5 < counts[3] <= 10
 
@@ -334,17 +338,17 @@ def test_the_narrowest_and_the_smallest_images_are_processed(size, collate, tmp_
 def test_the_printed_example(collate):
     collator = collate()
     batch = collator([ROWS[2], ROWS[3], ROWS[0]])
-    system, end = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "") if collator.hub else ("", "<think>\n\n</think>\n\n")
-    image = "<unk> x 8" if collator.hub else "<|image_pad|> x 1"
+    system, end = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "") if collator.is_26 else ("", "<think>\n\n</think>\n\n")
+    image = f"<image> x {8 if collator.is_26 else 1}"
     picture = lambda n: f"<image_id>{n}</image_id><image>{image}</image>"
-    rows = [n for n in (2, 3, 4, 5) if f"<slice>{image}</slice>" * n + "\n" in recipe.marked(batch, collator.processor)]
+    rows = [n for n in (2, 3, 4, 5) if f"<slice>{image}</slice>" * n + "\n" in recipe.marked(flat(batch), collator.processor)]
     large = picture(0) + "\n".join([f"<slice>{image}</slice>" * rows[-1]] * ((len(parts(batch)) - 5) // rows[-1]))
-    assert recipe.marked(batch, collator.processor) == (
+    assert recipe.marked(flat(batch), collator.processor) == (
         f"{system}<|im_start|>user\nCompare\n{large}\nwith\n{picture(1)}\n. Which?{END}\n<|im_start|>assistant\n«!!{END}»\n"
         f"<|im_start|>user\nAnd\n{picture(2)}\n?{END}\n<|im_start|>assistant\n{end}«six and two!{END}»\n"
     )
     padded = collator([ROWS[0], ROWS[2]])
-    assert recipe.marked(padded, collator.processor) == recipe.marked(collator([ROWS[0]]), collator.processor)
+    assert recipe.marked(flat(padded), collator.processor) == recipe.marked(flat(collator([ROWS[0]])), collator.processor)
 
 
 # ------------------------------------------------------------------------------------------------------- the loader
@@ -403,7 +407,7 @@ def test_types_may_differ_between_rows_and_texts_stay_texts(parse, write, tmp_pa
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
         assert said_of(train) == texts * 2 and train["row"] == list(range(20))
         assert "".join(seen(collator([row])) for row in train) == "grggr" + "r" * 10
-        assert set(train.column_names) == {"id", "image", "conversations", "row", "folder", "length"}
+        assert set(train.column_names) == {"id", "image", "conversations", "row", "folder", "length", "image_keys"}
 
 
 def test_images_are_looked_for_beside_the_data_or_in_image_folder(parse, tmp_path):
@@ -467,7 +471,7 @@ def test_rows_that_are_not_scored_are_not_checked(numbered, parse, write):
     seed = next(seed for seed in range(99) if datasets.Dataset.from_dict({"n": range(31)}).shuffle(seed)["n"][0] == 0)
     train, held_out = recipe.load_data(*parse(**settings, max_eval_rows=1, seed=seed))
     assert held_out["row"] == [0] and train["row"] == list(range(20))
-    with pytest.raises(SystemExit, match=f"1 of 2 rows of {some}"):
+    with pytest.raises(SystemExit, match="1 of 2 rows of the evaluation data"):
         recipe.load_data(*parse(**settings, max_eval_rows=2, seed=seed))
 
 
@@ -539,11 +543,11 @@ def test_the_remedy_for_a_long_row_is_one_that_helps(collate):
     collator = collate(model_max_length=limit + 3)
     with pytest.raises(recipe.BadRow) as bad:
         collator([sliced])
-    slices = tokens(collate()([sliced])).count(collator.slice[0])
-    taken = slices * (10 if collator.hub else 3)
-    images = f"{(slices + 1) * (8 if collator.hub else 1)} of them of images"
+    slices = tokens(collate()([sliced])).count(slice_ids(collator)[0])
+    taken = slices * (10 if collator.is_26 else 3)
+    images = f"{(slices + 1) * (8 if collator.is_26 else 1)} of them of images"
     assert str(bad.value) == (
-        f"row ?: too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: raise it, "
+        f"too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: raise it, "
         f"or lower --max_slice_nums, 9: slices take {taken} tokens"
     )
     assert collate(model_max_length=limit + 3, max_slice_nums=1)([sliced])["labels"].shape[1] == limit  # it does help
@@ -563,8 +567,8 @@ def test_bad_rows_are_skipped_where_asked_for(parse, write, capsys):
 def test_the_processor_of_each_kind_is_the_librarys_or_the_hubs(every_minicpm, tmp_path):
     collator = collator_of(every_minicpm, tmp_path, max_slice_nums=3)
     kind = type(collator.processor).__name__
-    assert kind in ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor") and collator.hub == (kind == "MiniCPMVProcessor")
-    assert collator.stop == collator.processor.tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
-    if collator.hub:  # what is saved beside an adapter answers with the slices of the model
+    assert kind in ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor") and collator.is_26 == (kind == "MiniCPMVProcessor")
+    assert collator.stop_ids == collator.processor.tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
+    if collator.is_26:  # what is saved beside an adapter answers with the slices of the model
         collator.processor.save_pretrained(tmp_path / "saved")
         assert AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True).image_processor.max_slice_nums == 9

@@ -58,6 +58,7 @@ VARIANTS = {
     "all of it": FULL | {"tune_vision": True},
     "projector": {"use_lora": False},
     "regex": {"lora_target_modules": QUERIES},
+    "names": {"lora_target_modules": ("q_proj", "mlp.down_proj", "layers.0.mlp.up_proj")},
     "alternatives": {"lora_target_modules": r".*language_model.*\.q_proj|.*llm.*\.q_proj|.*\.k_proj", "lora_layers_to_transform": 1},
     "one layer": {"lora_layers_to_transform": 1},
     "biases": {"lora_bias": "lora_only"},
@@ -68,7 +69,7 @@ VARIANTS = {
     "4-bit, words": {"q_lora": True, "lora_modules_to_save": "embed_tokens"},
 }
 CASES = [("4.6", v) for v in VARIANTS] + [("4.7", v) for v in ("default", "vision", "full")]
-CASES += [("2.6", v) for v in ("default", "vision", "full", "projector", "regex", "biases", "every bias", "words", "4-bit")]
+CASES += [("2.6", v) for v in ("default", "vision", "full", "projector", "regex", "names", "biases", "every bias", "words", "4-bit")]
 cases = pytest.mark.parametrize("family, variant", CASES)
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -158,6 +159,8 @@ def wanted(family, variant, base):
         adapters = set()
     elif variant == "regex":
         adapters = {name for name in linear if name.endswith((".q_proj", ".k_proj"))}
+    elif variant == "names":
+        adapters = {name for name in adapters if name.endswith(settings["lora_target_modules"])}
     elif "lora_layers_to_transform" in settings:
         adapters = {name for name in adapters if ".layers.1." in name and (variant == "one layer" or name.endswith((".q_proj", ".k_proj")))}
         if variant == "alternatives":  # the regex reaches the tower, too
@@ -188,7 +191,7 @@ def says(model, collator, messages, tokens=16):
     """A model's answer to a conversation, by generate() itself."""
     batch = collator.tokenize([messages], prompt=True)
     with torch.no_grad():
-        ids = model.eval().generate(**batch, max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=collator.stop)
+        ids = model.eval().generate(**batch, max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=collator.stop_ids)
     return collator.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -223,7 +226,7 @@ def test_says_what_is_trained(trained, family, variant):
     """Parts have their real sizes: what PEFT keeps beside a copy is not counted twice."""
     done = trained(family, **VARIANTS[variant])
     plainly = load(done.argv if "4-bit" not in variant else [*done.argv, "--q_lora", "false"])
-    for name, rate in zip(PARTS[family], recipe.rates(*recipe.parse(done.argv))):
+    for name, rate in zip(PARTS[family], recipe.learning_rates(*recipe.parse(done.argv)).values()):
         said = re.search(rf"^{re.escape(name)} +([\d,]+) of +([\d,]+) parameters trained at ([\d.e-]+), +([\d,]+) in 4-bit", done.text, re.M)
         taught, total, packed = (int(said[n].replace(",", "")) for n in (1, 2, 4))
         own = {n: p.numel() for n, p in done.weights[0].items() if within(plain(n), name)}
@@ -368,7 +371,8 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, fami
         assert (found[True][1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7 * largest, name
     if variant in ("default", "projector"):  # by PEFT and the model alone
         stock = load(command(family, tmp_path, **settings)).train()
-        stock = recipe.adapted(stock, recipe.parse(command(family, tmp_path, **settings))[0]).train()
+        flags = recipe.parse(command(family, tmp_path, **settings))[0]
+        stock = recipe.add_adapter(stock, flags, recipe.lora_config(flags)).train()
         assert not stock.load_state_dict(trainer.model.state_dict(), strict=False).unexpected_keys
         loss = stock(**batch).loss
         loss.backward()
@@ -389,7 +393,7 @@ def test_logits_only_where_there_is_a_label(command, tmp_path, family, settings)
     rows, found, scored = trainer.train_dataset, {}, []
     batches = [trainer.data_collator([rows[n] for n in some]) for some in ((0, 3, 6), (5,), (1, 7, 8))]
     assert len({int(batch["labels"].ne(-100).sum()) for batch in batches}) == 3
-    trainer.head.register_forward_hook(lambda head, hidden, logits: scored.append(logits.shape[:-1].numel()))
+    trainer.lm_head.register_forward_hook(lambda head, hidden, logits: scored.append(logits.shape[:-1].numel()))
     for name, compute_loss in (("stock", stock), ("recipe", trainer.compute_loss)):
         trainer.model.train().zero_grad()
         some, count = trainer.get_batch_samples(iter([dict(batch) for batch in batches]), 3, trainer.args.device)
@@ -407,6 +411,19 @@ def test_logits_only_where_there_is_a_label(command, tmp_path, family, settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "compute_loss", stock)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(said, rel=1e-6)
+
+
+@families
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": False}, {"lora_target_modules": QUERIES}, VISION], ids=str)
+def test_the_trained_model_can_be_merged_in_the_same_process(command, tmp_path, family, settings):
+    """The tower has its own forward back, and merged the model says what the adapter says."""
+    trainer = run(command(family, tmp_path, **settings)).trainer
+    assert not any("forward" in vars(module) for module in trainer.model.get_base_model().get_submodule(PARTS[family][0]).modules())
+    batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
+    words, adapted = batch["attention_mask"].bool(), logits(trainer.model, batch)
+    with trainer.model.disable_adapter():
+        assert (logits(trainer.model, batch) - adapted)[words].abs().max() > 0.01
+    torch.testing.assert_close(logits(trainer.model.merge_and_unload(), batch)[words], adapted[words], atol=1e-4, rtol=1e-4)
 
 
 @families
@@ -530,12 +547,12 @@ def test_2_6_generates_as_transformers_does(trained, monkeypatch):
     done = trained("2.6")
     model, collator = load(done.argv), done.trainer.data_collator
     batch = collator.tokenize([collator.read(done.trainer.eval_dataset[n])[:1] for n in range(2)], prompt=True)
-    ids, (end, pad) = batch["input_ids"], collator.stop
+    ids, (end, pad) = batch["input_ids"], collator.stop_ids
     assert collator.processor.tokenizer.convert_ids_to_tokens([end, pad, 0]) == ["<|im_end|>", "<|endoftext|>", "!"]
     said = torch.tensor([[0, 7, 0, end, 0, 0], [8, 9, 0, 0, 7, 7]])
     asked = []
     monkeypatch.setattr(model.llm, "generate", lambda **kwargs: asked.append(kwargs) or said)
-    out = model.generate(**batch, max_new_tokens=6, max_length=None, do_sample=False, eos_token_id=collator.stop)
+    out = model.generate(**batch, max_new_tokens=6, max_length=None, do_sample=False, eos_token_id=collator.stop_ids)
     assert torch.equal(out, torch.cat([ids, torch.tensor([[0, 7, 0, end, pad, pad], [8, 9, 0, 0, 7, 7]])], dim=1))
     assert asked[0]["eos_token_id"] == [end, pad] and asked[0]["max_new_tokens"] == 6 and torch.equal(asked[0]["attention_mask"], batch["attention_mask"])
     stock = super(type(model), model).generate(
@@ -594,7 +611,7 @@ def test_samples_show_pictures_question_and_answers(learnt, data, family):
         for path, name in zip(paths, named):
             small, whole = Image.open(done.out / path).convert("L"), Image.open(data / "images" / name).convert("L")
             size = small.resize(whole.size, Image.Resampling.BOX).tobytes()
-            assert sum(abs(a - b) for a, b in zip(size, whole.tobytes())) / len(size) < 16 and max(small.size) == 224
+            assert sum(abs(a - b) for a, b in zip(size, whole.tobytes())) / len(size) < 16 and max(small.size) == 336
         words = re.sub(r"<image(_\d+)?>", "\n", here["conversations"][-2]["content"])
         assert question == shown(words) and right == here["conversations"][-1]["content"]
         assert answered == shown(says(done.trainer.model, collator, messages[:-1]))
@@ -734,7 +751,7 @@ def test_the_best_checkpoint_is_saved(command, tmp_path, monkeypatch, family, se
 
     monkeypatch.setattr(recipe.Trainer, "evaluation_loop", faked)
     done = run(command(family, tmp_path, **settings, load_best_model_at_end=True, eval_steps=1, save_steps=1))
-    assert "best of the evaluations by loss: 1, at step 2; that is saved" in done.text
+    assert "best eval_loss: 1, at step 2; that is saved" in done.text
     name = "adapter_model.safetensors" if settings.get("use_lora", True) else "model.safetensors"
     saved, kept, last = (load_file(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"))
     assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
@@ -779,9 +796,15 @@ def test_what_is_no_adapter_of_this_model_is_refused(trained, command, tmp_path,
     assert str(path) in message
 
 
-@pytest.mark.parametrize("settings", [{"lora_layers_to_transform": 99}, {"lora_target_modules": "nothing"}])
-def test_an_adapter_of_nothing_is_refused(command, tmp_path, settings):
-    assert "the adapter: No modules were targeted" in refusal(recipe.main, command("4.6", tmp_path / "out", **settings))
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"lora_layers_to_transform": 99}, "the adapter: No modules were targeted"),
+        ({"lora_target_modules": "nothing"}, "--lora_target_modules nothing: no such linear layer"),
+    ],
+)
+def test_an_adapter_of_nothing_is_refused(command, tmp_path, settings, words):
+    assert words in refusal(recipe.main, command("4.6", tmp_path / "out", **settings))
 
 
 @families
@@ -857,7 +880,7 @@ def test_killed_and_started_again(whole, dead, command, tmp_path, family):
     half = Path(shutil.copytree(out / "checkpoint-6", out / "checkpoint-7"))
     (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:1000])
     resumed = run(command(family, out, **LONG, dataloader_num_workers=2 if family == "2.6" else 0))
-    assert f"going on from {out / 'checkpoint-6'}\n" in resumed.text
+    assert f"resuming from {out / 'checkpoint-6'}\n" in resumed.text
     same_end(whole(family), resumed, 6)
     assert (out / "samples.md").read_text() == (whole(family).out / "samples.md").read_text()
 
@@ -870,7 +893,7 @@ def test_resumes_whatever_was_trained(whole, command, tmp_path, family, variant)
     done = whole(family, **VARIANTS[variant])
     checkpoint = done.out / "checkpoint-8"
     resumed = run(command(family, tmp_path / "out", **LONG, **VARIANTS[variant], resume_from_checkpoint=checkpoint))
-    assert f"going on from {checkpoint}\n" in resumed.text
+    assert f"resuming from {checkpoint}\n" in resumed.text
     same_end(done, resumed, 8)
 
 
@@ -907,7 +930,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(whole, command, tmp_path):
 
 
 def test_a_misspelt_module_to_save_is_named(command, tmp_path):
-    with pytest.raises(SystemExit, match="^error: --lora_modules_to_save embed_token: the model has no module of that name"):
+    with pytest.raises(SystemExit, match="^error: --lora_modules_to_save embed_token: no such module outside of the frozen parts "):
         run(command("4.6", tmp_path / "out", lora_modules_to_save="embed_token"))
 
 
@@ -921,9 +944,9 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(trained, command, tmp_pa
     with monkeypatch.context() as away:
         away.setattr(recipe.Trainer, "training_step", interrupt)
         message = refusal(recipe.main, command("4.6", out, **longer))
-    assert "interrupted; the same command goes on" in message and str(out) in message
+    assert "interrupted; the same command resumes" in message and str(out) in message
     again = run(command("4.6", out, **{**longer, "resume_from_checkpoint": "auto"}))
-    assert f"going on from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
+    assert f"resuming from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
 
 
 @pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
@@ -996,7 +1019,7 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tm
     monkeypatch.setattr(recipe, "load_model", vanish)
     own = {"data_path": folder / "nine.json", "eval_data_path": folder / "held_out.json", "image_folder": folder / "images"}
     message = refusal(recipe.main, command(family, tmp_path / "out", **own, dataloader_num_workers=workers))
-    assert "the data changed under the run" in message and f"row {n}: unreadable image" in message and rows[n]["image"] in message
+    assert "the data changed during the run" in message and f"row {n}: unreadable image" in message and rows[n]["image"] in message
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a step

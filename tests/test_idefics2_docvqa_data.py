@@ -112,7 +112,7 @@ def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_does(form_collate
     collator.processor.tokenizer.padding_side = "right"
     prompts = collator.tokenize([turns(collator, row)[:1] for row in ROWS], prompt=True)
     assert (prompts["attention_mask"][:, -1] == 1).all() and (prompts["attention_mask"][:, 0] == 0).any()
-    assert collator.stop == [collator.processor.tokenizer.convert_tokens_to_ids(token) for token in (END, "</s>")]
+    assert collator.stop_ids == [collator.processor.tokenizer.convert_tokens_to_ids(token) for token in (END, "</s>")]
 
 
 def test_the_printed_example(form_collate, pages):
@@ -141,9 +141,9 @@ def drawn(collator, rows):
     return [text.removesuffix(END).strip() for [text] in trained(collator(rows), collator.processor.tokenizer)]
 
 
-def test_the_answer_is_drawn_by_seed_visit_and_row_alone(form_collate, pages):
+def test_the_answer_is_drawn_by_seed_epoch_and_row_alone(form_collate, pages):
     collator, other = form_collate(seed=1), form_collate(seed=2)
-    rows = [asks("What?", *THREE, row=row, visit=visit) for row in range(12) for visit in range(4)]
+    rows = [asks("What?", *THREE, row=row, epoch=epoch) for row in range(12) for epoch in range(4)]
     random.seed(5)
     torch.manual_seed(5)
     states = random.getstate(), torch.get_rng_state()
@@ -153,19 +153,19 @@ def test_the_answer_is_drawn_by_seed_visit_and_row_alone(form_collate, pages):
     assert drawn(form_collate(seed=1), rows[::-1]) == first[::-1]  # whatever was drawn before it
     assert [drawn(collator, [row]) for row in rows[:8]] == [[answer] for answer in first[:8]]
     assert set(first) == set(THREE) and drawn(other, rows) != first
-    by_visit = [tuple(first[visit::4]) for visit in range(4)]
-    assert len(set(by_visit)) == 4 and all(len(set(answers)) > 1 for answers in by_visit)
+    by_epoch = [tuple(first[epoch::4]) for epoch in range(4)]
+    assert len(set(by_epoch)) == 4 and all(len(set(answers)) > 1 for answers in by_epoch)
     changed = [{**row, "question": "Which city?", "image": "blue.png", "answers": ["six", "seven", "eight"]} for row in rows]
     assert drawn(collator, changed) == [dict(zip(THREE, ["six", "seven", "eight"]))[answer] for answer in first]
 
 
-def test_without_a_visit_it_is_the_first(form_collate, pages):
+def test_without_an_epoch_it_is_the_first(form_collate, pages):
     rows = [asks("What?", *THREE, row=row) for row in range(12)]
-    assert drawn(form_collate(), rows) == drawn(form_collate(), [{**row, "visit": None} for row in rows]) == ["one"] * 12
-    assert drawn(form_collate(), [asks("What?", "one", row=row, visit=row) for row in range(5)]) == ["one"] * 5
+    assert drawn(form_collate(), rows) == drawn(form_collate(), [{**row, "epoch": None} for row in rows]) == ["one"] * 12
+    assert drawn(form_collate(), [asks("What?", "one", row=row, epoch=row) for row in range(5)]) == ["one"] * 5
 
 
-@pytest.mark.parametrize("rows", [lambda n: {"row": 3, "visit": n}, lambda n: {"row": n, "visit": 3}])
+@pytest.mark.parametrize("rows", [lambda n: {"row": 3, "epoch": n}, lambda n: {"row": n, "epoch": 3}])
 def test_every_accepted_answer_comes_about_equally_often(rows, form_collate, pages):
     page = Image.new("RGB", (8, 8))
     counts = Counter(drawn(form_collate(), [asks("What?", *THREE, image=page, **rows(n)) for n in range(300)]))
@@ -174,37 +174,38 @@ def test_every_accepted_answer_comes_about_equally_often(rows, form_collate, pag
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kind", ["json", "parquet"])
-def test_loader_workers_draw_the_same_at_every_visit(kind, workers, form_parse, write, pages):
+def test_loader_workers_draw_the_same_in_every_epoch(kind, workers, form_parse, write, pages):
     rows = [asks("What?", *THREE, str(n), id=n, image=["red.png", "lime.png", "blue.png"][n % 3]) for n in range(12)]
     settings, training = form_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     train, _ = recipe.load_data(settings, training)
-    epochs = {}
+    batches = {}
     for count in (0, workers):
-        visits = recipe.CountVisits()
-        data = train.with_transform(visits.mark)
+        column = recipe.EpochColumn()
+        data = train.with_transform(column.add)
         loader = torch.utils.data.DataLoader(
             data, 5, collate_fn=collator, num_workers=count, persistent_workers=count > 0, multiprocessing_context="fork" if count else None
         )
-        for visit in range(3):  # the workers live through all of them: they see the number change
-            visits.on_epoch_begin(training, TrainerState(epoch=float(visit)), None)
-            epochs[count, visit] = list(loader)
-    for visit in range(3):
-        assert all(map(same, epochs[0, visit], epochs[workers, visit])) and len(epochs[workers, visit]) == 3
-        expected = drawn(collator, [{**row, "visit": visit} for row in train])
-        assert [text for batch in epochs[workers, visit] for [text] in trained(batch, collator.processor.tokenizer)] == [
+        for epoch in range(3):  # the workers live through all of them: they see the number change
+            column.on_epoch_begin(training, TrainerState(epoch=float(epoch)), None)
+            batches[count, epoch] = list(loader)
+    for epoch in range(3):
+        assert all(map(same, batches[0, epoch], batches[workers, epoch])) and len(batches[workers, epoch]) == 3
+        expected = drawn(collator, [{**row, "epoch": epoch} for row in train])
+        assert [text for batch in batches[workers, epoch] for [text] in trained(batch, collator.processor.tokenizer)] == [
             f" {answer}{END}" for answer in expected
         ]
-    assert not same(epochs[0, 0][0], epochs[0, 1][0]) and not same(epochs[0, 1][0], epochs[0, 2][0])
+    assert not same(batches[0, 0][0], batches[0, 1][0]) and not same(batches[0, 1][0], batches[0, 2][0])
 
 
-@pytest.mark.parametrize("epoch, visit", [(None, 0), (0, 0), (1.0, 1), (1.5, 1), (2, 2)])
-def test_a_visit_is_the_epoch_begun(epoch, visit):
-    visits = recipe.CountVisits()
-    assert visits.mark({"row": [4, 5]}) == {"row": [4, 5], "visit": [0, 0]}
-    visits.visit.fill_(7)
-    visits.on_epoch_begin(None, TrainerState(epoch=epoch), None)
-    assert visits.mark({"row": [4, 5]})["visit"] == [visit] * 2 and visits.visit.is_shared()
+@pytest.mark.parametrize("state, epoch", [(None, 0), (0, 0), (1.0, 1), (1.5, 1), (2, 2)])
+def test_the_column_is_the_epoch_begun(state, epoch):
+    column = recipe.EpochColumn()
+    assert column.add({"row": [4, 5]}) == {"row": [4, 5], "epoch": [0, 0]}
+    column.epoch.fill_(7)
+    column.on_epoch_begin(None, TrainerState(epoch=state), None)
+    assert column.add({"row": [4, 5]})["epoch"] == [epoch] * 2 and column.epoch.is_shared()
+    assert column.add({"length": [4, 5, 6]})["epoch"] == [epoch] * 3  # whatever the columns
 
 
 # ----------------------------------------------------------------------------------------------------------- pages
@@ -480,15 +481,15 @@ def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, expected
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_columns_of_the_names_used_here_do_no_harm(kind, form_parse, write, images):
     images(1)
-    mine = {"row": "mine", "folder": "/nowhere", "length": "long", "visit": 7, "labels": [3], "question": 5, "problem": "p", "answer": {"text": 1}}
+    mine = {"row": "mine", "folder": "/nowhere", "length": "long", "epoch": 7, "labels": [3], "question": 5, "problem": "p", "answer": {"text": 1}}
     rows = [{**mine, "id": n, "image": "red.png", "query": "q", "answers": ["six", str(n)], "pixel_values": [n]} for n in range(3)]
     settings, training = form_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0)
     train, _ = recipe.load_data(settings, training)
     assert (train["row"], train["id"]) == ([0, 1, 2], [0, 1, 2]) and train["length"][0] > 5
-    assert set(train.column_names) == {"id", "image", "question", "answers", "row", "folder", "length"}
+    assert set(train.column_names) == {"id", "image", "question", "answers", "row", "folder", "length", "image_keys"}
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    visited = train.with_transform(recipe.CountVisits().mark)
-    assert drawn(collator, [visited[n] for n in range(3)]) == drawn(collator, [asks("q", "six", str(n), row=n, visit=0, folder=train["folder"][0]) for n in range(3)])
+    marked = train.with_transform(recipe.EpochColumn().add)
+    assert drawn(collator, [marked[n] for n in range(3)]) == drawn(collator, [asks("q", "six", str(n), row=n, epoch=0, folder=train["folder"][0]) for n in range(3)])
 
 
 def test_types_may_differ_between_rows_and_texts_stay_texts(form_parse, write, images, tmp_path):

@@ -39,7 +39,7 @@ def answered(answers):
     return {**GOOD, "answers": answers}
 
 
-NONE, NO_TEXT, BLANK, NO_PAGE = "no accepted answer: .*--answers_column", "is no text: ", "empty answer: .*white space", "unreadable image: "
+NONE, NO_TEXT, BLANK, NO_PAGE = "no accepted answer: .*--answers_column", "is not a text: ", "empty answer: .*white space", "unreadable image: "
 LANGUAGE = r"language: no question in 'en', there are "
 BAD_ROWS = {  # what is wrong: the row, what the message says
     "answers null": (answered(None), NONE),
@@ -67,21 +67,20 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "question empty in this language": (asks({"en": "", "de": "Was?"}, "47"), LANGUAGE + r"\['de'\].*--language"),
     "question in another language": (asks({"de": "Was?"}, "47"), LANGUAGE + r"\['de'\].*--language"),
     "question in no language": (asks({}, "47"), LANGUAGE),
-    "page null": (page(None), "page"),
-    "page an empty list": (page([]), "page"),
-    "page a list of null": (page([None]), "page"),
-    "two pages": (page(["red.png", "lime.png"]), "2 pages"),
+    "page null": (page(None), "not one page: 0 pages"),
+    "page an empty list": (page([]), "not one page: 0 pages"),
+    "page a list of null": (page([None]), "not one page: 0 pages"),
+    "two pages": (page(["red.png", "lime.png"]), "not one page: 2 pages; .*--image_column"),
     "page a number": (page(5), NO_PAGE + "5 "),
     "page a list of a number": (page([5]), NO_PAGE + "5 "),
-    "page without bytes": (page({"bytes": None, "path": None}), "page"),
-    "page of no known kind": (page({"url": "x"}), "page"),
+    "page without bytes": (page({"bytes": None, "path": None}), "not one page: 0 pages"),
+    "page of no known kind": (page({"url": "x"}), "not one page: 0 pages"),
     "page missing": (page("nowhere.png"), NO_PAGE + ".*nowhere.png.*No such file.*--image_folder"),
-    "page of an empty name": (page(""), NO_PAGE + ".*it is no file"),
-    "page a folder": (page("."), NO_PAGE + ".*it is no file"),
-    "page a pipe": (page("pipe"), NO_PAGE + ".*pipe .it is no file"),
-    "several pages in one file": (page("pages.tiff"), "3 pages: .*pages.tiff holds several.*its own file"),
-    "a moving picture": (page("film.gif"), "3 pages: .*film.gif"),
-    "a moving picture, too": (page("film.webp"), "3 pages: .*film.webp"),
+    "page of an empty name": (page(""), "not one page: 0 pages"),
+    "page a folder": (page("."), NO_PAGE + ".*Is a directory"),
+    "several pages in one file": (page("pages.tiff"), "several images: .*pages.tiff holds 3.*its own file"),
+    "a moving picture": (page("film.gif"), "several images: .*film.gif holds 3"),
+    "a moving picture, too": (page("film.webp"), "several images: .*film.webp holds 3"),
     "page of no numbers": (page("nan.tiff"), NO_PAGE + ".*nan.tiff .its brightest value is nan"),
     "page of infinite numbers": (page("inf.tiff"), NO_PAGE + ".*inf.tiff .its brightest value is inf"),
     "page of negative numbers": (page("negative.tiff"), NO_PAGE + ".*negative.tiff .its brightest value is -1"),
@@ -89,11 +88,11 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "page truncated": (page("truncated.jpg"), NO_PAGE + ".*truncated.jpg.*truncated"),
     "page no picture": (page("text.png"), NO_PAGE + ".*text.png"),
     "page with a NUL in its name": (page("red\0.png"), NO_PAGE),
-    "page too wide": (page("wide.png"), "page too narrow: .*wide.png.*1000 x 49"),
-    "page too high": (page("high.png"), "page too narrow: .*high.png.*49 x 1000"),
-    "page of one pixel": (page("dot.png"), "page too small: .*dot.png.*1 x 1"),
-    "page of one line": (page("line.png"), "page too small: .*line.png.*20 x 1"),
-    "page of one column": (page("column.png"), "page too small: .*column.png.*1 x 20"),
+    "page too wide": (page("wide.png"), "image too narrow: .*wide.png.*1000 x 49"),
+    "page too high": (page("high.png"), "image too narrow: .*high.png.*49 x 1000"),
+    "page of one pixel": (page("dot.png"), "page too small: 1 x 1"),
+    "page of one line": (page("line.png"), "page too small: 20 x 1"),
+    "page of one column": (page("column.png"), "page too small: 1 x 20"),
     "<image> in a question": (asks("What is <image>?", "47"), "control token: <image> .*question"),
     "<image> in an answer": (asks("What?", "47", "<image>"), "control token: <image> .*answer"),
     "fake token in a question": (asks(f"What{FAKE}?", "47"), f"control token: {FAKE} .*question"),
@@ -122,7 +121,7 @@ def test_a_page_too_large_is_named(stops, write, pages, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56)  # PIL refuses twice as many
     Image.new("RGB", (112, 112)).save(write([GOOD, page("scan.png")]).parent / "scan.png")
     message = stops(dataset_name=write([GOOD, page("scan.png")]))
-    assert re.search(r"\n  row 1: page too large: .*scan.png .*12544 pixels.*shrink", message), message
+    assert re.search(r"\n  row 1: image too large: .*scan.png .*12544 pixels.*shrink", message), message
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -160,7 +159,7 @@ def test_a_prompt_that_the_answer_changes_is_refused(stops, write, pages, tmp_pa
     processor.save_pretrained(tmp_path / "model")
     rows = [asks("What is the", "?"), asks("What is t", "?", "he total"), asks("What is t", "he total", "47")]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model", instruction="")
-    assert "2 of 3" in message and re.search(r"\n  row 1: prompt changed: .*'he total' changes its tokens", message), message
+    assert "2 of 3" in message and re.search(r"\n  row 1: prompt changed: .*'he total' change the prompt's tokens", message), message
     assert "\n  row 2: " in message
 
 
@@ -207,7 +206,7 @@ def test_no_row_is_left(row, settings, remedy, other, stops, write, pages):
 
 def test_long_rows_do_not_hide_bad_ones(stops, write, pages):
     message = stops(dataset_name=write([asks("q " * 99, "a")] * 25 + [answered([])]), max_length=60)
-    assert "row 25: no accepted answer" in message and "'too long': 25" in message, message
+    assert "row 25: no accepted answer" in message and "25 x too long" in message, message
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -229,7 +228,7 @@ FILES = {  # name, how to write it, what the message says beside its name
     "json that is jsonl": ("x.json", lambda path: path.write_text("\n".join([json.dumps(GOOD)] * 2)), "(?s)cannot read.*jsonl"),
     "jsonl with a slip": ("x.jsonl", lambda path: path.write_text(json.dumps(GOOD) + '\n{"image": \n'), UNREADABLE),
     "json not in UTF-8": ("x.json", lambda path: path.write_bytes('[{"a": "é"}]'.encode("latin-1")), UNREADABLE),
-    "half a character": ("x.json", lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])), r"lone surrogate. is in rows \[0\]; mend"),
+    "half a character": ("x.json", lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])), r"lone surrogate. is in rows \[0\]; fix"),
     "no parquet": ("x.parquet", lambda path: path.write_text("PAR1"), UNREADABLE),
     "another kind": ("x.csv", lambda path: path.write_text("image,question"), r"cannot read.*\.json, \.jsonl and \.parquet"),
     "nowhere.json": ("nowhere.json", lambda path: None, UNREADABLE),
@@ -296,7 +295,7 @@ def test_no_answers_anywhere_is_a_matter_of_columns(stops, write, pages):
 def test_one_page_cannot_be_divided(stops, write, pages):
     for rows in ([GOOD], [GOOD] * 5):
         message = stops(dataset_name=write(rows), eval_fraction=0.1)
-        assert "1 pages cannot be divided" in message and "--eval_fraction" in message
+        assert f"{len(rows)} rows cannot be divided" in message and "without an image in both" in message and "--eval_fraction" in message
 
 
 # ------------------------------------------------------------------------------------------- machine, flags, model
@@ -313,19 +312,13 @@ def test_one_page_cannot_be_divided(stops, write, pages):
         ({"per_device_train_batch_size": 0}, "batch sizes"),
         ({"per_device_eval_batch_size": 0}, "batch sizes"),
         ({"gradient_accumulation_steps": 0}, "accumulation steps"),
-        ({"sample_rows": -1}, "--sample_rows"),
-        ({"lora_dropout": 1}, "--lora_dropout"),
-        ({"lora_dropout": -0.1}, "--lora_dropout"),
         ({"max_steps": 0}, "--max_steps"),
         ({"num_train_epochs": 0}, "--num_train_epochs"),
         ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
         ({"learning_rate": -1}, "--learning_rate"),
         ({"learning_rate": "nan"}, "--learning_rate"),
-        ({"lora_alpha": 0}, "--lora_alpha"),
-        ({"seed": -1}, "--seed"),
-        ({"dataloader_num_workers": -1}, "--dataloader_num_workers"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
-        ({"metric_for_best_model": "rouge"}, "--metric_for_best_model rouge: known are anls, exact_match and loss"),
+        ({"metric_for_best_model": "rouge"}, "--metric_for_best_model rouge: this recipe computes anls and exact_match and loss only"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
         ({"push_to_hub": True}, "--push_to_hub"),
@@ -349,13 +342,6 @@ def test_flags_that_cannot_work(settings, expected, stops):
 )
 def test_flags_that_can(settings, form_parse):
     recipe.check(*form_parse(**settings))
-
-
-@pytest.mark.parametrize("below", ["", "inside/deep"])
-def test_a_file_in_place_of_the_output(below, stops, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    message = stops(output_dir=tmp_path / "file" / below)
-    assert "--output_dir" in message and "there is a file in its place" in message and (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -394,10 +380,10 @@ def write_clip(folder):
 MODELS = {
     "nowhere": (lambda folder: None, "--model_name_or_path"),
     "empty": (lambda folder: folder.mkdir(), "--model_name_or_path"),
-    "LLaVA": (lambda folder: llava.processor().save_pretrained(folder), "LlavaProcessor.*Idefics2Processor"),
-    "CLIP": (write_clip, "CLIPProcessor.*Idefics2Processor"),
-    "no template": (write_without_template, f"Idefics2Processor without a chat template.*{END}"),
-    "another template": (write_with_another_template, f"Idefics2Processor with a chat template.*{END}"),
+    "LLaVA": (lambda folder: llava.processor().save_pretrained(folder), "LlavaProcessor.*this needs an Idefics2Processor"),
+    "CLIP": (write_clip, "CLIPProcessor.*this needs an Idefics2Processor"),
+    "no template": (write_without_template, f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}"),
+    "another template": (write_with_another_template, f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}"),
     "images only": (
         lambda folder: idefics2.processor().image_processor.save_pretrained(folder),
         "ImageProcessor|--model_name_or_path",
@@ -450,7 +436,7 @@ def test_a_program_that_fails_ends_with_the_message(form_flags, write, pages, tm
 
 @pytest.mark.parametrize("row", [asks("What\ud83d?", "47"), asks("What?", "47", "\udc00"), asks({"en": "\ud83d"}, "47")])
 def test_half_a_character_is_not_dropped(row, stops, write, pages):
-    assert re.search(r"cannot read .*lone surrogate. is in rows \[1, 3\]; mend", stops(dataset_name=write([GOOD, row, GOOD, row])))
+    assert re.search(r"cannot read .*lone surrogate. is in rows \[1, 3\]; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
 
 
 def test_a_page_that_changes_after_the_check(form_parse, write, images, tmp_path):

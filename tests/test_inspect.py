@@ -300,7 +300,7 @@ def test_looking_at_rows_that_runs_out_of_memory_is_said(flags, write, images, m
 
 def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):
     with pytest.raises(SystemExit, match="error: .*No modules were targeted"):
-        inspect_recipe.main([finetune_minicpm_lora.__file__, *minicpm_flags(lora_target_modules="nothing.like.this")])
+        inspect_recipe.main([finetune_minicpm_lora.__file__, *minicpm_flags(lora_layers_to_transform=99)])
 
 
 def test_flags_may_have_dashes(flags, report, uncounted):

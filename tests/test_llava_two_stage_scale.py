@@ -172,12 +172,12 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flag
     for end in ("checkpoint-4", "trainer_state.json", "model.safetensors"):  # as if it had been killed after its second step
         (shutil.rmtree if end.startswith("checkpoint") else os.remove)(tmp_path / "out" / end)
     assert llava_two_stage.is_whole(tmp_path / "out" / "checkpoint-2")
-    with pytest.raises(SystemExit, match="checkpoint-2 was written with DeepSpeed by 2 processes: go on in the same way"):
+    with pytest.raises(SystemExit, match="checkpoint-2 was written with DeepSpeed by 2 processes: resume it in the same way"):
         llava_two_stage.main(argv)
     alone_now = launch(config, argv, processes=1, extensions=folder)
     assert alone_now.returncode == 1 and "was written with DeepSpeed by 2 processes" in alone_now.stderr
     again = launch(config, argv, extensions=folder)
-    assert finished(again, tmp_path / "out") and "going on from" in again.stdout, again.stderr[-5000:]
+    assert finished(again, tmp_path / "out") and "resuming from" in again.stdout, again.stderr[-5000:]
     assert log(tmp_path / "out") == whole
     for part in (tmp_path / "out" / "checkpoint-4").glob("global_step*/*"):
         part.write_bytes(part.read_bytes()[:-500])
@@ -192,5 +192,5 @@ def test_a_run_without_deepspeed_is_not_gone_on_with_in_shares(stage_flags, tmp_
     (tmp_path / "out" / "trainer_state.json").unlink()
     settings, training = llava_two_stage.parse(stage_flags(max_steps=2, save_steps=1, eval_fraction=0))
     training.deepspeed_plugin = object()
-    with pytest.raises(SystemExit, match="checkpoint-2 was written without DeepSpeed: go on in the same way"):
-        llava_two_stage.checkpoint_to_resume(training)
+    with pytest.raises(SystemExit, match="checkpoint-2 was written without DeepSpeed: resume it in the same way"):
+        llava_two_stage.check_processes(llava_two_stage.checkpoint_to_resume(training), training)

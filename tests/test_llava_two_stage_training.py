@@ -1,5 +1,5 @@
-"""llava_two_stage.py, from the parts to what two stages leave behind: how a LLaVA is joined, what is trained at which rate, the lean
-forward, where the second stage begins, the samples, resuming, the result. On a tiny CLIP tower and a tiny Llama."""
+"""llava_two_stage.py, from the parts to what two stages leave behind: how a LLaVA is joined, what is trained at which rate, the loss,
+where the second stage begins, the samples, resuming, the result. On a tiny CLIP tower and a tiny Llama."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ from transformers import (
 import llava_two_stage as recipe
 from tools import generate
 
-VISION, PROJECTOR, LANGUAGE = recipe.PARTS
+VISION, PROJECTOR, LANGUAGE = recipe.VISION, recipe.PROJECTOR, recipe.LANGUAGE
 SHORT = {
     "max_steps": 4,
     "eval_steps": 2,
@@ -191,7 +191,7 @@ def says(model, collator, messages, tokens=16):
     """A model's answer to a conversation, by generate() itself."""
     batch = collator.tokenize([messages], prompt=True)
     with torch.no_grad():
-        ids = model.eval().generate(**batch, max_new_tokens=tokens, max_length=None, do_sample=False, eos_token_id=collator.stop)
+        ids = model.eval().generate(**batch, max_new_tokens=tokens, max_length=None, do_sample=False, eos_token_id=collator.stop_ids)
     return collator.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -202,7 +202,7 @@ def logits(model, batch):
 
 def rows_of(trainer, pictures=None, n=None):
     """Rows to train on: all, or those with (True) or without (False) a picture."""
-    return [row for row in trainer.train_dataset if pictures is None or (row["images"] > 0) == pictures][:n]
+    return [row for row in trainer.train_dataset if pictures is None or bool(row["image_keys"]) == pictures][:n]
 
 
 # ------------------------------------------------------------------------------------------------------------ joining
@@ -327,15 +327,17 @@ def test_only_what_was_named_is_trained(trained, variant):
 def test_says_what_is_trained(trained, variant):
     done, settings = trained(variant), VARIANTS[variant][1]
     base = load([*done.argv, "--load_in_4bit", "false"])
-    sizes = {VISION: 475_520, PROJECTOR: 33_024, LANGUAGE: 402_048 - 73_728 + 2 * 73_728}
-    assert {part: sum(p.numel() for p in base.get_submodule(part).parameters()) for part in recipe.PARTS} == sizes | {LANGUAGE: 402_048}
-    for part, rate in zip(recipe.PARTS, recipe.rates(*recipe.parse(done.argv))):
+    sizes = {VISION: 475_520, PROJECTOR: 33_024, LANGUAGE: 402_048, "lm_head": 73_728}
+    assert {part: sum(p.numel() for p in base.get_submodule(part).parameters()) for part in sizes} == sizes
+    rates = recipe.learning_rates(*recipe.parse(done.argv))
+    for part in sizes:
         line = rf"^{re.escape(part)} +([\d,]+) of +([\d,]+) parameters trained at ([\d.e-]+), +([\d,]+) in 4-bit"
         shown = re.search(line, done.text, re.M)
         taught, total, packed = (int(shown[n].replace(",", "")) for n in (1, 2, 4))
-        own = {n: p.numel() for n, p in done.weights[0].items() if plain(n).startswith(part) or part == LANGUAGE and "lm_head" in n}
+        own = {n: p.numel() for n, p in done.weights[0].items() if plain(n).startswith(part)}
         adapter = sum(count for n, count in own.items() if ".lora_" in n)
-        assert taught == sum(own.values()) and total == sizes[part] + adapter and float(shown[3]) == (rate if own else 0)
+        assert taught == sum(own.values()) and total == sizes[part] + adapter
+        assert float(shown[3]) == (rates.get(part, rates[LANGUAGE]) if own else 0)
         assert packed == (262_144 + 65_536 if part == LANGUAGE and "load_in_4bit" in settings else 0)
     assert "16 rows to train on, 4 to evaluate; 4 steps of 4 rows, 1.00 epochs; from the start\n" in done.text
 
@@ -403,10 +405,15 @@ def trainer_of(command, out, variant, **settings):
     return trainer
 
 
-def gradients(model, batch, **more):
-    """-> (loss, {plain name: gradient} of what is trained)."""
+def gradients(model, batch, num_items_in_batch=None):
+    """A model, or a trainer with its own loss -> (loss, {plain name: gradient} of what is trained)."""
+    compute_loss = getattr(model, "compute_loss", None)
+    model = model.model if compute_loss else model
     model.zero_grad(set_to_none=True)
-    loss = model(**batch, **more).loss
+    if compute_loss:
+        loss = compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+    else:
+        loss = model(**batch, num_items_in_batch=num_items_in_batch).loss
     loss.backward()
     return loss.item(), {plain(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -421,10 +428,10 @@ def alike(one, two):
 @pytest.mark.parametrize("variant", ["align", "align, vision", "full", "full, vision", "lora", "lora, vision", "4-bit"])
 def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, variant):
     """By Transformers' own forward, of rows with pictures, without, and of both, by the mean of the tokens or a number."""
-    trainer = trainer_of(command, tmp_path, variant)
     stock = load(argv := command(VARIANTS[variant][0], tmp_path, **VARIANTS[variant][1]))
     if adapter := recipe.lora_config(recipe.parse([*argv, "--lora_dropout", "0"])[0]):
         stock = get_peft_model(stock, adapter)
+    trainer = trainer_of(command, tmp_path, variant)  # last: parsing flags would reset Accelerate's state, which it needs
     weights = {name: value for name, value in trainer.model.state_dict().items() if "4-bit" not in variant or ".base_layer." not in name}
     assert not stock.load_state_dict(weights, strict=False).unexpected_keys
     for (_, p), (_, q) in zip(stock.named_parameters(), trainer.model.named_parameters()):
@@ -434,7 +441,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, vari
         batch = trainer.data_collator(rows_of(trainer, kind))
         assert ("pixel_values" in batch) == (kind is not False)
         for more in ({}, {"num_items_in_batch": 7}):
-            mine, own = gradients(trainer.model, batch, **more), gradients(stock, batch, **more)
+            mine, own = gradients(trainer, batch, **more), gradients(stock, batch, **more)
             assert all(grad is not None for grad in mine[1].values())
             if kind is False:  # a stock model has no gradient of what it did not use, for several processes it takes one
                 unused = {name for name, grad in own[1].items() if grad is None}
@@ -450,7 +457,7 @@ def test_image_features_need_not_be_scored(command, tmp_path):
     trainer, seen = trainer_of(command, tmp_path, "align"), []
     trainer.model.lm_head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     batch = trainer.data_collator(rows_of(trainer, n=4))
-    trainer.model(**batch)
+    trainer.compute_loss(trainer.model, dict(batch))
     assert seen == [(batch["labels"] != -100).sum()] and seen[0] < batch["labels"].numel() / 2
 
 
@@ -468,7 +475,7 @@ def test_checkpointing_changes_nothing(command, tmp_path, variant):
         tower = tower.modules_to_save["default"] if hasattr(tower, "modules_to_save") else tower
         tower.encoder.layers[0].mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].requires_grad))
         base.get_submodule(LANGUAGE).layers[0].mlp.register_forward_pre_hook(lambda *args, spoken=spoken: spoken.append(1))
-        found[checkpointing] = gradients(model, trainer.data_collator(rows_of(trainer)))
+        found[checkpointing] = gradients(trainer, trainer.data_collator(rows_of(trainer)))
         assert {*seen} == {"vision" in variant} and len(seen) == 1 + (checkpointing and "vision" in variant)
         assert len(spoken) == 1 + checkpointing
     alike(found[True], found[False])
@@ -481,8 +488,8 @@ def test_a_row_is_worth_the_same_in_any_batch(command, tmp_path, variant):
     rows = rows_of(trainer)
     pictures = [row["image"] for row in rows_of(trainer, True, 2)]
     rows += [said("<image>\n<image>\nWhich digits are these?", "five and nine", image=pictures, folder=rows[0]["folder"], row=99)]
-    together = gradients(trainer.model, trainer.data_collator(rows), num_items_in_batch=10)
-    singly = [gradients(trainer.model, trainer.data_collator([row]), num_items_in_batch=10) for row in rows]
+    together = gradients(trainer, trainer.data_collator(rows), num_items_in_batch=10)
+    singly = [gradients(trainer, trainer.data_collator([row]), num_items_in_batch=10) for row in rows]
     alike(together, (sum(loss for loss, _ in singly), {name: sum(grads[name] for _, grads in singly) for name in together[1]}))
     batch = trainer.data_collator(rows)
     assert (batch["attention_mask"] == 0).any()
@@ -509,9 +516,49 @@ def test_an_evaluation_leaves_the_gradients_alone(command, tmp_path):
     trainer = trainer_of(command, tmp_path, "4-bit")
     batch, found = trainer.data_collator(rows_of(trainer, n=4)), []
     for _ in range(2):
-        found.append(gradients(trainer.model.train(), batch))
+        trainer.model.train()
+        found.append(gradients(trainer, batch))
         assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert same(found[0][1], found[1][1]) and all(grad.abs().max() > 0 for grad in found[0][1].values())
+
+
+@pytest.mark.parametrize(
+    "targets, pattern",
+    [(["q_proj", "down_proj"], r".*\.(q|down)_proj"), ([r"model\.language_model\.layers\.1\..*_proj"], r".*\.layers\.1\..*_proj")],
+)
+def test_lora_target_modules_are_adapted_and_no_others(command, tmp_path, targets, pattern):
+    model = run(command("instruct", tmp_path, **LORA, lora_target_modules=targets), train=False).trainer.model
+    adapted = {plain(name).split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    linear = {plain(name) for name, module in model.named_modules() if name.endswith("_proj") and f".{LANGUAGE}." in name}
+    assert adapted == {name for name in linear if re.fullmatch(pattern, name)} and adapted < linear
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (["q_proj", "query"], "--lora_target_modules query: no such linear layer"),
+        ([r"model\.(vision_tower|language_model)\..*\.q_proj"], "in vision_tower, .*--vision_learning_rate"),
+        ([r".*linear_1"], "in multi_modal_projector, .*--projector_learning_rate"),
+        (["(q_proj"], "is no regular expression"),
+    ],
+)
+def test_lora_target_modules_that_cannot_be_adapted(command, tmp_path, targets, message):
+    assert re.search(message, refusal(recipe.main, command("instruct", tmp_path, **LORA, lora_target_modules=targets)))
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora, vision", "lora, no projector"])
+def test_the_trained_model_can_be_merged_in_the_same_process(command, tmp_path, variant):
+    """The tower has its own forward back, and merged the model says what the adapter says, also without images."""
+    trainer = run(command("instruct", tmp_path, **VARIANTS[variant][1])).trainer
+    model = trainer.model
+    assert not [name for name, module in model.named_modules() if {"forward", "get_placeholder_mask"} & {*vars(module)}]
+    batches = [trainer.data_collator(rows_of(trainer, pictures, 4)) for pictures in (True, False)]
+    adapted = [logits(model, batch) for batch in batches]
+    with model.disable_adapter():
+        assert all((logits(model, batch) - before).abs().max() > 0.01 for batch, before in zip(batches, adapted))
+    merged = model.merge_and_unload()
+    for batch, before in zip(batches, adapted):
+        torch.testing.assert_close(logits(merged, batch), before, atol=1e-4, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- at its real size
@@ -528,7 +575,7 @@ def test_it_has_the_published_sizes(tiny_parts, tmp_path, monkeypatch):
             return cls(config) if cls is CLIPVisionModel else cls.from_config(config)
 
     words = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    monkeypatch.setattr(recipe, "complete", whole)
+    monkeypatch.setattr(recipe, "load_complete", whole)
     monkeypatch.setattr(recipe, "load_processor", lambda settings: SimpleNamespace(image_token_id=32000, tokenizer=words))
     flags = {"vision_tower": tmp_path / "vision", "language_model": tmp_path / "language"}
     model = recipe.load_model(*recipe.parse(two_stage_run(tiny_parts, "out", "align", **flags)))
@@ -611,16 +658,6 @@ def test_an_adapter_holds_a_projector_that_its_model_has_not(trained, tiny_parts
     assert same(projector(dict(model.named_parameters())), projector(trained("align").weights[-1]))
     batch = done.trainer.data_collator(rows_of(done.trainer, n=4))
     torch.testing.assert_close(logits(model, batch), logits(done.trainer.model, batch), atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("stage", ["instruct", "align"])
-def test_warns_of_a_projector_that_has_learnt_nothing(tiny_parts, command, tmp_path, stage):
-    """The second stage would begin with noise; the first one may go on from it."""
-    argv = command("align", tmp_path / "raw")
-    load(argv).save_pretrained(tmp_path / "raw")
-    recipe.load_processor(recipe.parse(argv)[0]).save_pretrained(tmp_path / "raw")
-    for path, warned in ((tmp_path / "raw", stage == "instruct"), (tiny_parts / "align", False)):
-        assert ("never been trained" in run(command(stage, tmp_path / "out", model_name_or_path=path), train=False).text) == warned
 
 
 # ------------------------------------------------------------------------------------------------------ what is saved
@@ -719,7 +756,7 @@ def test_the_best_checkpoint_is_saved(command, tmp_path, monkeypatch, variant):
 
     monkeypatch.setattr(recipe.Trainer, "evaluation_loop", faked)
     done = run(command(stage, tmp_path, **settings, load_best_model_at_end=True, eval_steps=1, save_steps=1, save_total_limit=9))
-    assert "best of the evaluations by loss: 1, at step 2; that is saved" in done.text
+    assert "best loss: 1, at step 2; that is saved" in done.text
     name = "adapter_model.safetensors" if "lora_r" in settings else "model.safetensors"
     saved, kept, last = (stored(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"))
     assert same(saved, kept) and not same(saved, last)
@@ -802,7 +839,7 @@ def test_killed_and_started_again(whole, dead, command, tmp_path, variant):
     half = Path(shutil.copytree(out / "checkpoint-6", out / "checkpoint-7"))
     (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:1000])
     resumed = run(command(stage, out, **LONG, **settings, dataloader_num_workers=2 if stage == "align" else 0))
-    assert f"going on from {out / 'checkpoint-6'}\n" in resumed.text
+    assert f"resuming from {out / 'checkpoint-6'}\n" in resumed.text
     same_end(whole(variant), resumed, 6)
     assert (out / "samples.md").read_text() == (whole(variant).out / "samples.md").read_text()
 
@@ -814,7 +851,7 @@ def test_resumes_whatever_was_trained(whole, command, tmp_path, variant, step):
     done, (stage, settings) = whole(variant), VARIANTS[variant]
     checkpoint = done.out / f"checkpoint-{step}"
     resumed = run(command(stage, tmp_path / "out", **LONG, **settings, resume_from_checkpoint=checkpoint))
-    assert f"going on from {checkpoint}\n" in resumed.text
+    assert f"resuming from {checkpoint}\n" in resumed.text
     same_end(done, resumed, step)
 
 
@@ -847,9 +884,9 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(trained, command, tmp_pa
     with monkeypatch.context() as away:
         away.setattr(recipe.Trainer, "training_step", interrupt)
         message = refusal(recipe.main, command("align", out, **longer))
-    assert "interrupted; the same command goes on" in message and str(out) in message
+    assert "interrupted; the same command resumes" in message and str(out) in message
     again = run(command("align", out, **{**longer, "resume_from_checkpoint": "auto"}))
-    assert f"going on from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
+    assert f"resuming from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
 
 
 @pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state.pth"])
@@ -1009,7 +1046,7 @@ def test_evaluates_with_and_without_pictures(trained, command, tmp_path):
     for size in (1, 4):
         done = run(command("instruct", tmp_path / str(size), per_device_eval_batch_size=size))
         rows, collator = list(done.trainer.eval_dataset), done.trainer.data_collator
-        assert {row["images"] for row in rows} == {0, 1}
+        assert {len(row["image_keys"]) for row in rows} == {0, 1}
         with torch.no_grad():
             losses = [done.trainer.model.eval()(**collator(rows[n : n + size])).loss.item() for n in range(0, 4, size)]
         assert log(done.out, "eval_loss")[4] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -1022,7 +1059,7 @@ def test_rows_of_a_step_are_of_one_kind(command, tmp_path, monkeypatch, group):
     seen, stock = [], recipe.Collator.__call__
 
     def spy(self, rows):
-        seen.append([(row["row"], row["images"]) for row in rows])
+        seen.append([(row["row"], len(row["image_keys"])) for row in rows])
         return stock(self, rows)
 
     argv = command("instruct", tmp_path, group_by_modality_length=group, max_steps=8, eval_strategy="no")
@@ -1058,7 +1095,7 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tm
     monkeypatch.setattr(recipe, "load_model", vanish)
     own = {"data_path": folder / f"{stage}.json", "eval_data_path": folder / f"{stage}-held.json", "image_folder": folder / "images"}
     message = refusal(recipe.main, command(stage, tmp_path / "out", **own, dataloader_num_workers=workers))
-    assert "the data changed under the run" in message and f"row {n}: unreadable image" in message and rows[n]["image"] in message
+    assert "the data changed during the run" in message and f"row {n}: unreadable image" in message and rows[n]["image"] in message
 
 
 @pytest.mark.slow
@@ -1074,7 +1111,7 @@ def test_two_processes_train_like_one(command, tmp_path, variant):
     done = subprocess.run(program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for words in ("rows to train on", "One row as the model sees it", "4 steps of 4 rows", "parameters trained", "saved "):
-        assert done.stdout.count(words) == (3 if "parameters" in words else 1)
+        assert done.stdout.count(words) == (4 if "parameters" in words else 1)
     one = run(command(stage, tmp_path / "one", **settings, per_device_train_batch_size=2, per_device_eval_batch_size=2))
     assert one.trainer.args.ddp_find_unused_parameters is False
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -1101,7 +1138,7 @@ def test_the_recipe_alone_in_an_empty_folder(tiny_parts, data, tmp_path):
         argv = [sys.executable, "llava_two_stage.py", "--stage", stage, "--data_path", f"{stage}.json", *parts, *more]
         done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert f"saved llava-{stage}: what was trained" in done.stdout and "never been trained" not in done.stdout
+        assert f"saved llava-{stage}: what was trained" in done.stdout
         assert f"2 steps of {256 if stage == 'align' else 128} rows" in done.stdout and list(log(folder / f"llava-{stage}")) == [1, 2]
     assert {*os.listdir(folder)} == before | {"llava-align", "llava-instruct"}
     first, second = (projector(load_file(folder / name / "model.safetensors")) for name in ("llava-align", "llava-instruct"))

@@ -113,7 +113,9 @@ def test_steps_by_length_pad_less_and_sorting_everything_least(loaders, name):
     found = loader.padding(module, list(range(100, 200)), 16)
     for orders in found.values():
         share = {order: one["share"] for order, one in orders.items()}
-        assert share["group_by_length"] <= share["steps by length"] < share["random"]
+        assert share["group_by_length"] <= share["steps by length"] <= share["random"]
+        has_own_order = name not in ("sft_llava", "idefics2_docvqa")  # these take the Trainer's
+        assert (share["steps by length"] < share["random"]) == has_own_order
         real = orders["random"]["tokens"] * (1 - share["random"])
         for one in orders.values():
             assert one["tokens"] * (1 - one["share"]) == pytest.approx(real)  # the rows are the same

@@ -120,7 +120,7 @@ def test_the_merged_folder_alone_is_the_adapter_on_its_base(merged, name, tmp_pa
     model = PeftModel.from_pretrained(recipe.load_model(settings, training), done.run).eval()
     inputs, greedy = merge_adapter.inputs(collator, messages, prompt), collator.tokenize([messages[:1]], prompt=True)
     greedy = {**greedy, "max_new_tokens": 6, "max_length": None, "do_sample": False}
-    greedy |= {"eos_token_id": generate.stop_ids(collator)} if generate.stop_ids(collator) and "image_bound" not in greedy else {}
+    greedy |= {} if "image_bound" in greedy else {"eos_token_id": collator.stop_ids}
     with torch.inference_mode():
         logits, said = model(**inputs).logits, model.generate(**greedy)
     own = {key: value for key, value in greedy.items() if key != "eos_token_id"}  # where to stop is in the folder

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -39,7 +38,7 @@ from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import control_tokens, fail, load, load_recipe, put_on, start, stop_ids, underscored  # noqa: E402
+from tools.generate import fail, load, load_recipe, put_on, start, underscored  # noqa: E402
 
 MAX_QUESTION = 4000  # characters
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
@@ -231,12 +230,12 @@ class Answers:
             raise Refused("There is no question yet: type one, or pick an example.")
         if len(question) > MAX_QUESTION:
             raise Refused(f"The question is too long: {len(question)} characters, {MAX_QUESTION} are taken. Shorten it.")
-        if typed := [token for token in control_tokens(run.collator) if token in question]:
+        if typed := [token for token in run.collator.control_tokens if token in question]:
             raise Refused(f"`{typed[0]}` in the question would become a real control token: take it out. Pictures need no mark.")
         try:
             turn = run.collator.ask(question.strip(), [run.recipe.load_image(path)] if path else [])
         except run.recipe.BadRow as e:  # uploads have names of their own, which say nothing
-            raise Refused(f"This cannot be asked: {re.split('; (?:mend|repair) it', str(e).replace(str(path), 'the picture'))[0]}.") from e
+            raise Refused(f"This cannot be asked: {str(e).replace(str(path), 'the picture').split('; repair it')[0]}.") from e
         batch = run.collator.tokenize([[turn]], prompt=True)
         if self.longest and (count := batch["input_ids"].shape[1]) >= self.longest:
             raise Refused(
@@ -250,9 +249,8 @@ class Answers:
         tokenizer, done = run.collator.processor.tokenizer, SimpleNamespace(text="", error=None)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.args.temperature} if self.args.temperature > 0 else {"do_sample": False}
-        if ids := stop_ids(run.collator):
-            sampling["eos_token_id"] = ids
-        if not getattr(run.collator, "hub", False):  # MiniCPM-V 2.6 generates by code of its own: it is shown at once
+        sampling["eos_token_id"] = run.collator.stop_ids
+        if not getattr(run.collator, "is_26", False):  # MiniCPM-V 2.6 generates by code of its own: it is shown at once
             sampling["streamer"] = streamer
 
         def work():

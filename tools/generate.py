@@ -281,22 +281,11 @@ def readable(recipe, collator, rows, skip, most, more):
     return rows.select(good)
 
 
-def stop_ids(collator):
-    """The tokens that end an answer; None where a recipe's collator does not name them, and the tokenizer's EOS does."""
-    return getattr(collator, "stop_ids", getattr(collator, "stop", None))
-
-
-def control_tokens(collator):
-    """Texts that would become control tokens. Recipes without a workbench have them under another name."""
-    return collator.control_tokens if hasattr(collator, "control_tokens") else collator.control
-
-
 def answer(model, collator, conversations, args):
     """Conversations -> their answers as text. Greedy unless a temperature is given; ends at EOS or max_new_tokens."""
     batch = collator.tokenize(conversations, prompt=True).to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    if ids := stop_ids(collator):
-        sampling["eos_token_id"] = ids
+    sampling["eos_token_id"] = collator.stop_ids
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
         out = model.generate(**batch, max_new_tokens=args.max_new_tokens, max_length=None, **sampling)
     return [text.strip() for text in collator.processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
@@ -364,7 +353,7 @@ def main(argv=None):
     processor.tokenizer.padding_side = "left"
     collator = recipe.Collator(processor, settings, training)
     for flag, text in (("--question", args.question), ("--system", args.system), ("--append", args.append)):
-        if typed := [token for token in control_tokens(collator) if token in (text or "")]:
+        if typed := [token for token in collator.control_tokens if token in (text or "")]:
             fail(f"{typed[0]} in {flag} would become a real control token; take it out (pictures are given by --image)")
     if args.question is not None:
         try:

@@ -134,8 +134,8 @@ def look_at(rows, collator, recipe):
     """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height])}; length 0 where it is not known."""
     found, sizes, load_image = [], [], recipe.load_image
 
-    def remember(cell):
-        image = load_image(cell)
+    def remember(cell, **options):
+        image = load_image(cell, **options)
         sizes.append(list(image.size))
         return image
 
@@ -145,10 +145,9 @@ def look_at(rows, collator, recipe):
             try:
                 ids, trained, real = shape_of(collator([row]))
                 found.append({"problem": None, "length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum()), "images": list(sizes)})
-                if hasattr(recipe, "row_images"):  # a recipe with a workbench holds out by these
-                    found[-1]["image_keys"] = [recipe.image_key(image) for image in recipe.row_images(row)]
+                found[-1]["image_keys"] = [recipe.image_key(image) for image in collator.images_of(row)]  # rows are held out by these
             except recipe.BadRow as e:
-                problem = f"{e.reason}: {e.detail}" if hasattr(e, "reason") else str(e).split(": ", 1)[1]
+                problem = f"{e.reason}: {e.detail}"
                 length = re.match(r"too long: (\d+) tokens", problem)
                 found.append({"problem": problem, "length": int(length[1]) if length else 0, "trained": 0, "tokens": 0, "images": list(sizes)})
     return found
@@ -201,8 +200,6 @@ class Data:
         if not good:
             raise Seen
         columns = {"length": [one["length"] for one in found], "image_keys": [one.get("image_keys", []) for one in found]}
-        if not hasattr(self.recipe, "row_images"):
-            del columns["image_keys"]
         return datasets.concatenate_datasets([data, datasets.Dataset.from_dict(columns)], axis=1).select(good)
 
 
@@ -299,8 +296,8 @@ def build(recipe, settings, training, train, held_out):
         "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training, *args: None,
         "load_data": lambda *args: (train, held_out),
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
-        "save": lambda model, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
-        "untrained": lambda projector: False}
+        "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
+        "warn_if_untrained": lambda *args: None}  # there are no weights to look at
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
         training.output_dir, training.report_to, training.push_to_hub = out, [], False
         training.logging_dir = out
@@ -708,7 +705,7 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
         stops = [reason for reason in part["bad"] if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"]
         if stops:
             would_stop = True
-            odd.append(f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): mend them, or --on_bad_rows skip, --on_long_rows drop")
+            odd.append(f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): fix them, or --on_bad_rows skip, --on_long_rows drop")
         elif part["looked_at"] - part["good"] > 0.1 * part["looked_at"]:
             odd.append(f"{1 - part['good'] / part['looked_at']:.0%} of the rows of {part['name']} are left out")
     if not any(part["trainable"] for part in parts.values()):
@@ -758,7 +755,10 @@ def inspect(recipe, args, rest):
             report["odd"].append(f"{most[now] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
     if report["memory"]["fixed"][args.strategy] is None:
         report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
-    if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in getattr(recipe, "REFUSED", ()):
+    refused = {*getattr(recipe, "REFUSED", ()), *getattr(recipe, "UNUSED_FLAGS", ())}
+    if hasattr(recipe, "check_shares"):  # it has DeepSpeed from its launcher
+        refused.discard("deepspeed")
+    if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in refused:
         report["odd"].append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
     return report
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, home, load, load_recipe, put_on, start, stop_ids, underscored  # noqa: E402
+from tools.generate import fail, home, load, load_recipe, put_on, start, underscored  # noqa: E402
 
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -187,9 +187,9 @@ def main(argv=None):
     part = args.output.with_name(f"{args.output.name}.part-{os.getpid()}")  # beside it, so that renaming moves nothing
     try:
         part.mkdir()
-        if hasattr(model, "generation_config") and stop_ids(collator):  # the token that ends an answer, where it is not the tokenizer's EOS
+        if hasattr(model, "generation_config"):  # the token that ends an answer, where it is not the tokenizer's EOS
             own = model.generation_config.eos_token_id
-            model.generation_config.eos_token_id = list(dict.fromkeys([*(own if isinstance(own, list) else [own] * (own is not None)), *stop_ids(collator)]))
+            model.generation_config.eos_token_id = list(dict.fromkeys([*(own if isinstance(own, list) else [own] * (own is not None)), *collator.stop_ids]))
         save(model, processor, args, settings, part)
         del model
         gc.collect()

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ["sft_llava.py"]  # named one by one, so that a recipe whose line is damaged is an error
+# Named one by one, so that a recipe whose line is damaged is an error.
+RECIPES = ["sft_llava.py", "idefics2_docvqa.py", "dpo_idefics2.py", "finetune_minicpm_lora.py", "llava_two_stage.py"]
 LINE = "# " + "=" * 117
 MARKER = f"""{LINE}
 # The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
@@ -47,6 +48,7 @@ def used(node):
 def reachable(recipe, workbench):
     """The statements of the workbench that the recipe uses, directly or through others."""
     wanted = set().union(*(used(node) for node, _ in recipe))
+    wanted -= set().union(*(defined(node) for node, _ in recipe if not isinstance(node, (ast.Import, ast.ImportFrom))))
     kept = set()
     while True:
         more = [n for n, (node, _) in enumerate(workbench) if n not in kept and defined(node) & wanted]

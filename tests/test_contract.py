@@ -1,0 +1,129 @@
+"""The rules that every recipe keeps, read off its source: nothing is imported or run, except for the copies of the workbench."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = "Settings Training parse check load_processor load_data Collator load_model lora_config main".split()
+LINES = {  # at most: above the line, whole file
+    "sft_llava.py": (560, 1400),
+    "idefics2_docvqa.py": (560, 1400),
+    "dpo_idefics2.py": (680, 1600),
+    "finetune_minicpm_lora.py": (680, 1600),
+    "llava_two_stage.py": (800, 1800),
+}
+WORKBENCH_LINES = 1300
+FUNCTION_LINES = 60
+MARKER = re.compile(r"^# ={60,}\n(?:#.*\n)+?# ={60,}\n", re.M)
+WORKBENCH = (ROOT / "workbench" / "workbench.py").read_text(encoding="utf-8")
+
+each_recipe = pytest.mark.parametrize("name", LINES)
+
+
+def parts(name):
+    """The source above and below a recipe's line."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    assert len(MARKER.findall(source)) == 1, f"{name} must have one line between the recipe and the workbench"
+    line = MARKER.search(source)
+    return source[: line.start()], source[line.end() :]
+
+
+def definitions(source):
+    """The functions and classes at the top level of a source."""
+    return [node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+
+
+def requirements(lines):
+    """{distribution: version} of lines such as 'torch==2.13.0'."""
+    pinned = [line.split("#")[0].strip().split("==") for line in lines]
+    return {line[0].lower().replace("_", "-"): line[-1] for line in pinned if line[0] and not line[0].startswith("-")}
+
+
+@each_recipe
+def test_line_budgets(name):
+    above, below = parts(name)
+    most_above, most = LINES[name]
+    assert len(above.rstrip().splitlines()) <= most_above
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_line_budget_of_the_workbench():
+    assert len(WORKBENCH.splitlines()) <= WORKBENCH_LINES
+
+
+def test_the_copies_are_what_sync_would_write():
+    """Also that each of the five recipes has its line, and that no name stands both above and below it."""
+    check = subprocess.run([sys.executable, ROOT / "workbench" / "sync.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+@each_recipe
+def test_what_stands_below_the_line_is_the_workbench(name):
+    above, below = parts(name)
+    written_once = {ast.dump(node) for node in ast.parse(WORKBENCH).body}
+    changed = [node.name for node in definitions(below) if ast.dump(node) not in written_once]
+    both = {node.name for node in definitions(above)} & {node.name for node in definitions(below)}
+    assert (changed, both) == ([], set())
+
+
+@each_recipe
+def test_the_rooms_stand_in_their_order(name):
+    names = [node.name for node in definitions(parts(name)[0])]
+    assert [room for room in names if room in ROOMS] == ROOMS
+
+
+@each_recipe
+def test_what_is_public_has_a_docstring(name):
+    above, _ = parts(name)
+    without = [node.name for node in definitions(above) if node.name[0] != "_" and not ast.get_docstring(node)]
+    assert ast.get_docstring(ast.parse(above)) and without == []
+
+
+@each_recipe
+def test_a_recipe_imports_nothing_of_this_repository(name):
+    own = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not own & {alias.name.split(".")[0] for alias in node.names}, f"line {node.lineno}"
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module.split(".")[0] not in own, f"line {node.lineno}"
+
+
+@each_recipe
+def test_the_packages_named_are_those_pinned(name):
+    block = re.search(r"^# /// script\n(.*?)^# ///$", parts(name)[0], re.M | re.S).group(1)
+    pinned = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
+    listed = requirements(re.findall(r'"([^"]+)"', block.split("dependencies")[1]))
+    assert listed and {package: pinned.get(package) for package in listed} == listed
+
+
+@each_recipe
+def test_the_readme_names_each_recipe(name):
+    assert name in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def condition_times_text(node):
+    """Whether an expression multiplies a text or a list by a condition."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return False
+    for text, condition in ((node.left, node.right), (node.right, node.left)):
+        is_text = isinstance(text, (ast.JoinedStr, ast.List)) or isinstance(getattr(text, "value", None), str)
+        is_not = isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not)
+        is_bool = isinstance(condition, ast.Call) and getattr(condition.func, "id", "") == "bool"
+        if is_text and (is_not or is_bool or isinstance(condition, (ast.Compare, ast.BoolOp))):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [*LINES, "workbench/workbench.py", "workbench/sync.py"])
+def test_style_that_ruff_does_not_know(name):
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = [node.name for node in functions if node.end_lineno - node.lineno + 1 > FUNCTION_LINES]
+    multiplied = [node.lineno for node in ast.walk(tree) if condition_times_text(node)]
+    assert (long, multiplied) == ([], [])
