@@ -381,15 +381,11 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
             "recipe": trained_positions(collator, rows, image, lambda row: before[row["row"]]),
         }
         alone = trainer, split(trainer.data_collator, own), trained
+    replaced = sys.modules[type(both["recipe"]).__module__].ReplacedForwards
+    for callback in [one for one in both["recipe"].callback_handler.callbacks if isinstance(one, replaced)]:
+        both["recipe"].remove_callback(callback)  # forwards stay replaced after train(), for what is measured then
     for trainer in (*both.values(), *([alone[0]] if alone else [])):
         trainer.train()  # a step: checkpointing and autocast are set up as for a user, kernels are warm
-    for callback in both["recipe"].callback_handler.callbacks:  # what replaced a forward ended with the training
-        if type(callback).__name__ == "FrozenWithoutGraph":
-            for module in callback.modules:
-                module.forward = torch.no_grad()(module.forward)
-        if type(callback).__name__ == "FrozenLinearLast":
-            for layer in callback.modules:
-                layer.forward = sft_llava.adapter_first(layer)
     for stock, mine in zip(*(trainer.model.parameters() for trainer in both.values())):
         if mine.requires_grad:
             mine.data.copy_(stock.data)  # MiniCPM-V's recipe knows no learning rate of 0, and an AdamW of its own
