@@ -14,10 +14,12 @@
     accelerate launch --num_processes 4 finetune_minicpm_lora.py                       # several GPUs, DDP
     python finetune_minicpm_lora.py --config minicpm-lora/settings.yaml                # resume that run after a crash
 
-Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step.
-Trained tokens: the assistant's answers, each with the <|im_end|> that ends it. Prompts and images are not trained.
-Trained weights: LoRA on the language model's linear layers, and the whole projector. The vision tower is frozen.
-Result: the checkpoint with the lowest eval_loss, on held-out images (or the last: --load_best_model_at_end false).
+Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step, those of all GPUs together.
+Trained tokens: the assistant's answers, each with its <|im_end|>. Prompts and images are read, not trained.
+Trained weights: LoRA on the language model's linear layers, and the whole projector. The vision tower stays frozen.
+Result: the checkpoint with the lowest eval_loss: this loss on held-out images, averaged over evaluation batches.
+All rows that are used, with their images, are checked before training. The same command resumes a run that was
+interrupted, if data, settings and rows in a step are unchanged. N GPUs multiply that number by N.
 Every setting is a flag: python finetune_minicpm_lora.py --help. The format of a row is shown in load_data."""
 
 import contextlib
@@ -33,8 +35,9 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +51,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
-from jinja2 import TemplateError
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
@@ -67,24 +69,24 @@ class Settings:
     """Model, data, adapter, samples. Each line is a flag: --lora_r 32. The official code has the same names."""
 
     # model
-    model_name_or_path: str = HfArg(default="openbmb/MiniCPM-V-4.6", help="MiniCPM-V 4.6, 4.7, 2.6: hub id, folder.")
-    model_revision: str | None = HfArg(default=None, help="Branch, tag, commit. Set it for 2.6, which runs hub code.")
+    model_name_or_path: str = HfArg(default="openbmb/MiniCPM-V-4.6", help="MiniCPM-V 4.6, 4.7, 2.6: hub id or folder.")
+    model_revision: str | None = HfArg(default=None, help="Branch, tag, commit. Set it for 2.6: its code runs.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model. 2.6 needs it.")
     # data
     data_path: str = HfArg(default="train.json", help="Rows as load_data shows them: a .json or .jsonl file.")
     eval_data_path: str | None = HfArg(default=None, help="Evaluation rows, same format. Or see eval_fraction.")
     image_folder: str | None = HfArg(default=None, help="Folder of the images. Default: that of the .json.")
-    eval_fraction: float = HfArg(default=0.02, help="Share of the images to hold out for evaluation. 0: none.")
-    max_eval_rows: int = HfArg(default=200, help="Most rows to evaluate on, always the same ones.")
-    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="If rows are broken: stop, or skip.")
-    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="If rows are too long: drop, or stop.")
+    eval_fraction: float = HfArg(default=0.02, help="Share of the images held out for evaluation. 0: none.")
+    max_eval_rows: int = HfArg(default=200, help="Evaluate on at most this many rows, the same ones each time.")
+    on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="Rows that cannot be trained on: stop, or skip.")
+    on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows that are too long: drop them, or stop.")
     model_max_length: int = HfArg(default=2048, help="Longest row in tokens, images included. Never cut.")
-    max_slice_nums: int = HfArg(default=9, help="Most slices of a large image, beside the whole image. 1: no slices.")
+    max_slice_nums: int = HfArg(default=9, help="Maximum number of slices, in addition to the whole image. 1: none.")
     downsample_mode: Literal["16x", "4x"] = HfArg(default="16x", help="4x: four times the image tokens (not 2.6).")
     # what is trained
     tune_vision: bool = HfArg(default=False, help="Train the vision tower in full.")
     tune_llm: bool = HfArg(default=False, help="Train the language model in full. Needs use_lora false.")
-    use_lora: bool = HfArg(default=True, help="Train adapters on the language model.")
+    use_lora: bool = HfArg(default=True, help="Adapters on the language model. false alone trains only the projector.")
     q_lora: bool = HfArg(default=False, help="Load the language model, and nothing else, in 4-bit NF4.")
     vision_learning_rate: float | None = HfArg(default=None, help="For tune_vision. Default: learning_rate.")
     projector_learning_rate: float | None = HfArg(default=None, help="0: frozen. Default: learning_rate.")
@@ -92,12 +94,12 @@ class Settings:
     lora_alpha: int = HfArg(default=64, help="The adapter is scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapter.")
     lora_target_modules: list[str] | None = HfArg(default=None, help="Layers to adapt: q_proj v_proj, or one regex.")
-    lora_bias: Literal["none", "all", "lora_only"] = HfArg(default="none", help="Biases to train beside the adapter.")
+    lora_bias: Literal["none", "all", "lora_only"] = HfArg(default="none", help="Biases to train, too.")
     lora_modules_to_save: list[str] = HfArg(default_factory=list, help="Modules to train in full: embed_tokens.")
     lora_layers_to_transform: list[int] = HfArg(default_factory=list, help="Adapt only these layers (counted from 0).")
     lora_weight_path: str | None = HfArg(default=None, help="Train this adapter further, with a new optimizer.")
     # samples.md
-    sample_rows: int = HfArg(default=8, help="Held-out rows to answer at each evaluation. 0: none.")
+    sample_rows: int = HfArg(default=8, help="Number of held-out rows to answer at each evaluation. 0: none.")
     sample_tokens: int = HfArg(default=64, help="Longest answer in samples.md, in tokens.")
 
 
@@ -108,8 +110,8 @@ class Training(transformers.TrainingArguments):
     output_dir: str = HfArg(default="minicpm-lora", help="Adapter, processor, settings, samples, logs, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
-    per_device_train_batch_size: int = HfArg(default=1, help="If GPU memory is free, raise this first.")
-    per_device_eval_batch_size: int = HfArg(default=1, help="Rows in a batch of evaluation.")
+    per_device_train_batch_size: int = HfArg(default=1, help="Raise it first where memory is left.")
+    per_device_eval_batch_size: int = HfArg(default=1, help="Rows that are evaluated, or answered, at once.")
     gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
     learning_rate: float = HfArg(default=1e-4, help="The language model's: 1e-4 for LoRA, 1e-5 in full.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
@@ -117,7 +119,7 @@ class Training(transformers.TrainingArguments):
     weight_decay: float = HfArg(default=0.1, help="Of all trained weights except biases and norms.")
     adam_beta2: float = HfArg(default=0.95, help="AdamW's second beta.")
     eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
-    eval_steps: float = HfArg(default=100, help="Steps between evaluations.")
+    eval_steps: float = HfArg(default=100, help="Steps between evaluations. The last step is evaluated, too.")
     save_steps: float = HfArg(default=100, help="Steps between checkpoints: what a crash can cost.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest and the best.")
     load_best_model_at_end: bool = HfArg(default=True, help="Result: lowest eval_loss. false: last weights.")
@@ -136,15 +138,15 @@ class Training(transformers.TrainingArguments):
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_loss"  # the lowest is the best. Your own metric: see Trainer
+            self.metric_for_best_model = "eval_loss"  # the lowest is the best
         super().__post_init__()
 
 
-# TrainingArguments' flags that this recipe does not use, beside UNUSED_FLAGS.
-REFUSED = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel neftune_noise_alpha
+# TrainingArguments' flags that this recipe does not use, in addition to REFUSED_EVERYWHERE.
+REFUSED_HERE = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel neftune_noise_alpha
 torch_compile""".split()
 PLACEHOLDER = re.compile(r"(<image(?:_\d+)?>)")  # what stands for an image in a turn
-# model_type -> the paths of the model's parts. minicpmv is 2.6.
+# model_type -> the paths of the model's parts. minicpmv is 2.6: what differs is in functions in _26.
 PARTS_4 = {"vision": "model.vision_tower", "projector": "model.merger", "language": "model.language_model"}
 PARTS_26 = {"vision": "vpm", "projector": "resampler", "language": "llm"}
 PARTS = {"minicpmv4_6": PARTS_4, "minicpmv4_7": PARTS_4, "minicpmv": PARTS_26}
@@ -152,38 +154,37 @@ PARTS = {"minicpmv4_6": PARTS_4, "minicpmv4_7": PARTS_4, "minicpmv": PARTS_26}
 
 def parse(argv=None):
     """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
-    return parse_arguments(HfArgumentParser([Settings, Training], allow_abbrev=False), REFUSED, argv)
+    return parse_arguments(HfArgumentParser([Settings, Training], allow_abbrev=False), REFUSED_HERE, argv)
 
 
 def check(settings, training):
     """Stop early if this machine or these flags cannot work. Raises SystemExit."""
-    check_training(settings, training, "2.6 needs 24 GB, 4.6 less", metrics=("loss",))
+    check_common_flags(settings, training, "2.6 needs 24 GB, 4.6 less")
     if settings.use_lora and settings.tune_llm:
         fail("--use_lora adapts the language model, --tune_llm trains all of it: for --tune_llm add --use_lora false")
     if settings.q_lora and not settings.use_lora:
         fail("--q_lora: 4-bit weights cannot be trained themselves, this needs --use_lora true")
     for name in ("lora_target_modules", "lora_weight_path", "lora_modules_to_save", "lora_layers_to_transform"):
-        if getattr(settings, name) and not settings.use_lora:
-            fail(f"--{name}: for --use_lora true only")
+        require(settings.use_lora or not getattr(settings, name), f"--{name}: for --use_lora true only")
     lora_targets(settings.lora_target_modules, "", "")  # stops at an invalid regex
-    require(settings.max_slice_nums >= 1, "--max_slice_nums must be at least 1, which means no slices")
     if settings.vision_learning_rate is not None and not settings.tune_vision:
         fail("--vision_learning_rate is for --tune_vision; without it the tower is frozen")
     require(settings.vision_learning_rate != 0, "--vision_learning_rate 0 means a frozen tower: omit --tune_vision")
     if training.learning_rate == 0 and (settings.use_lora or settings.tune_llm):
         fail("--learning_rate 0 means a frozen language model: then --use_lora false and no --tune_llm")
-    rates = learning_rates(settings, training)
-    require(all(0 <= rate < 10 for rate in rates.values()), "learning rates must be from 0 (frozen) to below 10")
-    require(any(rates.values()), "nothing would be trained: every part is frozen")
+    rates = learning_rates(settings, training).values()
+    require(all(0 <= rate < 10 for rate in rates), "learning rates must be from 0 (frozen) to below 10")
+    require(any(rates), "nothing would be trained: every part is frozen")
 
 
 def load_processor(settings):
     """The model's processor, set to this run's slices. Raises SystemExit for another model."""
     name = settings.model_name_or_path
-    options = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
     do_without_torchvision()
     with fail_on_error(f"--model_name_or_path {name}"):
-        processor = AutoProcessor.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(
+            name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code
+        )
     kind = type(processor).__name__
     known = ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor")
     require(kind in known, f"{name} has a {kind}; this needs the processor of MiniCPM-V 4.6, 4.7 or 2.6")
@@ -191,28 +192,27 @@ def load_processor(settings):
     # Edit the prompt here: set processor.chat_template (2.6: that of processor.tokenizer) to your own. Turns must stay
     # <|im_start|>role, newline, text, <|im_end|>. Nothing else changes: labels and samples.md follow the template,
     # and the processor is saved with the adapter, for inference. (A system prompt is the first turn of each row.)
-    is_26 = kind == "MiniCPMVProcessor"
-    if is_26:  # the number of slices goes to each of its calls instead
+    if kind == "MiniCPMVProcessor":
+        # In 2.6 an image is a run of <unk>. Collator.label and mark_trained_tokens count them by this id.
         processor.image_token_id = processor.tokenizer.unk_token_id
-    else:
+    else:  # 2.6 gets the number of slices in each call
         processor.image_processor.max_slice_nums = settings.max_slice_nums
         processor.image_processor.downsample_mode = settings.downsample_mode
     return processor
 
 
-def load_data(settings, training):
-    r"""-> (train, eval): Datasets of checked rows; eval is None if nothing is to be evaluated. Raises SystemExit.
-
+def load_data(settings, training, collator):
+    r"""-> (train, eval): rows that the collator accepts; eval is None if nothing is evaluated. Raises SystemExit.
     A row has the official format. `image` is a path, or several paths by their placeholders, or missing:
         {"id": "0", "image": "cat.jpg", "conversations": [
             {"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]}
         {"id": "1", "image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": [...]}
-    User and assistant alternate; a system turn may come first. Only users' turns have placeholders, each just once."""
-    train_rows = read_rows(settings.data_path, settings=settings)
-    eval_rows = None  # None: prepare_rows holds out some training rows, unless evaluation is off
+    User and assistant alternate; a system turn may come first. Only users' turns have placeholders, each one once.
+    Texts with <think> are refused: reasoning is not trained."""
+    train_rows = read_rows(settings.data_path, None, settings)
+    eval_rows = None  # then prepare_rows holds out training rows
     if settings.eval_data_path and training.eval_strategy != "no":
-        eval_rows = read_rows(settings.eval_data_path, settings=settings)
-    collator = Collator(load_processor(settings), settings, training)
+        eval_rows = read_rows(settings.eval_data_path, None, settings)
     return prepare_rows(train_rows, eval_rows, settings.data_path, collator, settings, training)
 
 
@@ -229,86 +229,82 @@ class Collator:
         self.folder = settings.image_folder or ""
         self.max_length = settings.model_max_length
         self.max_slices = settings.max_slice_nums
-        self.is_26 = type(processor).__name__ == "MiniCPMVProcessor"  # see the functions that end in _26
+        self.is_26 = type(processor).__name__ == "MiniCPMVProcessor"
         tokenizer = processor.tokenizer
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = {*special, "<think>", "</think>"}
+        self.control_tokens = {*special_tokens(tokenizer), "<think>", "</think>"}
         self.turn_start, self.turn_end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         self.stop_ids = [self.turn_end, tokenizer.convert_tokens_to_ids("<|endoftext|>")]  # where generation ends
-        # The header of an answer is what comes before it. At inference 4.6 and 4.7 have an empty think block in it.
-        conversation = [self.ask("?", images=[])]
-        question = self.tokenize([conversation])["input_ids"][0]
-        prompt = self.tokenize([conversation], prompt=True)["input_ids"][0]
-        self.inference_header = prompt[len(question) :].tolist()
+        # The header of an answer is "<|im_start|>assistant\n"; at inference 4.6 and 4.7 add "<think>\n\n</think>\n\n".
+        messages = [question_turn("?", images=[])]
+        question_ids = self.tokenize([messages])["input_ids"][0]
+        prompt_ids = self.tokenize([messages], prompt=True)["input_ids"][0]
+        self.inference_header = prompt_ids[len(question_ids) :].tolist()
         self.plain_header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
 
     def __call__(self, rows):
-        conversations = []
-        for row in rows:
-            try:
-                conversations.append(self.read(row))
-            except BadRow as error:
-                error.row = row.get("row")
-                raise
+        conversations = [self.messages_of(row) for row in rows]
         batch = self.tokenize(conversations)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
-        for n, row in enumerate(rows):
+        for n, messages in enumerate(conversations):
             is_token = batch["attention_mask"][n].bool()
             ids = batch["input_ids"][n, is_token].tolist()
-            batch["labels"][n, is_token] = torch.tensor(self.label(ids, conversations[n], row.get("row")))
+            batch["labels"][n, is_token] = torch.tensor(self.label(ids, messages))
         if self.is_26:  # its forward() takes all other inputs in a dict
-            labels, mask = batch.pop("labels"), batch.pop("attention_mask")
+            mask, labels = batch.pop("attention_mask"), batch.pop("labels")
             batch = {"data": dict(batch), "attention_mask": mask, "labels": labels}
         return batch
 
-    def label(self, ids, messages, row_number):
+    def label(self, ids, messages):
         """Token ids of a conversation, without padding -> its labels, both lists. Raises BadRow.
-        An answer begins after its header and ends with its <|im_end|>. The last answer must have the header of
-        inference, token for token. An earlier answer may have that one or the plain one: templates differ in this."""
+        An answer begins after its header and ends with its <|im_end|>. The header of the last one must be that of
+        inference. Earlier ones may also have the plain header: templates differ in this."""
         if messages[-1]["role"] != "assistant":
-            raise BadRow("no answer", "the last turn is not the assistant's", row_number)
+            raise BadRow("no answer", "the last turn is not the assistant's")
         if len(ids) > self.max_length:
-            raise BadRow("too long", self.why_too_long(ids), row_number)
+            found = f"{len(ids)} tokens, {ids.count(self.processor.image_token_id)} of them of images"
+            remedy = "raise it, or lower --max_slice_nums" if self.max_slices > 1 else "raise it"
+            raise BadRow("too long", f"{found}; --model_max_length is {self.max_length}: {remedy}")
         labels = [-100] * len(ids)
         starts = [n for n, token in enumerate(ids) if token == self.turn_start]
-        starts = starts[-len(messages) :]  # the template of 2.6 puts a system turn in front
+        starts = starts[-len(messages) :]  # the template of 2.6 adds a system turn in front
         for start, message in zip(starts, messages, strict=True):
-            if message["role"] != "assistant":
-                continue
-            is_last = message is messages[-1]
-            allowed = [self.inference_header] if is_last else [self.inference_header, self.plain_header]
-            fitting = [header for header in allowed if ids[start : start + len(header)] == header]
-            if not fitting:
-                detail = f"the first characters of the answer {text_of(message)[:40]!r} merge with the prompt's"
-                raise BadRow("prompt changed", f"{detail} last token; start the answer differently", row_number)
-            first = start + len(fitting[0])
-            end = ids.index(self.turn_end, first) + 1
-            labels[first:end] = ids[first:end]
+            if message["role"] == "assistant":
+                first = start + self.header_length(ids[start:], message, is_last=message is messages[-1])
+                end = ids.index(self.turn_end, first) + 1
+                labels[first:end] = ids[first:end]
         return labels
+
+    def header_length(self, ids, message, is_last):
+        """Token ids from an answer's <|im_start|> on -> how many of them are its header. Raises BadRow."""
+        headers = [self.inference_header] if is_last else [self.inference_header, self.plain_header]
+        for header in headers:
+            if ids[: len(header)] == header:
+                return len(header)
+        raise BadRow("prompt changed", f"{text_of(message)[:40]!r} changes the tokens before it: start it differently")
 
     def tokenize(self, conversations, prompt=False):
         """Lists of messages -> the processor's batch. With `prompt` it ends where the model is to answer."""
         if self.is_26:
             return tokenize_26(self.processor, conversations, prompt, self.max_slices)
         texts = [self.processor.apply_chat_template(turns, add_generation_prompt=prompt) for turns in conversations]
-        images = [image for messages in conversations for image in images_in(messages)]
-        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        return self.processor(text=texts, images=images or None, **options)
+        images = [image for messages in conversations for image in pil_images(messages)] or None
+        return self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
 
-    def read(self, row):
+    def messages_of(self, row):
         """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
         paths = image_paths(row, self.folder)
         check_turns(row.get("conversations"), self.control_tokens)
         turns = [dict(turn) for turn in row["conversations"]]
         questions = [turn for turn in turns if turn["role"] == "user"]
-        if len(paths) == 1 and questions and not any("<image" in turn["content"] for turn in turns):  # nor misspelt
+        has_placeholder = any("<image" in turn["content"] for turn in turns)  # a misspelt one is reported below
+        if len(paths) == 1 and questions and not has_placeholder:
             questions[0]["content"] = list(paths)[0] + questions[0]["content"]  # as in the official code
         placeholders = PLACEHOLDER.findall(" ".join(turn["content"] for turn in turns))
         if sorted(placeholders) != sorted(paths):
             detail = f"the turns name {placeholders}, the row has {list(paths)}; use each image exactly once"
             raise BadRow("images do not match", detail)
         # Edit images here, to crop or augment them (for evaluation, too). Each needs room in --model_max_length: 64
-        # tokens, and 64 more for each of its slices.
+        # tokens, and 64 more for each of its slices (with --downsample_mode 4x four times as many).
         images = {placeholder: load_image(path, max_aspect_ratio=20) for placeholder, path in paths.items()}
         return [{"role": turn["role"], "content": split_at_images(turn["content"], images)} for turn in turns]
 
@@ -316,26 +312,9 @@ class Collator:
         """The paths of a row's images. Raises BadRow."""
         return list(image_paths(row, self.folder).values())
 
-    def ask(self, question, images):
-        """A question about PIL images -> the user's turn. (For the prompt's form; rows get their turns by `read`.)"""
-        parts = [{"type": "image", "image": image} for image in images]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-
-    def why_too_long(self, ids):
-        """The detail of a BadRow with too many tokens. It says whether fewer slices would help."""
-        slice_start, slice_end = self.processor.tokenizer.convert_tokens_to_ids(["<slice>", "</slice>"])
-        starts = [n for n, token in enumerate(ids) if token == slice_start]
-        ends = [n + 1 for n, token in enumerate(ids) if token == slice_end]
-        slice_tokens = sum(end - start for start, end in zip(starts, ends, strict=True))
-        image_tokens = ids.count(self.processor.image_token_id)
-        why = f"{len(ids)} tokens, {image_tokens} of them of images; --model_max_length is {self.max_length}: raise it"
-        if slice_tokens > 0 and len(ids) - slice_tokens <= self.max_length:
-            why += f", or lower --max_slice_nums, {self.max_slices}: slices take {slice_tokens} tokens"
-        return why
-
 
 def learning_rates(settings, training):
-    """The learning rate of each part of the model. 0 means that the part is frozen."""
+    """{part of the model: its learning rate}. 0 means that the part is frozen."""
     rates = {"vision": 0.0, "projector": settings.projector_learning_rate, "language": 0.0}
     if settings.tune_vision:
         rates["vision"] = settings.vision_learning_rate
@@ -345,14 +324,18 @@ def learning_rates(settings, training):
 
 
 def load_model(settings, training):
-    """The base model in 16 bits (q_lora: its language model in NF4), frozen except for parts trained without LoRA."""
-    kind, dtype = load_config(settings).model_type, weight_dtype(training)
-    parts, is_26 = PARTS[kind], kind == "minicpmv"
-    options = {"dtype": dtype, "device_map": {"": training.device}}
-    if settings.q_lora:
-        options["quantization_config"] = nf4_quantization(dtype, ["lm_head", parts["vision"], parts["projector"]])
-    load = load_26 if is_26 else AutoModelForImageTextToText.from_pretrained
-    model = load(settings.model_name_or_path, revision=settings.model_revision, **options)
+    """The base model in 16 bits (CPU: 32; q_lora: language model NF4), frozen but for parts trained without LoRA."""
+    config = load_config(settings)
+    parts, dtype = PARTS[config.model_type], weight_dtype(training)
+    in_16_bits = ["lm_head", parts["vision"], parts["projector"]]
+    load = load_26 if config.model_type == "minicpmv" else AutoModelForImageTextToText.from_pretrained
+    model = load(
+        settings.model_name_or_path,
+        revision=settings.model_revision,
+        dtype=dtype,
+        device_map={"": training.device},
+        quantization_config=nf4_quantization(settings.q_lora, dtype, in_16_bits),
+    )
     model.config.downsample_mode = settings.downsample_mode
     keep_4bit_trainable_on_cpu(model)
     model.requires_grad_(False)
@@ -361,28 +344,30 @@ def load_model(settings, training):
             model.get_submodule(parts[part]).requires_grad_(rate > 0)
         if settings.tune_llm:  # in 4.6 and 4.7 lm_head is not a module of the language model
             model.get_output_embeddings().requires_grad_(True)
-        # Otherwise save_pretrained would rename weights, and Trainer could not load a checkpoint.
+        # By default weights are saved under the names that the hub's files have, and Trainer cannot load such a
+        # checkpoint. So keep the class's own names, also in the final output_dir; from_pretrained reads both.
         model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     return model
 
 
 # Edit the LoRA targets here, or give --lora_target_modules: names of layers of the language model, or one regex that
 # matches full paths. A regex may match layers of the vision tower, too; training is then slower, because gradients go
-# through the tower. A layer that is trained in full cannot be a target. in_proj and out_proj: linear attention.
-LORA_TARGETS = r"(in_proj_\w+|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)"
+# through the tower. A layer that is trained in full cannot be a target.
+LORA_TARGETS = r"(in_proj_\w+|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)"  # in_, out_proj: linear attention
 
 
 def lora_config(settings):
-    """LoRA on all linear layers of the language model, beside what is trained in full. None without use_lora."""
+    """LoRA on all linear layers of the language model, and what else is trained in full. None without use_lora."""
     if not settings.use_lora:
         return None
     config = load_config(settings)
-    parts, is_26 = PARTS[config.model_type], config.model_type == "minicpmv"
-    every_layer = rf"{re.escape(parts['language'])}\..*\.{LORA_TARGETS}"
-    targets = lora_targets(settings.lora_target_modules, parts["language"], every_layer)
-    if settings.lora_layers_to_transform:  # PEFT's own setting for this does nothing beside a regex
-        numbers = "|".join(map(str, settings.lora_layers_to_transform))
-        targets = rf"(?=.*\blayers\.({numbers})\.)(?:{targets})"  # a target must also be in one of these layers
+    parts = PARTS[config.model_type]
+    default_targets = rf"{re.escape(parts['language'])}\..*\.{LORA_TARGETS}"
+    targets = lora_targets(settings.lora_target_modules, parts["language"], default_targets)
+    if settings.lora_layers_to_transform:
+        numbers = "|".join(str(number) for number in settings.lora_layers_to_transform)
+        path_has_layer = rf"(?=.*\blayers\.({numbers})\.)"  # a lookahead. PEFT's own setting refuses a regex
+        targets = rf"{path_has_layer}(?:{targets})"
     trained_in_full = [parts["vision"]] if settings.tune_vision else []
     if settings.projector_learning_rate != 0:
         trained_in_full.append(parts["projector"])
@@ -397,7 +382,7 @@ def lora_config(settings):
         target_modules=targets,
         modules_to_save=trained_in_full or None,
         ensure_weight_tying=trains_embeddings and is_tied,
-        task_type=None if is_26 else "CAUSAL_LM",  # the forward() of 2.6 takes a dict
+        task_type=None if config.model_type == "minicpmv" else "CAUSAL_LM",  # the forward() of 2.6 takes a dict
     )
 
 
@@ -416,12 +401,7 @@ def add_adapter(model, settings, adapter):
 
 
 class Trainer(transformers.Trainer):
-    """transformers' Trainer with a learning rate for each part. Trained weights are float32. It answers held-out rows.
-    Your own metric: override evaluate() as below, and in check write check_training(..., metrics=("loss", "mine")).
-        metrics = super().evaluate(*args, **kwargs)
-        answers = answer_rows(self, self.eval_dataset, 64)  # answers[0].text answers the first row
-        self.log({"eval_mine": my_score(answers, self.eval_dataset)})  # to keep the highest:
-        return metrics | self.state.log_history[-1]  # --metric_for_best_model mine"""
+    """A Trainer with a learning rate for each part. Trained weights are float32. It answers held-out rows."""
 
     def __init__(self, settings, parts, args, **kwargs):
         self.parts = parts
@@ -433,24 +413,19 @@ class Trainer(transformers.Trainer):
                 parameter.requires_grad = False
         train_in_float32(self.model)
         self.lm_head = self.model.get_output_embeddings()
-        tower = [weight for name, weight in self.model.named_parameters() if f".{parts['vision']}." in f".{name}"]
+        tower = [weight for name, weight in self.model.named_parameters() if is_inside(name, parts["vision"])]
         if not any(weight.requires_grad for weight in tower):
             self.add_callback(FrozenWithoutGraph(self.model, parts["vision"]))
         self.add_callback(AnswerSamples(self, settings.sample_rows, settings.sample_tokens))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Optional, saves memory: lm_head runs only where a token is trained."""
-        targets = next_tokens(inputs["labels"])
-        has_target = targets != -100
-        inputs = {**inputs, "shift_labels": targets[has_target]}  # the loss must not shift and select again
-        with logits_only_at(has_target, self.lm_head):
+        """Optional, for speed and memory: lm_head scores only positions whose next token is trained. (The model
+        divides the sum of their losses by num_items_in_batch, their number in the whole step, on all GPUs.)"""
+        next_labels = next_tokens(inputs["labels"])
+        is_trained = next_labels != -100
+        inputs = {**inputs, "shift_labels": next_labels[is_trained]}  # the model's loss takes these instead of labels
+        with logits_only_at(is_trained, self.lm_head):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = longest_first(self)
-        if sampler is None:
-            sampler = super()._get_train_sampler(train_dataset)
-        return sampler
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
@@ -458,11 +433,20 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def rate_of(self, name):
-        """The learning rate of a weight: that of its part. An adapter has the language model's, in the tower, too."""
+        """The rate of a weight's part. Adapters always use the language model's rate, even in the vision tower."""
         for part in ("vision", "projector"):
-            if f".{self.parts[part]}." in f".{name}" and ".lora_" not in name:
+            if is_inside(name, self.parts[part]) and ".lora_" not in name:
                 return self.learning_rates[part]
         return self.learning_rates["language"]
+
+    # Your own metric: write evaluate() as below. To keep the checkpoint with the highest value, write
+    # check_common_flags(..., metrics=("loss", "mine")) in check, and give --metric_for_best_model mine.
+    # def evaluate(self, *args, **kwargs):
+    #     metrics = super().evaluate(*args, **kwargs)
+    #     answers = answer_rows(self, self.eval_dataset, max_new_tokens=64)  # answers[0].text answers the first row
+    #     mine = {"eval_mine": my_score(answers, self.eval_dataset)}
+    #     self.log(mine)
+    #     return metrics | mine
 
 
 def main(argv=None):
@@ -471,26 +455,34 @@ def main(argv=None):
     check(settings, training)
     checkpoint = checkpoint_to_resume(training)
     transformers.set_seed(training.seed)
-    kind = load_config(settings).model_type
-    parts, is_26 = PARTS[kind], kind == "minicpmv"
-    train_dataset, eval_dataset = load_data(settings, training)
-    if eval_dataset is None:
-        training.eval_strategy, training.load_best_model_at_end = "no", False
-    processor = load_processor(settings)  # (load_data has its own copy: it can be called alone)
+    parts = PARTS[load_config(settings).model_type]
+
+    processor = load_processor(settings)
     collator = Collator(processor, settings, training)
+    train_dataset, eval_dataset = load_data(settings, training, collator)
     batch = collator([train_dataset[0]])
-    example = marked({**batch["data"], **batch} if is_26 else batch, processor)
-    PartialState().print(f"\nOne row as the model sees it, trained on in «»:\n\n{example}\n")
+    example = mark_trained_tokens(batch.get("data", {}) | batch, processor)  # in 2.6 its input_ids are in "data"
+    say(f"\nOne row as the model sees it, trained tokens in «»:\n\n{example}\n")
 
     adapter = lora_config(settings)
-    if not is_26:  # before minutes of loading; the code of 2.6 cannot make a model without weights
+    if not collator.is_26:  # before minutes of loading; the code of 2.6 cannot make a model without weights
         check_adapter(settings, adapter, empty_model(settings))
     with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
         model = load_model(settings, training)
     model = add_adapter(model, settings, adapter)
-    data = {"data_collator": collator, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    trainer = Trainer(settings, parts, model=model, args=training, processing_class=processor, **data)
-    print_parameters(trainer.model, list(parts.values()), trainer.rate_of)
+    trainer = Trainer(
+        settings,
+        parts,
+        model=model,
+        args=training,
+        processing_class=processor,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    print_parameters(trainer.model, list(parts.values()))
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in trainer.learning_rates.items())
+    say(f"learning rates (0: frozen): {rates}")
     train_and_save(trainer, checkpoint)
 
 
@@ -498,14 +490,16 @@ def main(argv=None):
 
 
 def do_without_torchvision():
-    """If torchvision is missing, replace the video processor that needs it. Images do not need either of them."""
+    """If torchvision is missing, replace the video processor that needs it. Images need neither.
+    Tried with Transformers 5.23. It can go when AutoProcessor loads these processors without torchvision."""
     if not transformers.utils.is_torchvision_available():
         transformers.processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
         AutoVideoProcessor.register(transformers.MiniCPMV4_6Config, MiniCPMV4_6VideoProcessor, exist_ok=True)
 
 
-def read_rows(name, split=None, settings=None):
-    """The rows of a .json or .jsonl file, numbered. `split` is ignored: a file has none. Raises SystemExit."""
+def read_rows(name, split, settings):
+    """The rows of a .json or .jsonl file, which has no splits: `split` is ignored. Raises SystemExit.
+    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
     is_json = Path(name).suffix.lower() in (".json", ".jsonl")
     require(is_json, f"cannot read {name}: this reads .json and .jsonl files of rows {{id, image, conversations}}")
     with fail_on_error(f"cannot read {name}"):
@@ -519,12 +513,13 @@ def read_rows(name, split=None, settings=None):
             remedy = "images go under 'image', a system message is the first turn"
             fail(f"cannot read {name}: row {numbers[0]} has a key {column!r}: {remedy}")
     rows = rows.select_columns([column for column in ("id", "image", "conversations") if column in columns])
-    folder = os.path.abspath(getattr(settings, "image_folder", None) or Path(name).parent)
+    folder = os.path.abspath(settings.image_folder or Path(name).parent)
     return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
 
 
 def image_paths(row, folder):
-    """A row -> {placeholder: path of the image}; the placeholder of an image by itself is <image>. Raises BadRow."""
+    """A row -> {placeholder: path of the image}; the placeholder of a single path is <image>. Raises BadRow.
+    Relative paths start in the row's own `folder`, from read_rows. `folder` is for rows that have none."""
     image = row.get("image")
     if image is None or image == "":
         return {}
@@ -533,22 +528,24 @@ def image_paths(row, folder):
         if not PLACEHOLDER.fullmatch(placeholder) or not isinstance(path, str) or path == "":
             wanted = 'it must be a path, or for several images {"<image_00>": a path, ...}'
             raise BadRow("malformed image", f"{placeholder!r:.100} is {path!r:.100}; {wanted}")
-    return {placeholder: os.path.join(row.get("folder") or folder, path) for placeholder, path in images.items()}
+    start = row.get("folder") or folder
+    return {placeholder: os.path.join(start, path) for placeholder, path in images.items()}
 
 
 def split_at_images(text, images):
-    """The text of a turn -> parts: each placeholder becomes its image, and the texts around it are stripped."""
-    parts = []
+    """The text of a turn -> parts: each placeholder becomes its image. Every text is stripped, answers included."""
+    content = []
     for piece in PLACEHOLDER.split(text):
         if piece in images:
-            parts.append({"type": "image", "image": images[piece]})
+            content.append({"type": "image", "image": images[piece]})
         elif piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return parts
+            content.append({"type": "text", "text": piece.strip()})
+    return content
 
 
 def check_turns(turns, control_tokens):
-    """Raises BadRow unless user and assistant alternate (a system turn may come first) and each turn has a text."""
+    """Raises BadRow unless user and assistant alternate (a system turn may come first) and each turn has a text.
+    White space is no text: split_at_images strips it, in answers, too."""
     if not isinstance(turns, list) or not turns:
         raise BadRow("no conversation", "conversations must be a list of turns, {role, content}")
     roles = itertools.cycle(["user", "assistant"])
@@ -565,26 +562,23 @@ def check_turns(turns, control_tokens):
         placeholder = PLACEHOLDER.search(text)
         if placeholder and role != "user":
             raise BadRow(f"image in a turn of the {role}", f"{placeholder[0]} in turn {n}; only the user shows images")
-        words = PLACEHOLDER.sub(" ", text)
-        typed = [token for token in control_tokens if token in words]
-        if typed:
-            raise BadRow("control token", f"{typed[0]} is typed in turn {n} and would become a real one; take it out")
+        refuse_control_tokens(PLACEHOLDER.sub(" ", text), control_tokens, f"turn {n}")
 
 
 def load_config(settings):
     """The model's configuration. Raises SystemExit for a model that this recipe was not tested with."""
-    name, where = settings.model_name_or_path, {"revision": settings.model_revision}
+    name, revision = settings.model_name_or_path, settings.model_revision
     with fail_on_error(f"--model_name_or_path {name}"):
-        values = transformers.PreTrainedConfig.get_config_dict(name, **where)[0]  # runs no code of the model
+        values = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)[0]  # runs no code of the model
         kind, version = values.get("model_type"), values.get("version")
         if kind not in PARTS or (kind == "minicpmv" and version != 2.6):
-            what = f"is {kind} {version or ''}".rstrip() if kind else "has no config.json that names a model_type"
-            fail(f"{name} {what}: this recipe was tested with MiniCPM-V 4.6, 4.7 and 2.6, and refuses other versions")
+            found = f"is {kind} {version or ''}".rstrip() if kind else "has no config.json that names a model_type"
+            fail(f"{name} {found}: this recipe was tested with MiniCPM-V 4.6, 4.7 and 2.6, and refuses other versions")
         if kind == "minicpmv":
             require(settings.downsample_mode == "16x", "--downsample_mode 4x: 2.6 does not know it; 4.6 and 4.7 do")
             remedy = "read it, set --model_revision to what you read, and then give --trust_remote_code"
             require(settings.trust_remote_code, f"{name} brings code of its own that runs on this machine: {remedy}")
-        return AutoConfig.from_pretrained(name, **where, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=settings.trust_remote_code)
 
 
 def check_adapter(settings, adapter, model):
@@ -592,29 +586,31 @@ def check_adapter(settings, adapter, model):
     parts = PARTS[model.config.model_type]
     is_frozen = {"vision": not settings.tune_vision, "projector": settings.projector_learning_rate == 0}
     frozen = [parts[part] for part in is_frozen if is_frozen[part]]
-    names = [f".{name}." for name, _ in model.named_modules()]
-    trainable = [name for name in names if not any(f".{part}." in name for part in frozen)]
+    trainable = [name for name, _ in model.named_modules() if not any(is_inside(name, part) for part in frozen)]
     for wanted in settings.lora_modules_to_save:
-        is_found = any(name.endswith(f".{wanted}.") for name in trainable)
+        is_found = any(f".{name}".endswith(f".{wanted}") for name in trainable)
         require(is_found, f"--lora_modules_to_save {wanted}: no such module outside of the frozen parts {frozen}")
-    untrainable = dict.fromkeys(settings.lora_modules_to_save, "which --lora_modules_to_save trains in full")
+    trained_in_full = (adapter.modules_to_save if adapter else None) or []
+    untrainable = dict.fromkeys(trained_in_full, "which is trained in full, without an adapter")
     check_lora_targets(settings, adapter, model, untrainable)
 
 
 def require_same_adapter(path, saved, wanted):
     """Stop if the LoraConfig of a saved adapter differs from what the flags say. Raises SystemExit."""
-    if saved.ensure_weight_tying:  # PEFT has added the other name of a tied matrix
-        names = wanted.modules_to_save or []
-        words = ("embed_tokens", "lm_head")
-        saved.modules_to_save = [name for name in saved.modules_to_save if name in names or not name.endswith(words)]
-    for name in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "modules_to_save"):
+    remedy = "give the flags that it was trained with"
+    for name in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules"):
         old, new = getattr(saved, name), getattr(wanted, name)
-        remedy = "give the flags that it was trained with"
-        require((old or None) == (new or None), f"--lora_weight_path {path} has {name} {old}, not {new}: {remedy}")
+        require(old == new, f"--lora_weight_path {path} has {name} {old}, not {new}: {remedy}")
+    saved_in_full, wanted_in_full = set(saved.modules_to_save or []), set(wanted.modules_to_save or [])
+    if saved.ensure_weight_tying:  # PEFT added the other name of the tied matrix (embed_tokens or lm_head)
+        added = saved_in_full - wanted_in_full
+        saved_in_full -= {name for name in added if name.endswith(("embed_tokens", "lm_head"))}
+    difference = f"has modules_to_save {sorted(saved_in_full)}, not {sorted(wanted_in_full)}"
+    require(saved_in_full == wanted_in_full, f"--lora_weight_path {path} {difference}: {remedy}")
 
 
 def tokenize_26(processor, conversations, prompt, max_slices):
-    """Lists of messages -> a batch padded on the left, as generate() takes it."""
+    """Lists of messages -> a batch padded on the left, as the generate() of repaired_26 takes it."""
     rows = []
     for messages in conversations:
         turns = []
@@ -622,8 +618,8 @@ def tokenize_26(processor, conversations, prompt, max_slices):
             texts = [part.get("text", "(<image>./</image>)") for part in message["content"]]
             turns.append({"role": message["role"], "content": "\n".join(texts)})
         text = processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-        # One by one: for several rows its processor pads, and masks every token 0, which is "!".
-        rows.append(processor([text], [images_in(messages)], max_slice_nums=max_slices, use_image_id=True))
+        # Row by row: its processor pads several rows, and takes every token 0, which is "!", for padding.
+        rows.append(processor([text], [pil_images(messages)], max_slice_nums=max_slices, use_image_id=True))
     ids = {"input_ids": [row["input_ids"][0].tolist() for row in rows]}
     batch = processor.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
     padding = (batch["attention_mask"] == 0).sum(dim=1).tolist()
@@ -635,34 +631,36 @@ def tokenize_26(processor, conversations, prompt, max_slices):
 
 
 def load_26(name, revision, **kwargs):
-    """MiniCPM-V 2.6 by its own code, repaired here for Transformers 5. kwargs are those of from_pretrained."""
+    """MiniCPM-V 2.6 by its own code, written for Transformers 4. kwargs are those of from_pretrained. Each repair was
+    tried with Transformers 5.23 and torch 2.13, and can go when the hub's code does itself what the repair does."""
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=True)
-    with contextlib.ExitStack() as stack:  # while it is imported, it finds two things that today's packages lack
+    with contextlib.ExitStack() as stack:  # only while the code is imported
         try:
             import torchvision  # noqa: F401
-        except ImportError:  # the code imports it and never uses it
+        except ImportError:  # the code imports it and never uses it, so an empty module will do
             sys.modules["torchvision"] = ModuleType("torchvision")
             stack.callback(sys.modules.pop, "torchvision")
+        # The code takes List from torch.nn.functional, which no longer has it.
         stack.enter_context(patch.object(torch.nn.functional, "List", list, create=True))
         hub_class = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, revision=revision)
     repaired = repaired_26(hub_class, AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True))
     repaired.register_for_auto_class("AutoModel")
     model = repaired.from_pretrained(name, revision=revision, config=config, **kwargs)
-    # Its positions are in no file, and from_pretrained leaves in them what was in the memory.
+    # The resampler's position table is not in the checkpoint; from_pretrained leaves it uninitialised.
     model.resampler._set_2d_pos_cache(model.resampler.max_size, model.resampler.query.device)
     return model
 
 
 def repaired_26(hub_class, tokenizer):
-    """A subclass of the hub's class that loads, trains with checkpointing, and generates as others do."""
+    """A subclass of the hub's class that loads, trains with checkpointing, and generates as other models do."""
 
     class MiniCPMV(hub_class):
-        __module__ = hub_class.__module__  # so that save_pretrained finds the code, and saves it beside the weights
+        __module__ = hub_class.__module__  # so that save_pretrained finds the code, and saves it with the weights
 
         def __init__(self, config, *args, **kwargs):
             super().__init__(config, *args, **kwargs)
             if not hasattr(self, "all_tied_weights_keys"):
-                self.post_init()  # the code never calls it, and without it nothing loads today
+                self.post_init()  # the code never calls it, and from_pretrained needs what it sets
 
         def enable_input_require_grads(self):
             """Nothing: images are written into the embeddings in place, which a leaf with a gradient forbids."""
@@ -681,30 +679,20 @@ def repaired_26(hub_class, tokenizer):
 
 
 # =====================================================================================================================
-# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
-# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
+# Its last three sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
+# train_and_save, and above this line.
+# In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 # =====================================================================================================================
 
-# --------------------------------------------------------------------------------------------------------------- flags
-
+# -------------------------------------------------------------------------------------------------- flags and messages
 # Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
-UNUSED_FLAGS = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs deepspeed
-fsdp do_train do_eval do_predict dataloader_drop_last""".split()
-
-
-OTHER_NAMES = {"gradient_checkpointing": "; its new name is --activation_checkpointing"}
-
-
-OTHER_NAMES["deepspeed"] = "; give it to the launcher: accelerate launch --config_file"
-
-
-# Settings that may change when a run is resumed: they have no effect on what is trained.
-FREE_TO_CHANGE = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level dataloader_num_workers
-dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo max_eval_rows sample_rows sample_tokens
-max_new_tokens shared_prompt logging_steps save_total_limit per_device_eval_batch_size""".split()
-
-
-SPLIT_NOTE = "# Evaluation rows without a split of their own: whole groups of rows that share images."  # settings.yaml
+REFUSED_EVERYWHERE = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs
+deepspeed fsdp do_train do_eval do_predict dataloader_drop_last""".split()
+OTHER_NAMES = {
+    "gradient_checkpointing": "; its new name is --activation_checkpointing",
+    "deepspeed": "; give it to the launcher: accelerate launch --config_file",
+}
 
 
 def fail(message):
@@ -718,17 +706,69 @@ def require(condition, message):
         fail(message)
 
 
-# What a damaged file of a model, or one of another kind of model, can raise.
-READ_ERRORS = (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, RuntimeError, TemplateError)
+def say(*texts):
+    """Print, in the first of several processes only."""
+    PartialState().print(*texts)
 
 
 @contextlib.contextmanager
 def fail_on_error(message):
-    """End the program with this message if files of a model cannot be read, or do not fit, in the `with` block."""
+    """End the program with this message, and the cause, if the `with` block raises an error."""
     try:
         yield
-    except (*READ_ERRORS, SafetensorError) as error:
-        fail(f"{message}: {' '.join(str(error).split()):.600}")
+    except Exception as error:  # readers of damaged files raise many kinds of exceptions
+        cause = " ".join(str(error).split())[:600]
+        if not isinstance(error, (OSError, ValueError)):  # perhaps a mistake in the code: say where
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {cause} ({place.filename}, line {place.lineno})"
+        sys.exit(f"error: {message}: {cause}")  # not fail(): perhaps only this process has the problem
+
+
+def parse_arguments(parser, refused, argv=None):
+    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
+    refused: inherited flags that this recipe does not use, besides REFUSED_EVERYWHERE.
+    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else forked loader processes cause warnings
+    parser.error = fail
+    parser.add_argument("--config", help="YAML file of any of these flags.")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config_file = parser.parse_known_args(argv)[0].config
+    if config_file:
+        argv = flags_from_yaml(config_file, parser) + argv
+    try:
+        as_given = vars(parser.parse_args(argv))  # no dataclass is made yet, so no __post_init__ is called
+        del as_given["config"]
+        for field in fields(parser.dataclass_types[1]):
+            if field.name in REFUSED_EVERYWHERE + refused and as_given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+        settings, training = parser.parse_dict(as_given)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        fail(error)
+    not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
+    training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    return settings, training
+
+
+def flags_from_yaml(file, parser):
+    """A YAML file of settings -> a list of flags, so that argparse checks types and choices, unlike TrlParser."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fail(f"--config {file} cannot be read: {error}")
+    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
+    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
+    flags = []
+    for name, value in config.items():
+        if value is None:
+            can_be_none = type(None) in get_args(types.get(name)) or parser.get_default(name) is None
+            require(can_be_none, f"--config {file}: {name} must have a value")
+        if value is None or value == []:
+            parser.set_defaults(**{name: value})  # no flag can say this
+        else:
+            flags.append(f"--{name}")
+            for item in value if isinstance(value, list) else [value]:
+                flags.append(json.dumps(item) if isinstance(item, dict) else str(item))
+    return flags
 
 
 def pick_precision(training):
@@ -748,72 +788,547 @@ def weight_dtype(training):
     return torch.float32
 
 
-def parse_arguments(parser, refused, argv=None, fill=None):
-    """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
-    refused: inherited flags that this recipe does not use, beside UNUSED_FLAGS. fill: a function that completes
-    {name: value} with defaults that depend on other settings. training.given: the values before __post_init__ or
-    `fill` changed any, for settings.yaml."""
-    # Loader processes are forked after the tokenizer was used.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser.error = fail
-    parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    config_file = parser.parse_known_args(argv)[0].config
-    if config_file:
-        argv = flags_from_yaml(config_file, parser) + argv
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def image_key(image):
+    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
+    if isinstance(image, dict):
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+
+
+def load_image(image, max_aspect_ratio=200):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
+    source = f"{source:.300}"  # an image written as text would be long
     try:
-        given = vars(parser.parse_args(argv))
-        del given["config"]
-        for field in fields(parser.dataclass_types[1]):
-            if field.name in UNUSED_FLAGS + refused and given[field.name] != field.default:
-                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
-        settings, training = parser.parse_dict(fill(given) if fill else given)
-    except (OSError, ValueError, TypeError, OverflowError) as error:
-        fail(error)
-    training.given = {name: value for name, value in given.items() if name != "hub_token"}
-    return settings, training
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's photo and preview
+        image.load()  # verify() would accept a truncated JPEG
+        upright = to_rgb(image)
+    except Exception as error:  # decoders raise all kinds of exceptions
+        cause = getattr(error, "strerror", None) or error
+        remedy = "shrink it" if isinstance(error, Image.DecompressionBombError) else "repair it, or see --image_folder"
+        raise BadRow("unreadable image", f"{source} ({cause}); {remedy}") from error
+
+    if num_frames > 1:
+        detail = f"{source} holds {num_frames}, only the first would be seen; give each its own file"
+        raise BadRow("several images", detail)
+    width, height = upright.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
+        raise BadRow("image too narrow", detail)
+    return upright
 
 
-def flags_from_yaml(file, parser):
-    """A YAML file of settings -> a list of flags, so that argparse checks their types and choices."""
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError if one of 16 or 32 bits is all black."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
+        brightest = image.getextrema()[1]
+        if not 0 < brightest < math.inf:
+            raise ValueError(f"its brightest value is {brightest}")
+        white = 1 if image.mode == "F" and brightest <= 1 else max(255, brightest)
+        scale = 255 / white
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")  # PIL takes no other form
+    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
+    """(train, eval): the rows that the collator accepts. Without eval_rows some of train are held out; but if there
+    is nothing to evaluate (--eval_strategy no, --eval_fraction 0), eval is None, and evaluation is turned off."""
+    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
+        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
+        eval_rows = check_and_measure_rows(eval_rows, "the evaluation data", collator, settings, training)
+    train_rows = check_and_measure_rows(train_rows, name, collator, settings, training)
+    if eval_rows is not None:
+        return train_rows, eval_rows
+    if training.eval_strategy != "no" and settings.eval_fraction > 0:
+        return hold_out(train_rows, settings, training)
+    if training.load_best_model_at_end:
+        say("nothing is evaluated, so the last weights will be the result")
+    training.eval_strategy, training.load_best_model_at_end = "no", False
+    return train_rows, None
+
+
+def check_and_measure_rows(rows, name, collator, settings, training):
+    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens,
+    for samplers. The others are left out, or the program lists them and ends (--on_bad_rows)."""
+    require(len(rows) > 0, f"{name} is empty: it has no rows")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    num_processes = None
+    if len(rows) > 1000:
+        num_processes = getattr(training, "dataset_num_proc", None) or os.cpu_count()
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    with training.main_process_first(desc=f"checking {name}"):
+        results = rows.map(
+            check_row,
+            fn_kwargs={"collator": collator, "cache_key": image_times(rows, collator)},
+            features=datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text)),
+            remove_columns=rows.column_names,
+            num_proc=num_processes,
+            desc=f"Checking {name}",
+        )
+    torch.set_num_threads(num_threads)
+
+    problems = {}
+    for n, (reason, detail) in enumerate(zip(results["reason"], results["detail"], strict=True)):
+        if reason is not None:
+            problems[n] = (reason, detail)
+    report_problems(rows, problems, name, settings)
+    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    return rows.select([n for n in range(len(rows)) if n not in problems])
+
+
+def check_row(row, collator, cache_key):
+    """Try the collator on a row -> {"length", "image_keys", and for a bad row "reason" and "detail"}.
+    cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
     try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        fail(f"--config {file} cannot be read: {error}")
-    require(isinstance(config, dict), f"--config {file} must hold lines of 'name: value'")
-    types = get_type_hints(parser.dataclass_types[0]) | get_type_hints(parser.dataclass_types[1])
-    flags = []
-    for name, value in config.items():
-        if value is None or value == []:  # no flag can say these, so they become the default
-            may_be_none = name not in types or type(None) in get_args(types[name]) or parser.get_default(name) is None
-            require(value == [] or may_be_none, f"--config {file}: {name} must have a value")
-            parser.set_defaults(**{name: value})
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return flags
+        length = collator([row])["attention_mask"].shape[1]
+        keys = [image_key(image) for image in collator.images_of(row)]
+    except BadRow as error:
+        return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
+    return {"reason": None, "detail": None, "length": length, "image_keys": keys}
 
 
-def check_training(settings, training, memory_needed, metrics=("loss",)):
+def image_times(rows, collator):
+    """[(path, time of its last change)] of the image files that these rows name."""
+    paths = set()
+    columns = [column for column in (*collator.image_columns, "folder") if column in rows.column_names]
+    for row in rows.select_columns(columns):
+        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
+            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
+
+
+def report_problems(rows, problems, name, settings):
+    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit.
+    problems: {index of a row: (reason, detail)}."""
+    if not problems:
+        return
+    counts = Counter(reason for reason, _ in problems.values())
+    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals} (at most 20 shown)"]
+    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
+    for n, row in zip(shown, rows.select(shown), strict=True):
+        reason, detail = problems[n]
+        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
+        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
+
+    num_long = counts["too long"]
+    stop_on_broken = len(problems) > num_long and settings.on_bad_rows == "stop"
+    stop_on_long = num_long > 0 and settings.on_long_rows == "stop"
+    none_left = len(problems) == len(rows)
+    if not (stop_on_broken or stop_on_long or none_left):
+        say("left out:", "\n".join(lines))
+        return
+    if stop_on_broken:
+        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
+    if stop_on_long:
+        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
+    if none_left:
+        lines.append("No row would be left: fix them, or raise the maximum length.")
+    fail("\n".join(lines))
+
+
+def hold_out(rows, settings, training):
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
+    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image, directly or through
+    other rows, go to the same side: another question about an image that was trained on would be no test."""
+    # 1. Groups of images that rows connect. A row without images counts as one image.
+    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    connected = UnionFind()
+    for images in images_of_row:
+        connected.union(*images)
+    groups = list(connected.to_sets())
+    group_of_image = {image: group for group in groups for image in group}
+    # 2. Go through the images in random order and hold out the group of each, unless that would exceed the goal.
+    goal = max(1, round(settings.eval_fraction * len(group_of_image)))
+    shuffled = sorted(group_of_image)
+    random.Random(training.seed).shuffle(shuffled)
+    held_out = set()
+    for image in shuffled:
+        group = group_of_image[image]
+        if image not in held_out and len(held_out) + len(group) <= goal:
+            held_out |= group
+    if not held_out:
+        held_out = min(groups, key=len)
+    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
+    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
+    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
+    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
+
+
+def draw_rows(rows, count, seed):
+    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
+    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
+
+
+def read_json(path):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    is_jsonl = path.suffix.lower() == ".jsonl"
+    rows = []
+    for number, line in enumerate(text.split("\n") if is_jsonl else [text], start=1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+        except ValueError as error:
+            place = f"line {number}: " if is_jsonl else ""
+            form = "a .json file is one list of rows, a .jsonl file has one row a line"
+            raise ValueError(f"{place}{error} ({form})") from None
+    if rows and not is_jsonl:
+        rows = rows[0]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
+    if not any(rows):
+        raise ValueError("it is empty")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    encoded = []
+    for number, row in enumerate(rows):
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"row {number} has invalid Unicode (a lone surrogate); fix its encoding")
+        # As JSON text: datasets.Json() would read the text "7" as the number 7.
+        encoded.append({column: json.dumps(row.get(column), ensure_ascii=False) for column in columns})
+    features = datasets.Features({column: datasets.Json() for column in columns})
+    return datasets.Dataset.from_generator(lambda: iter(encoded), features=features)
+
+
+def refuse_duplicate_keys(pairs):
+    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key appears twice in {str(pairs):.200}")
+    return dict(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------- texts and labels
+
+
+def special_tokens(tokenizer):
+    """The texts of a tokenizer's special tokens, such as </s>."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def refuse_control_tokens(text, control_tokens, place):
+    """Raises BadRow if a text of a row contains one of these: the tokenizer would not read it as text."""
+    typed = [token for token in control_tokens if token in text]
+    if typed:
+        detail = f"{typed[0]} in {place} is text, but the tokenizer would read it as a control token: remove it"
+        raise BadRow("control token", detail)
+
+
+def question_turn(question, images):
+    """A question about PIL images -> the user's turn."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def text_of(message):
+    """The words of a message, without its images."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def pil_images(messages):
+    """The images of a conversation, in their order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message."""
+    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def next_tokens(labels):
+    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def mark_trained_tokens(batch, processor, n=0):
+    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
+    is_token = batch["attention_mask"][n].bool()
+    ids = batch["input_ids"][n][is_token].tolist()
+    labels = batch["labels"][n][is_token].tolist()
+    decode = processor.tokenizer.decode
+    kinds = ["untrained" if label == -100 else "trained" for label in labels]
+    kinds = ["image" if token == processor.image_token_id else kind for token, kind in zip(ids, kinds, strict=True)]
+    text, start = "", 0
+    for kind, run in itertools.groupby(kinds):
+        end = start + len(list(run))
+        piece = decode(ids[:end])[len(decode(ids[:start])) :]  # a run by itself would lose its leading space
+        if kind == "image":
+            piece = f"<image> x {end - start}"
+        elif kind == "trained":
+            piece = f"«{piece}»"
+        text += piece
+        start = end
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def nf4_quantization(load_in_4bit, dtype, skip_modules):
+    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`; None without load_in_4bit.
+    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
+    a bare "vision_tower" would match nothing."""
+    if not load_in_4bit:
+        return None
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
+
+
+def keep_4bit_trainable_on_cpu(model):
+    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_inside(name, path):
+    """Whether a weight or module is the module `path` or inside it. PEFT's prefix may be in front of its name."""
+    return f".{path}." in f".{name}."
+
+
+def lora_targets(names, language_model, default):
+    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
+    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
+    if not names:
+        return default
+    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
+    if not is_one_regex:
+        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+    try:
+        re.compile(names[0])
+    except re.error as error:
+        fail(f"--lora_target_modules {names[0]!r} is not a valid regular expression: {error}")
+    return names[0]
+
+
+def train_in_float32(model):
+    """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def print_parameters(model, parts):
+    """Print how many parameters each part of the model has, how many of them are trained, and how many are in 4-bit.
+    A weight belongs to the first part that its name contains, or else to the last one."""
+    counts = {part: Counter() for part in parts}
+    for name, parameter in model.named_parameters():
+        if "original_module." in name:  # PEFT trains a copy of it
+            continue
+        count = counts[next((part for part in parts if part in name), parts[-1])]
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2  # a byte holds two
+            count["in 4-bit"] += size
+        count["all"] += size
+        count["trained"] += size if parameter.requires_grad else 0
+    for part, count in counts.items():
+        if count["all"] > 0:
+            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained"
+            say(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
+
+
+def optimizer_by_part(trainer, rate_of, logged_rate):
+    """The optimizer of --optim, with a learning rate for each weight: `rate_of(name)`. Biases and norms do not decay.
+    Weights with `logged_rate` come first: the first group's rate is the one that is logged."""
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    members = defaultdict(list)  # (learning rate, whether it decays) -> weights
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            members[rate_of(name), name in decayed].append(parameter)
+
+    groups = []
+    for rate, decays in sorted(members):
+        weight_decay = trainer.args.weight_decay if decays else 0.0
+        groups.append({"params": members[rate, decays], "lr": rate, "weight_decay": weight_decay})
+    groups.sort(key=lambda group: group["lr"] != logged_rate)  # False comes first
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    return optimizer_class(groups, **options)
+
+
+# ------------------------------------------------------------------------------------------------- training and saving
+
+
+def train_and_save(trainer, checkpoint=None):
+    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
+    args = trainer.args
+    steps, steps_per_epoch = print_plan(trainer, checkpoint)
+    if args.process_index == 0:
+        write_settings(args)
+    if checkpoint is not None:
+        only_load_the_result(args, checkpoint, steps, steps_per_epoch)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BadRow as error:
+        # If a loader process raised it, its text is a whole traceback, which ends with "BadRow: reason: detail".
+        problem = str(error).splitlines()[-1].rpartition("BadRow: ")[2]
+        sys.exit(f"error: the data changed during the run: {problem}")  # not fail(): perhaps only this process met it
+    except KeyboardInterrupt:
+        fail(f"interrupted; to resume from the newest checkpoint, if any: --config {args.output_dir}/settings.yaml")
+
+    trainer.save_model()  # also pushes to the hub with --push_to_hub
+    trainer.save_state()  # last: its file says that the run is finished
+    state = trainer.state
+    if args.load_best_model_at_end and state.best_metric is not None:
+        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
+        say(f"best {best}; that is saved")
+    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    if args.world_size > 1:
+        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
+    trainer.accelerator.end_training()
+    say(f"saved {args.output_dir}: model or adapter, processor, settings.yaml, trainer_state.json (the log)")
+
+
+def rows_per_step(training):
+    """The rows of an optimizer step, in all processes together."""
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def print_plan(trainer, checkpoint):
+    """Print what will be trained. Returns the optimizer steps of the whole run, and of an epoch."""
+    args, num_rows = trainer.args, len(trainer.train_dataset)
+    steps_per_epoch = math.ceil(num_rows / rows_per_step(args))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
+    say(
+        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
+        f"{steps} steps of {rows_per_step(args)} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
+    )
+    return steps, steps_per_epoch
+
+
+# Stands in settings.yaml as a comment, since --config takes keys for flags. Earlier versions did not write it.
+ROWS_NOTE = "# Rows in a step: "
+
+
+def write_settings(training):
+    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
+    output_dir = Path(training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    text = f"# {Path(__file__).name}\n{ROWS_NOTE}{rows_per_step(training)}\n"
+    text += yaml.safe_dump(training.as_given, sort_keys=False)
+    (output_dir / "settings.part").write_text(text, encoding="utf-8")
+    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------- samples.md, and answers for your own metric
+Answer = namedtuple("Answer", "text num_tokens ended")  # ended: by itself, not cut off at the largest number of tokens
+
+
+def answer_rows(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each process
+    answers a share of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
+    share = range(len(rows))
+    if not is_deepspeed_zero3_enabled():
+        share = share[PartialState().process_index :: PartialState().num_processes]
+    batch_size = trainer.args.per_device_eval_batch_size
+    answers = []  # (number of the row, Answer)
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        batch = answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens)
+        answers += zip(numbers, batch, strict=True)
+    answer_of_row = dict(gather_object(answers))
+    return [answer_of_row[n] for n in range(len(rows))]
+
+
+def answer_batch(trainer, rows, max_new_tokens):
+    """Greedy answers to the last question of each row, generated together: a list of Answer."""
+    collator, device = trainer.data_collator, trainer.args.device
+    conversations = [collator.messages_of(row) for row in rows]
+    questions = [messages[: last_answer(messages)] for messages in conversations]
+    batch = collator.tokenize(questions, prompt=True).to(device)
+    trainer.model.eval()  # each training step turns training mode on again
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    options["eos_token_id"] = collator.stop_ids
+    options["max_length"] = None  # the one in the model's generation config would only cause a warning
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = trainer.model.generate(**batch, **options)
+    ids = ids[:, batch["input_ids"].shape[1] :]
+    is_stop = torch.isin(ids, torch.tensor(collator.stop_ids, device=device))
+    is_over = is_stop.cumsum(dim=1) > 0  # from the stop token on, also in the padding after it
+    answers = []
+    for row_ids, over in zip(ids, is_over, strict=True):
+        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
+    return answers
+
+
+class AnswerSamples(transformers.TrainerCallback):
+    """After each evaluation, answer the last question of the first few held-out rows, into samples.md."""
+
+    def __init__(self, trainer, num_rows, max_new_tokens):
+        self.trainer = trainer
+        self.num_rows, self.max_new_tokens = num_rows, max_new_tokens
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        rows = self.trainer.eval_dataset.take(min(self.num_rows, len(self.trainer.eval_dataset)))
+        samples = []
+        for row, answer in zip(rows, answer_rows(self.trainer, rows, self.max_new_tokens), strict=True):
+            messages = self.trainer.data_collator.messages_of(row)
+            last = last_answer(messages)
+            texts = [text_of(messages[last - 1]), text_of(messages[last]), answer.text]
+            samples.append((row["row"], messages, texts))
+        if state.is_world_process_zero and samples:
+            columns = ["picture", "question", "right", "answered"]
+            append_samples(args.output_dir, f"Step {state.global_step}", columns, samples)
+
+
+def append_samples(output_dir, title, columns, samples):
+    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
+    texts fill the columns after the first, which holds the images."""
+    folder = Path(output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for number, messages, texts in samples:
+        links = []
+        for n, image in enumerate(pil_images(messages)):
+            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
+            links.append(f"![](samples/{number}-{n}.png)")
+        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
+        lines.append(f"| {' | '.join(cells)} |")
+    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------- only checks
+
+
+def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     """Stop if the machine, or flags that every recipe has, cannot work. Raises SystemExit.
-    `metrics`: what the best checkpoint may be chosen by. The lowest loss is the best, the highest of all others."""
-    gpus, has_device = training.n_gpu, training.use_cpu or training.device.type != "cpu"
-    launch = f"accelerate launch --num_processes {gpus} {Path(__file__).name}"
+    `metrics`: what the best checkpoint may be chosen by: the lowest loss, or the highest value of another one."""
+    has_device = training.use_cpu or training.device.type != "cpu"
     require(has_device, f"no GPU found ({memory_needed}); for tiny models: --use_cpu")
-    require(gpus <= 1, f"{gpus} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
-    require(not (training.fp16 and training.use_cpu), "--fp16 needs a GPU")
+    if training.n_gpu > 1:
+        launch = f"accelerate launch --num_processes {training.n_gpu} {Path(__file__).name}"
+        fail(f"{training.n_gpu} GPUs, but one process. For all: {launch}. For one: CUDA_VISIBLE_DEVICES=0")
 
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        require(getattr(training, name) >= 1, f"--{name}: batch sizes and accumulation steps must be at least 1")
-    for name in ("eval", "save", "logging"):
-        if getattr(training, f"{name}_strategy") == "steps":
-            steps = getattr(training, f"{name}_steps")
-            require(steps > 0, f"--{name}_steps: above 0 is needed; --{name}_strategy no turns it off")
-    is_positive = training.max_steps != 0 and training.num_train_epochs > 0
-    require(is_positive, "--max_steps and --num_train_epochs must be above 0")
     require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
-    require(0 <= settings.eval_fraction < 1, "--eval_fraction must be from 0 to below 1")
+    require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     if training.load_best_model_at_end:
         check_best_model(training, metrics)
@@ -831,341 +1346,29 @@ def check_best_model(training, metrics):
     metric = str(training.metric_for_best_model).removeprefix("eval_")
     require(metric in metrics, f"--metric_for_best_model {metric}: this recipe computes {' and '.join(metrics)} only")
     higher_is_better = metric != "loss"
-    message = f"--greater_is_better {not higher_is_better} would keep the worst checkpoint by {metric}".lower()
-    require(training.greater_is_better == higher_is_better, message)
+    flag = f"--greater_is_better {str(training.greater_is_better).lower()}"
+    require(training.greater_is_better == higher_is_better, f"{flag} would keep the worst checkpoint by {metric}")
     if training.eval_strategy == training.save_strategy == "steps":
         message = "to keep the best: --save_steps equal to --eval_steps, or --load_best_model_at_end false"
         require(training.eval_steps == training.save_steps, message)
 
 
-# ----------------------------------------------------------------------------------------------------- images and rows
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on. Rows are counted by `reason`; `detail` says what is wrong and how to fix it."""
-
-    def __init__(self, reason, detail="", row=None):
-        super().__init__(reason, detail, row)
-        self.reason = reason
-        self.detail = detail
-        self.row = row
-
-    def __str__(self):
-        text = f"{self.reason}: {self.detail}" if self.detail else self.reason
-        return text if self.row is None else f"row {self.row}: {text}"
-
-
-def stored_images(value, folder):
-    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images."""
-    if value is None or value == "":
-        return []
-    images = []
-    for image in value if isinstance(value, list) else [value]:
-        if isinstance(image, bytes):
-            image = {"bytes": image}
-        if isinstance(image, dict) and not image.get("bytes"):
-            image = image.get("path")
-        if isinstance(image, str):
-            image = os.path.join(folder, image)
-        images.append(image)
-    if images == [None]:  # an embedded image with neither path nor bytes
-        return []
-    return images
-
-
-def image_key(image):
-    """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
-    if isinstance(image, dict):
-        return hashlib.sha256(image["bytes"]).hexdigest()
-    return os.path.realpath(image) if isinstance(image, str) else repr(image)
-
-
-def load_image(image, max_aspect_ratio=200):
-    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
-    source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
-    if len(source) > 500:  # an image written as text, perhaps
-        source = f"{source[:100]}... ({len(source)} characters)"
-    try:
-        if isinstance(image, dict):
-            image = Image.open(io.BytesIO(image["bytes"]))
-        elif not isinstance(image, Image.Image):
-            image = Image.open(image)
-        frames = getattr(image, "n_frames", 1)
-        is_several = frames > 1 and image.format != "MPO"  # a phone's MPO holds the picture and a preview of it
-        image.load()  # verify() would accept a truncated JPEG
-        upright = to_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise BadRow("image too large", f"{source} ({error}); shrink it") from error
-    except Exception as error:  # decoders raise all kinds of exceptions
-        cause = getattr(error, "strerror", None) or error
-        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
-    if is_several:
-        raise BadRow(
-            "several images", f"{source} holds {frames}, only the first would be seen; give each its own file"
-        )
-    width, height = upright.size
-    if max(width, height) > max_aspect_ratio * min(width, height):
-        detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
-        raise BadRow("image too narrow", detail)
-    return upright
-
-
-def to_rgb(image):
-    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError for brightness that is no number."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
-        brightest = image.getextrema()[1]
-        if not 0 < brightest < math.inf:
-            raise ValueError(f"its brightest value is {brightest}")
-        is_0_to_1 = image.mode == "F" and brightest <= 1
-        scale = 255 / brightest if is_0_to_1 or brightest > 255 else 1
-        # For these modes PIL only accepts a function of the form value * scale + offset.
-        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
-    if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def refuse_duplicate_keys(pairs):
-    """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a key appears twice in {str(pairs):.200}")
-    return row
-
-
-def read_json(path):
-    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error} (a .jsonl file has one row a line)") from None
-    else:
-        try:
-            rows = json.loads(text, object_pairs_hook=refuse_duplicate_keys)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{error} (a .json file is one list of rows; one row a line is a .jsonl file)") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
-    if not any(rows):
-        raise ValueError("it is empty")
-    broken = [n for n, row in enumerate(rows) if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))]
-    if broken:
-        raise ValueError(f"half a character (a lone surrogate) is in rows {broken[:20]}; fix their encoding")
-
-    # from_generator may divide every list among its arguments, so columns, which it must not divide, are a tuple.
-    columns = tuple(dict.fromkeys(key for row in rows for key in row))
-
-    def encoded_rows(rows, columns):  # as JSON text: datasets.Json() would read the text "7" as the number 7
-        for row in rows:
-            yield {column: json.dumps(row.get(column), ensure_ascii=False) for column in columns}
-
-    features = datasets.Features({column: datasets.Json() for column in columns})
-    arguments = {"rows": rows, "columns": columns}
-    return datasets.Dataset.from_generator(encoded_rows, features=features, gen_kwargs=arguments)
-
-
-def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
-    """(train, eval): the rows that the collator accepts. If eval_rows is None, some of train are held out instead;
-    eval is None if nothing is to be evaluated (--eval_strategy no, --eval_fraction 0)."""
-    if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
-        eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
-        eval_rows = check_rows(eval_rows, "the evaluation data", collator, settings, training)
-    train_rows = check_rows(train_rows, name, collator, settings, training)
-    if eval_rows is not None:
-        return train_rows, eval_rows
-    if training.eval_strategy == "no" or settings.eval_fraction == 0:
-        return train_rows, None
-    refuse_run_with_other_split(training)
-    return hold_out(train_rows, settings, training)
-
-
-def check_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with two new columns that hold_out and the sampler use: `length`, in tokens,
-    and `image_keys`. The other rows are left out, or the program ends and names them (--on_bad_rows)."""
-
-    def try_row(row, changed_at):
-        try:
-            length = collator([row])["attention_mask"].shape[1]
-            keys = [image_key(image) for image in collator.images_of(row)]
-        except BadRow as error:
-            return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
-        return {"reason": None, "detail": None, "length": length, "image_keys": keys}
-
-    require(len(rows) > 0, f"{name} is empty: there is nothing to train on")
-    text, number = datasets.Value("string"), datasets.Value("int64")
-    features = datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text))
-    # map() reuses its result while function and arguments stay the same. The function holds the collator with all its
-    # attributes; `changed_at` is given so that rows are checked again when an image file has changed.
-    options = {"features": features, "fn_kwargs": {"changed_at": times_of_change(rows, collator)}}
-    if len(rows) > 1000:
-        options["num_proc"] = getattr(training, "dataset_num_proc", None) or os.cpu_count()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    with training.main_process_first(desc=f"checking {name}"):
-        results = rows.map(try_row, remove_columns=rows.column_names, desc=f"Checking {name}", **options)
-    torch.set_num_threads(threads)
-
-    found = zip(results["reason"], results["detail"], strict=True)
-    problems = {n: (reason, detail) for n, (reason, detail) in enumerate(found) if reason is not None}
-    report_problems(rows, problems, name, settings)
-    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
-    return rows.select([n for n in range(len(rows)) if n not in problems])
-
-
-def times_of_change(rows, collator):
-    """[(path, time of its last change)] of the image files that these rows name."""
-    columns = []
-    for column in set(collator.image_columns).intersection(rows.column_names):
-        has_paths = isinstance((stored_images(rows[0][column], "") or [None])[0], str)
-        if has_paths or "Image(" not in str(rows.features[column]):  # embedded images are no files
-            columns.append(column)
-    if not columns:
-        return []
-    paths = set()
-    for row in rows.select_columns([*columns, "folder"]):
-        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
-            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
-    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
-
-
-def report_problems(rows, problems, name, settings):
-    """Print the rows with a problem, which are left out; or stop with that as the message. Raises SystemExit."""
-    if not problems:
-        return
-    counts = Counter(reason for reason, _ in problems.values())
-    totals = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common())
-    lines = [f"{len(problems)} of {len(rows)} rows of {name} cannot be trained on: {totals}"]
-    shown = sorted(problems, key=lambda n: problems[n][0] == "too long")[:20]  # broken rows first
-    for n, row in zip(shown, rows.select(shown), strict=True):
-        reason, detail = problems[n]
-        identity = f" (id {row['id']})" if row.get("id") not in (None, "") else ""
-        lines.append(f"  row {row['row']}{identity}: {reason}: {detail}")
-    if len(problems) > len(shown):
-        lines.append(f"  ... and {len(problems) - len(shown)} more")
-
-    too_long = counts["too long"]
-    broken = len(problems) - too_long
-    none_left = len(problems) == len(rows)
-    stop_on_broken = broken > 0 and settings.on_bad_rows == "stop"
-    stop_on_long = too_long > 0 and settings.on_long_rows == "stop"
-    if not (none_left or stop_on_broken or stop_on_long):
-        PartialState().print("left out:", "\n".join(lines))
-        return
-    if broken > 0:
-        lines.append("Fix these rows (counted from 0), or train without them: --on_bad_rows skip")
-    if too_long > 0:
-        lines.append("Raise the maximum length, or train without the long rows: --on_long_rows drop")
-    if none_left:
-        lines.append("No row would be left.")
-    fail("\n".join(lines))
-
-
-def draw_rows(rows, count, seed):
-    """At most `count` of these rows, drawn by seed: the same ones in every evaluation."""
-    return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
-
-
-def hold_out(rows, settings, training):
-    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
-    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image go to the same side,
-    directly or through other rows: another question about an image that was trained on would be no test."""
-    # 1. Groups of images that rows connect. A row without images counts as one image.
-    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
-    connected = UnionFind()
-    for images in images_of_row:
-        connected.union(*images)
-    groups = list(connected.to_sets())
-    group_of_image = {image: group for group in groups for image in group}
-    # 2. Image by image in random order, take its group, until there are enough.
-    order = sorted(group_of_image)
-    random.Random(training.seed).shuffle(order)
-    held_out, room = set(), max(1, round(settings.eval_fraction * len(order)))
-    for image in order:
-        group = group_of_image[image]
-        if image not in held_out and len(group) <= room:  # a larger group than there is room for is trained on
-            held_out |= group
-            room -= len(group)
-    if not held_out:
-        held_out = min(groups, key=len)
-    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
-    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
-    remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
-    require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
-    return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
-
-
-def refuse_run_with_other_split(training):
-    """Stop if output_dir holds a run of an earlier version: it lacks SPLIT_NOTE, and has held out other rows."""
-    output_dir = Path(training.output_dir)
-    settings = output_dir / "settings.yaml"
-    is_begun = any(output_dir.glob("checkpoint-*")) or (output_dir / "trainer_state.json").exists()
-    if is_begun and settings.exists() and SPLIT_NOTE not in settings.read_text(encoding="utf-8"):
-        problem = f"{output_dir} holds a run of an earlier version, which held out other rows for evaluation"
-        fail(f"{problem}: use that version for it, or choose another --output_dir")
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def keep_4bit_trainable_on_cpu(model):
-    """On a CPU, bitsandbytes' first eval() would repack 4-bit weights for a kernel that has no autograd."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def nf4_quantization(dtype, skip_modules):
-    """4-bit NF4 with double quantization (QLoRA, arXiv:2305.14314), computing in `dtype`.
-    `skip_modules` keep their 16 bits. They replace bitsandbytes' own list, so name lm_head, too. They are full paths:
-    a bare "vision_tower" would match nothing."""
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
-
-
-def lora_targets(names, language_model, default):
-    """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
-
-    One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
-    if not names:
-        return default
-    is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
-    if not is_one_regex:
-        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
-    try:
-        re.compile(names[0])
-    except re.error as error:
-        fail(f"--lora_target_modules {names[0]!r} is no regular expression: {error}")
-    return names[0]
-
-
 def check_lora_targets(settings, adapter, model, untrainable):
-    """Stop if a LoRA target is no linear layer of the model, or one that cannot be trained. Raises SystemExit.
-    adapter: the LoraConfig, or None. model: may be an empty_model. untrainable: {part of a path: reason}."""
-    if adapter is None:
+    """Stop if a LoRA target is not a linear layer of the model, or cannot be trained. Raises SystemExit.
+    adapter: the LoraConfig, or None. model: may be without weights. untrainable: {part of a path: reason}."""
+    if adapter is None or adapter.target_modules == "all-linear":  # PEFT itself leaves lm_head out of all-linear
         return
     targets = adapter.target_modules
-    matched = []
-    for name, module in model.named_modules():
-        if targets == "all-linear":  # PEFT leaves lm_head out
-            is_target = module is not model.get_output_embeddings()
-        elif isinstance(targets, str):
-            is_target = re.fullmatch(targets, name)
-        else:
-            is_target = f".{name}".endswith(tuple(f".{target}" for target in targets))
-        if is_target and isinstance(module, torch.nn.Linear):
-            matched.append(name)
-    names = settings.lora_target_modules or []
-    for wanted in names:
-        is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
-        if len(names) == 1 and not is_found:  # it may be a regex
-            is_found = any(re.fullmatch(wanted, name) for name in matched)
-        require(is_found, f"--lora_target_modules {wanted}: no such linear layer; give names (q_proj) or one regex")
+    if not isinstance(targets, str):  # a list of names, in a copy of this file
+        targets = rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    matched = [name for name in linear if re.fullmatch(targets, name)]
+    names = settings.lora_target_modules or [targets]
+    require(matched, f"--lora_target_modules {' '.join(names)}: no such linear layer; give names or one regex")
+    if len(names) > 1:  # one alone may be a regex
+        for wanted in names:
+            is_found = any(f".{name}".endswith(f".{wanted}") for name in matched)
+            require(is_found, f"--lora_target_modules {wanted}: no such linear layer")
     for part, reason in untrainable.items():
         inside = [name for name in matched if f".{part}." in f".{name}."]
         require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
@@ -1178,78 +1381,102 @@ def empty_model(settings):
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
-def train_in_float32(model):
-    """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+# --------------------------------------------------------------------------------------------------- only for resuming
 
 
-def print_parameters(model, parts, rate_of=None):
-    """Print how many parameters each part of the model has, how many are trained and in 4-bit, and their learning rate
-    by `rate_of(name)`. A weight belongs to the first part whose name is in its own, or else to the last one."""
-    counts = {part: Counter() for part in parts}
-    rates = dict.fromkeys(parts, 0)
-    for name, parameter in model.named_parameters():
-        if "original_module." in name:  # PEFT trains a copy of it
-            continue
-        part = next((part for part in parts if part in name), parts[-1])
-        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
-        if type(parameter).__name__ == "Params4bit":
-            size *= 2  # a byte holds two
-            counts[part]["in 4-bit"] += size
-        counts[part]["all"] += size
-        if parameter.requires_grad:
-            counts[part]["trained"] += size
-            rates[part] = rate_of(name) if rate_of else 0
-    for part, count in counts.items():
-        if count["all"] > 0:
-            rate = f" at {rates[part]:g}" if rate_of else ""
-            line = f"{part:22s}{count['trained']:>14,} of {count['all']:>14,} parameters trained{rate}"
-            PartialState().print(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
+# Settings of all recipes that may change on resume. (For gradient_accumulation_steps, rows_per_step is compared.)
+MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
+dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
+sample_rows sample_tokens shared_prompt gradient_accumulation_steps""".split()
 
 
-def marked(batch, processor, n=0):
-    """Row n of a batch as text: trained tokens in «», runs of image tokens folded, padding left out."""
-    real = batch["attention_mask"][n].bool()
-    ids = batch["input_ids"][n][real].tolist()
-    is_trained = (batch["labels"][n][real] != -100).tolist()
-    is_image = [token == processor.image_token_id for token in ids]
-    text, decoded, end = "", "", 0
-    for (image, trained), run in itertools.groupby(zip(is_image, is_trained, strict=True)):
-        count = len(list(run))
-        end += count
-        # Decoded from the start each time: a run by itself would lose its leading space.
-        before, decoded = decoded, processor.tokenizer.decode(ids[:end])
-        piece = decoded[len(before) :]
-        if image:
-            text += f"<image> x {count}"
-        elif trained:
-            text += f"«{piece}»"
-        else:
-            text += piece
-    return text
+def checkpoint_to_resume(training):
+    """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit."""
+    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    with fail_on_error(f"--output_dir {output_dir} cannot be written"):
+        existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
+    complete = [folder for folder in checkpoints if is_complete(folder)]
+    finished = (output_dir / "trainer_state.json").exists()
+
+    if wanted.lower() == "false":
+        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        return None
+    if wanted.lower() != "auto":
+        require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
+        return wanted
+    if complete or finished:
+        require_same_settings(training)
+    if finished:
+        say(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
+        PartialState().destroy_process_group()
+        sys.exit(0)
+    for folder in checkpoints:
+        if folder not in complete:
+            say(f"{folder} is incomplete, skipped")
+    return str(complete[-1]) if complete else None
 
 
-def next_tokens(labels):
-    """labels (B, L) -> what each position must predict (B, L): the label of the next one, -100 where there is none."""
-    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-
-
-@contextlib.contextmanager
-def logits_only_at(positions, lm_head):
-    """Optional, for speed: within the `with` block lm_head scores these positions only. Pass it shift_labels to match.
-
-    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
-
-    def select(module, inputs):
-        return inputs[0][positions]
-
-    hook = lm_head.register_forward_pre_hook(select)
+def is_complete(checkpoint):
+    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
+    patterns = ["*.safetensors", "scheduler.pt", "rng_state*", "trainer_state.json"]
+    has_optimizer = (checkpoint / "optimizer.pt").exists() or (checkpoint / "latest").exists()  # latest: DeepSpeed's
+    if not has_optimizer or not all(any(checkpoint.glob(pattern)) for pattern in patterns):
+        return False
     try:
-        yield
-    finally:
-        hook.remove()
+        for file in checkpoint.glob("*.safetensors"):
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch.save writes zip files, with an index at their end. DeepSpeed's are in a folder of their own.
+    saved = [*checkpoint.rglob("*.pt"), *checkpoint.glob("rng_state*")]
+    return "global_step" in state and all(zipfile.is_zipfile(file) for file in saved)
+
+
+def require_same_settings(training):
+    """Stop if output_dir holds a run with other settings, or with other steps on these GPUs. Raises SystemExit."""
+    output_dir = Path(training.output_dir)
+    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    try:
+        text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
+        old = dict(yaml.safe_load(text))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+    may_differ = list(MAY_CHANGE_ON_RESUME)
+    # How checkpoints are evaluated may only change if they are not compared with each other.
+    if not training.load_best_model_at_end:
+        may_differ += ["max_eval_rows", "per_device_eval_batch_size", "max_new_tokens"]
+    changes = []
+    for name, value in training.as_given.items():
+        if name in old and old[name] != value and name not in may_differ:
+            changes.append(f"{name} {old[name]} -> {value}")
+    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
+    if old_rows is None:
+        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
+        fail(f"{problem}: use that version for it, or choose another --output_dir")
+    if int(old_rows[1]) != rows_per_step(training):
+        rows = f"rows in a step {old_rows[1]} -> {rows_per_step(training)}"
+        changes.append(f"{rows}: --gradient_accumulation_steps makes up for another number of GPUs")
+    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
+
+
+def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
+    """If a run was killed between its last step and the saving of its result: let train() only load the result."""
+    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+    all_steps_done = state.global_step >= max(steps, state.max_steps)  # as now asked for, and as it was begun
+    if not all_steps_done:
+        return
+    best = Path(state.best_model_checkpoint or checkpoint)
+    if args.load_best_model_at_end:  # without it Trainer would save the last weights
+        require(is_complete(best), f"{best}, the best checkpoint, is missing or damaged")
+    # In an unfinished epoch Trainer would take one more step. So ask only for the finished ones: no step is left.
+    args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
+
+
+# ------------------------------------------------------------------------------------------------------ only for speed
 
 
 class ReplacedForwards(transformers.TrainerCallback):
@@ -1270,7 +1497,7 @@ class ReplacedForwards(transformers.TrainerCallback):
 class FrozenWithoutGraph(ReplacedForwards):
     """Optional, for speed: a frozen part of the model (the vision tower) runs without a graph until training ends.
     Activation checkpointing makes a model's inputs require a gradient, so it would compute a frozen tower twice and
-    backpropagate through it. To do without this, delete the line that adds it: the result is the same."""
+    backpropagate through it. To turn this off, delete the line that adds it: the result is the same."""
 
     def __init__(self, model, part):
         super().__init__()
@@ -1282,301 +1509,19 @@ class FrozenWithoutGraph(ReplacedForwards):
                 self.replace(module, torch.no_grad()(module.forward))
 
 
-def optimizer_by_part(trainer, rate_of, logged_rate):
-    """The optimizer of --optim, with a learning rate for each weight: `rate_of(name)`. Biases and norms do not decay.
+@contextlib.contextmanager
+def logits_only_at(positions, lm_head):
+    """Optional, for speed: within the `with` block lm_head scores only these positions. It needs shift_labels of them.
+    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
 
-    Weights with `logged_rate` come first: the first group's rate is the one that is logged."""
-    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    def select(module, inputs):
+        return inputs[0][positions]
 
-    def group_of(name):
-        rate = rate_of(name)
-        return rate != logged_rate, rate, name in decayed
-
-    groups = []
-    for (_, rate, decays), names in itertools.groupby(sorted(trained, key=group_of), key=group_of):
-        weight_decay = trainer.args.weight_decay if decays else 0.0
-        groups.append({"params": [trained[name] for name in names], "lr": rate, "weight_decay": weight_decay})
-    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    return optimizer_class(groups, **options)
-
-
-class LongestFirst(torch.utils.data.Sampler):
-    """Optional, for speed: the Trainer's random order, but within each optimizer step the longest rows come first.
-    Rows of similar length then share a batch, so there is less padding. A step has the same rows and the same loss.
-    `generator()` returns the random numbers of the current epoch."""
-
-    def __init__(self, lengths, rows_per_step, generator):
-        self.lengths = list(lengths)
-        self.rows_per_step = rows_per_step
-        self.generator = generator
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __iter__(self):
-        order = torch.randperm(len(self), generator=self.generator()).tolist()
-        for start in range(0, len(order), self.rows_per_step):
-            step = order[start : start + self.rows_per_step]
-            if len(step) == self.rows_per_step:
-                step.sort(key=lambda row: -self.lengths[row])
-            yield from step
-
-
-def longest_first(trainer):
-    """A LongestFirst sampler for this trainer; None if it would change nothing, or if another order was asked for."""
-    args = trainer.args
-    batches_per_step = args.gradient_accumulation_steps * args.world_size
-    has_padding = args.train_batch_size * args.world_size > 1  # or GPUs that wait for each other
-    if batches_per_step == 1 or not has_padding or args.train_sampling_strategy != "random":
-        return None
-    lengths = trainer.train_dataset.with_format(None)["length"]
-    return LongestFirst(lengths, args.train_batch_size * batches_per_step, lambda: epoch_generator(trainer))
-
-
-def epoch_generator(trainer):
-    """Random numbers for the order of rows in the current epoch, the same on all GPUs and after a resume."""
-    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-    epoch = int(trainer.state.epoch or 0)  # after a resume Trainer does not call set_epoch on samplers of ours
-    return torch.Generator().manual_seed(seed + epoch)
-
-
-def text_of(message):
-    """The words of a message, without its images."""
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
-
-
-def images_in(messages):
-    """The images of a conversation, in their order."""
-    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-
-
-def last_answer(messages):
-    """The index of the assistant's last message."""
-    return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-
-
-Answer = namedtuple("Answer", "text num_tokens ended")  # ended: whether it stopped by itself, and not at the limit
-
-
-def answer_rows(trainer, rows, max_new_tokens):
-    """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each answers a
-    share of the rows; under ZeRO-3, where all must use the same weights at the same time, each answers all."""
-    share = range(len(rows))
-    if not is_deepspeed_zero3_enabled():
-        share = share[PartialState().process_index :: PartialState().num_processes]
-    batch_size = trainer.args.per_device_eval_batch_size
-    answers = {}  # number of a row -> Answer
-    for start in range(0, len(share), batch_size):
-        numbers = share[start : start + batch_size]
-        answers |= zip(numbers, answer_batch(trainer, [rows[n] for n in numbers], max_new_tokens), strict=True)
-    all_answers = dict(gather_object(list(answers.items())))
-    return [all_answers[n] for n in range(len(rows))]
-
-
-def answer_batch(trainer, rows, max_new_tokens):
-    """Greedy answers to the last question of each row, generated together: a list of Answer."""
-    collator, device = trainer.data_collator, trainer.args.device
-    conversations = [collator.read(row) for row in rows]
-    questions = [messages[: last_answer(messages)] for messages in conversations]
-    batch = collator.tokenize(questions, prompt=True).to(device)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    options["eos_token_id"] = collator.stop_ids
-    options["max_length"] = None  # the one in the model's generation config would only cause a warning
-    trainer.model.eval()  # each training step turns training mode on again
-    with torch.no_grad(), trainer.accelerator.autocast():
-        ids = trainer.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-    # From the stop token on, also in the padding after it:
-    is_over = torch.isin(ids, torch.tensor(collator.stop_ids, device=device)).cumsum(dim=1) > 0
-    answers = []
-    for row_ids, over in zip(ids, is_over, strict=True):
-        text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
-        answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
-    return answers
-
-
-class AnswerSamples(transformers.TrainerCallback):
-    """After each evaluation, answer the last question of the first few held-out rows, into samples.md."""
-
-    def __init__(self, trainer, num_rows, max_new_tokens):
-        self.trainer = trainer
-        self.num_rows = num_rows
-        self.max_new_tokens = max_new_tokens
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        rows = self.trainer.eval_dataset
-        rows = rows.take(min(self.num_rows, len(rows)))
-        samples = []
-        for row, answer in zip(rows, answer_rows(self.trainer, rows, self.max_new_tokens), strict=True):
-            messages = self.trainer.data_collator.read(row)
-            last = last_answer(messages)
-            texts = [text_of(messages[last - 1]), text_of(messages[last]), answer.text]
-            samples.append((row["row"], messages, texts))
-        if state.is_world_process_zero and samples:
-            columns = ["picture", "question", "right", "answered"]
-            append_samples(args.output_dir, f"Step {state.global_step}", columns, samples)
-
-
-def append_samples(output_dir, title, columns, samples):
-    """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
-    texts fill the columns after the first, which holds the images."""
-    folder = Path(output_dir, "samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"\n## {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for number, messages, texts in samples:
-        links = []
-        for n, image in enumerate(images_in(messages)):
-            ImageOps.contain(image, (336, 336)).save(folder / f"{number}-{n}.png")
-            links.append(f"![](samples/{number}-{n}.png)")
-        cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
-        lines.append(f"| {' | '.join(cells)} |")
-    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def is_whole(checkpoint):
-    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
+    hook = lm_head.register_forward_pre_hook(select)
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        if "global_step" not in state or "train_batch_size" not in state:
-            return False
-        weights, random_states = list(checkpoint.glob("*.safetensors")), list(checkpoint.glob("rng_state*"))
-        for file in weights:
-            safe_open(file, "pt")  # raises where the end of the file is missing
-        optimizer = [checkpoint / "optimizer.pt"]
-        if (checkpoint / "latest").exists():  # DeepSpeed's, which names a folder with a share of each process
-            optimizer = list((checkpoint / (checkpoint / "latest").read_text().strip()).glob("*.pt")) or optimizer
-        others = [*optimizer, checkpoint / "scheduler.pt", *random_states]
-        return bool(weights) and bool(random_states) and all(zipfile.is_zipfile(file) for file in others)
-    except (OSError, ValueError, TypeError, SafetensorError):
-        return False
-
-
-def checkpoint_to_resume(training):
-    """The checkpoint to resume from, or None. Exits with status 0 where the run is finished. Raises SystemExit."""
-    output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
-    checkpoints = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
-    whole = [folder for folder in checkpoints if is_whole(folder)]
-    finished = (output_dir / "trainer_state.json").exists()
-
-    if wanted.lower() == "false":
-        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
-        require_writable(output_dir)
-        return None
-    if wanted.lower() != "auto":
-        names = [str(folder) for folder in whole]
-        require(is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: no whole checkpoint; whole are {names}")
-        return wanted
-    if whole or finished:
-        require_same_settings(training)
-    if finished:
-        PartialState().print(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
-        PartialState().destroy_process_group()
-        sys.exit(0)
-    require_writable(output_dir)
-    for folder in checkpoints:
-        if folder not in whole:
-            PartialState().print(f"{folder} is incomplete, skipped")
-    return str(whole[-1]) if whole else None
-
-
-def require_same_settings(training):
-    """Stop if output_dir holds a run with other settings. Raises SystemExit."""
-    output_dir = Path(training.output_dir)
-    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
-    try:
-        old = dict(yaml.safe_load((output_dir / "settings.yaml").read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
-        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
-    changes = []
-    for name, value in training.given.items():
-        if name in old and old[name] != value and name not in FREE_TO_CHANGE:
-            changes.append(f"{name} {old[name]} -> {value}")
-    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
-
-
-def require_writable(output_dir):
-    """Stop if output_dir could not be written. Raises SystemExit."""
-    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        fail(f"--output_dir {output_dir} cannot be written: {error}")
-
-
-def write_settings(training):
-    """Write settings.yaml, atomically. A trainer_state.json, the mark of a finished run, is removed."""
-    output_dir = Path(training.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    text = f"# {Path(__file__).name}\n{SPLIT_NOTE}\n" + yaml.safe_dump(training.given, sort_keys=False)
-    (output_dir / "settings.part").write_text(text, encoding="utf-8")
-    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
-    (output_dir / "trainer_state.json").unlink(missing_ok=True)
-
-
-def train_and_save(trainer, checkpoint=None):
-    """Print the plan, train, save the result in output_dir. Raises SystemExit."""
-    args, say = trainer.args, PartialState().print
-    steps = print_plan(trainer, checkpoint)
-    if args.process_index == 0:
-        write_settings(args)
-    try:
-        is_trained = checkpoint is not None and load_finished_training(trainer, checkpoint, steps)
-        if not is_trained:
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as error:
-        # From a loader it is a traceback, whose last line is the message. Perhaps only this process has met the row.
-        sys.exit(f"error: the data changed during the run: {str(error).splitlines()[-1]}")
-    except KeyboardInterrupt:
-        fail(f"interrupted; the same command resumes from the newest checkpoint in {args.output_dir}, if there is one")
-
-    trainer.save_model()  # also pushes to the hub with --push_to_hub
-    trainer.save_state()  # last: its file says that the run is finished
-    state = trainer.state
-    if args.load_best_model_at_end and state.best_metric is not None:
-        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
-        say(f"best {best}; that is saved")
-    trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
-    if args.world_size > 1:
-        time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
-    trainer.accelerator.end_training()
-    say(f"saved {args.output_dir}: what was trained, processor, settings.yaml, trainer_state.json (the log)")
-
-
-def print_plan(trainer, checkpoint):
-    """Print what will be trained. Returns the number of optimizer steps of the whole run."""
-    args, num_rows = trainer.args, len(trainer.train_dataset)
-    rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(num_rows / rows_per_step)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    start = f"resuming from {checkpoint}" if checkpoint else "from the start"
-    PartialState().print(
-        f"{num_rows} rows to train on, {len(trainer.eval_dataset or ())} to evaluate; "
-        f"{steps} steps of {rows_per_step} rows, {steps / steps_per_epoch:.2f} epochs; {start}"
-    )
-    if args.eval_strategy == "steps" and args.eval_steps > steps:
-        PartialState().print(f"warning: nothing will be evaluated, --eval_steps {args.eval_steps:g} is above {steps}")
-    return steps
-
-
-def load_finished_training(trainer, checkpoint, steps):
-    """If a run was killed after its last step, but before its result was saved, load the result and return True."""
-    state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    is_at_end = state.global_step >= max(steps, state.max_steps)
-    if not is_at_end or trainer.is_deepspeed_enabled:  # DeepSpeed can load a checkpoint only in train()
-        return False
-    trainer.state = state  # train() is not called, it would take one more step
-    result = Path(checkpoint)
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        result = Path(checkpoint).parent / Path(state.best_model_checkpoint).name  # the folder may have moved
-    remedy = "--load_best_model_at_end false saves the last one"
-    require(is_whole(result), f"{result}, the best checkpoint, is missing or damaged: {remedy}")
-    trainer._load_from_checkpoint(str(result))
-    return True
+        yield
+    finally:
+        hook.remove()
 
 
 if __name__ == "__main__":

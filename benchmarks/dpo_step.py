@@ -188,7 +188,7 @@ def make_rows(n, collator, sizes, side, seed, spread=1):
 
     for row in range(n):
         image = Image.frombytes("RGB", side, noise.randbytes(3 * side[0] * side[1]))
-        prompt = lambda text, image=image: count(collator.render([collator.ask(text, [image])], prompt=True))
+        prompt = lambda text, image=image: count(collator.render([recipe.question_turn(text, [image])], prompt=True))
         question, chosen, rejected = digits(40, 4, prompt), digits(90, 10), digits(90, 10)
         cell = {"bytes": png(image), "path": None}
         rows.append({"image": cell, "question": question, "chosen": chosen, "rejected": rejected, "row": row})

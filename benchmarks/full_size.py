@@ -225,13 +225,14 @@ def stock(recipe, flags, path):
             peft_config=recipe.lora_config(settings),
         )
     else:
-        rows, _ = recipe.load_data(settings, training)
+        collator = recipe.Collator(processor, settings, training)
+        rows, _ = recipe.load_data(settings, training, collator)
         model = recipe.load_model(settings, training)
         if name == "finetune_minicpm_lora":
             model = recipe.add_adapter(model, settings, recipe.lora_config(settings))
         elif adapter := recipe.lora_config(settings):
             model = get_peft_model(model, adapter)
-        trainer = transformers.Trainer(model, training, recipe.Collator(processor, settings, training), rows)
+        trainer = transformers.Trainer(model, training, collator, rows)
     trainer.train()
 
 

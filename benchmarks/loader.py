@@ -1,5 +1,5 @@
 """What it takes to feed a GPU: rows per second of each recipe's collator by number of loader processes, beside TRL's own
-collator, and what is padded in random batches, in the recipe's steps by length, and in Transformers' group_by_length.
+collator, and what is padded in random batches, in the steps by length of llava_two_stage.py, and in Transformers' group_by_length.
 
     python benchmarks/loader.py                              # all recipes, 0, 2 and 4 workers; takes its time on 2 cores
     python benchmarks/loader.py dpo_idefics2 --rows 256 --workers 4 8 16 --batch_size 2 --json loader.json
@@ -169,7 +169,7 @@ class Loaders:
         self.flags = ["--use_cpu", *(str(part) for key, value in given.items() for part in (f"--{key}", value)), *more]
         self.settings, training = self.parse()
         self.processor = self.module.load_processor(self.settings)
-        self.rows, _ = self.module.load_data(self.settings, training)
+        self.rows, _ = self.module.load_data(self.settings, training, self.module.Collator(self.processor, self.settings, training))
         if other:
             described = datasets.Dataset.from_list([other[0](*one[:2], str(folder.parent / one[2])) for one in rows])
             self.other_rows, self.other = described.cast_column("images", datasets.List(datasets.Image())), other[1]
@@ -218,8 +218,6 @@ def samplers(module, lengths, step, batch):
     random_order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(SEED)).tolist()
     if step == batch:
         alike = random_order  # the recipes leave it at that
-    elif hasattr(module, "LongestFirst"):
-        alike = list(module.LongestFirst(lengths, step, lambda: torch.Generator().manual_seed(SEED)))
     elif not hasattr(module, "ByModalityAndLength"):
         alike = random_order  # the Trainer's own sampler
     else:

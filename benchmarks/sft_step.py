@@ -175,6 +175,7 @@ def make_rows(n, name, collator, sizes, folder, picture, seed, spread=1):
         collator, "render", lambda messages, prompt: processor.apply_chat_template(messages, add_generation_prompt=prompt)
     )
     count = lambda text: len(processor.tokenizer(text, add_special_tokens=False).input_ids)
+    asks = lambda text, image: {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
 
     def digits(middle, tokens_of=count):
         """Digits, added one by one until they make as many tokens as are drawn."""
@@ -186,7 +187,7 @@ def make_rows(n, name, collator, sizes, folder, picture, seed, spread=1):
     side = tuple(round(length / sizes["by"] ** 0.5) for length in picture)
     for row in range(n):
         image = Image.frombytes("RGB", side, noise.randbytes(3 * side[0] * side[1]))
-        prompt = lambda text, image=image: count(render([collator.ask(text, [image])], True)) - 1
+        prompt = lambda text, image=image: count(render([asks(text, image)], True)) - 1
         question, answer, file = digits(PROMPT, prompt), digits(ANSWER), str(Path(folder) / f"{row}.png")
         image.save(file)
         said = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]
@@ -373,7 +374,7 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
         trainer = by_itself(extra, rows[: args.batch_size], settings, folder, args)
         own = [as_trl_reads(row) for row in rows]
         ids = lambda messages: len(collator.tokenize([messages], prompt=True)["input_ids"][0])
-        before = [ids(collator.read(row)[:1]) for row in rows]
+        before = [ids(collator.messages_of(row)[:1]) for row in rows]
         start = lambda row: before[next(n for n, other in enumerate(own) if other is row)]
         image = collator.processor.image_token_id
         trained = {

@@ -440,7 +440,7 @@ def refusal(main, argv):
     return stopped.value.code
 
 
-class Loaded(Exception):
+class Loaded(BaseException):
     """Weights were asked for: the recipe found nothing to complain about."""
 
 
@@ -493,3 +493,8 @@ def talks(*turns, image="red.png", **more):
     """Texts of the user and the assistant by turns, and an image or {placeholder: image} -> a row of finetune_minicpm_lora.py."""
     conversations = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     return {**more, **({} if image is None else {"image": image}), "conversations": conversations}
+
+
+def load_data(recipe, settings, training):
+    """What a recipe's load_data makes of these settings, with the collator that its main would make."""
+    return recipe.load_data(settings, training, recipe.Collator(recipe.load_processor(settings), settings, training))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, minicpm_run, said, two_stage_run
+from conftest import ROOT, load_data, minicpm_run, said, two_stage_run
 from PIL import Image
 from test_generate import lines, train
 
@@ -93,7 +93,7 @@ def test_answers_are_those_of_generate_whatever_was_asked_before(runs, loaded, t
 
 def test_examples_are_of_the_rows_held_out(loaded):
     for run in loaded[0]:
-        rows = [run.collator.read(row) for row in run.recipe.load_data(run.settings, run.training)[1]]
+        rows = [run.collator.messages_of(row) for row in load_data(run.recipe, run.settings, run.training)[1]]
         first = [(turns[0]["content"], *map(run.recipe.text_of, turns[:2])) for turns in rows]
         images = [[part["image"].tobytes() for part in content if part["type"] == "image"] for content, *_ in first]
         assert [([image.tobytes()], question, reference) for image, question, reference in run.examples] == [
@@ -255,9 +255,9 @@ def test_votes_are_pairs_that_dpo_reads(tmp_path, pair_parse):
     assert len(list((tmp_path / "votes-images").iterdir())) == 2  # one picture was asked about twice
     text, last = votes.summary()
     assert "**3 votes**" in text and "| lora | 2 | 1 |" in text and last == lines(path)[-1]
-    for n, row in enumerate(dpo_idefics2.load_data(*pair_parse(dataset_name=path, eval_strategy="no"))[0]):
+    for n, row in enumerate(load_data(dpo_idefics2, *pair_parse(dataset_name=path, eval_strategy="no"))[0]):
         assert (row["question"], row["chosen"], row["rejected"]) == (f"What is thís, {n}?", *list(SAID.values())[:: 1 if n == 1 else -1])
-        image = dpo_idefics2.load_image(*dpo_idefics2.stored_images(row["image"], row["folder"]))
+        image = dpo_idefics2.load_image(*dpo_idefics2.as_image_list(row["image"], row["folder"]))
         assert image.tobytes() == (picture if n < 2 else picture.rotate(90)).tobytes()
 
 
@@ -312,7 +312,7 @@ def test_a_file_is_gone_on_with(tmp_path):
         (["RUN", "--recipe", "BROKEN"], "cannot be imported as a recipe: SyntaxError"),
         (
             ["RUN", "--recipe", "LESS"],
-            "it has no check, load_processor, load_data, read_rows, load_model, load_image, text_of, BadRow, Settings, Collator.read, Collator.tokenize",
+            "it has no check, load_processor, load_data, load_model, load_image, text_of, BadRow, Settings, Collator.messages_of, Collator.tokenize",
         ),
         (["RUN", "--no_such_flag", "1"], "--no_such_flag"),
         (["RUN", "--port", "TAKEN"], "choose another --port"),
@@ -536,5 +536,5 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
     ]
 
     with contextlib.redirect_stdout(io.StringIO()):
-        pairs = dpo_idefics2.load_data(*pair_parse(dataset_name=served.votes, eval_strategy="no"))[0]
+        pairs = load_data(dpo_idefics2, *pair_parse(dataset_name=served.votes, eval_strategy="no"))[0]
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [(vote["chosen"], vote["rejected"]) for vote in lines(served.votes)]

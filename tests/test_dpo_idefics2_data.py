@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import prefers
+from conftest import load_data, prefers
 from PIL import Image
-from test_every_recipe import trainer_of
 from test_idefics2_docvqa_data import write_folder
 from test_sft_llava_data import BOS_IN_TEMPLATE, CHATML, MODES, RED, WHITE, colours, same, trained, unpadded
 from transformers import AutoProcessor
@@ -144,7 +143,7 @@ def test_the_prompt_is_the_one_of_inference(model, models, pair_collate, picture
         [ids] = prompt["input_ids"].tolist()
         assert [prompt_of(batch), prompt_of(batch, 1)] == [ids, ids]
         assert ids.count(saved.tokenizer.bos_token_id) == 1  # one, whether the template has one or not
-        asked = collator.tokenize([collator.read(row)[:1]], prompt=True)  # what samples.md asks
+        asked = collator.tokenize([collator.messages_of(row)[:1]], prompt=True)  # what samples.md asks
         assert asked["input_ids"].tolist() == [ids] and asked.keys() == prompt.keys() - {"labels"}
         for key in prompt.keys() - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}:
             assert torch.equal(torch.cat([prompt[key]] * 2), batch[key]), key
@@ -164,7 +163,7 @@ def test_a_row_is_how_the_chat_template_goes_on(model, models, pair_collate, pic
     """Both templates end an answer: what is learnt is the beginning of what they make of it, up to the end."""
     collator = pair_collate(model_name_or_path=models[model])
     for row in ROWS:
-        batch, asked = collator([row]), collator.read(row)[0]
+        batch, asked = collator([row]), collator.messages_of(row)[0]
         for which in ("chosen", "rejected"):
             answer = {"role": "assistant", "content": [{"type": "text", "text": row[which]}]}
             whole = collator.processor.apply_chat_template([asked, answer], tokenize=True, return_dict=True)["input_ids"][0]
@@ -176,7 +175,7 @@ def test_a_row_is_how_the_chat_template_goes_on(model, models, pair_collate, pic
 def test_prompts_to_answer_are_padded_on_the_left(pair_collate, pictures):
     collator = pair_collate()
     collator.processor.tokenizer.padding_side = "right"
-    prompts = collator.tokenize([collator.read(row)[:1] for row in ROWS], prompt=True)
+    prompts = collator.tokenize([collator.messages_of(row)[:1] for row in ROWS], prompt=True)
     assert (prompts["attention_mask"][:, -1] == 1).all() and (prompts["attention_mask"][:, 0] == 0).any()
     assert collator.stop_ids == [collator.processor.tokenizer.convert_tokens_to_ids(token) for token in (END, "</s>")]
 
@@ -217,7 +216,7 @@ def test_the_printed_example(models, pair_collate, pictures):
     collator = pair_collate()
     batch = collator([ROWS[3], ROWS[0]])  # both rows of the pair padded
     image = "<fake_token_around_image><image> x 8<fake_token_around_image>"
-    assert recipe.marked_pair(batch, collator.processor) == (
+    assert recipe.mark_trained_pair(batch, collator.processor) == (
         f"<s> User:{image} What?{END}\nAssistant:\n  chosen:   « a{END}»\n  rejected: « {ROWS[3]['rejected']}{END}»"
     )
     shown = {
@@ -227,12 +226,12 @@ def test_the_printed_example(models, pair_collate, pictures):
     }
     for model, expected in shown.items():
         collator = pair_collate(model_name_or_path=models[model])
-        assert recipe.marked_pair(collator([prefers("What?", "a", "b")]), collator.processor) == expected
+        assert recipe.mark_trained_pair(collator([prefers("What?", "a", "b")]), collator.processor) == expected
 
 
 def test_the_marks_may_be_in_the_question_and_in_the_answers(pair_collate, pictures):
     collator = pair_collate()
-    shown = recipe.marked_pair(collator([prefers("What is «x»?", "«a»", "b")]), collator.processor)
+    shown = recipe.mark_trained_pair(collator([prefers("What is «x»?", "«a»", "b")]), collator.processor)
     assert shown.endswith(f" What is «x»?{END}\nAssistant:\n  chosen:   « «a»{END}»\n  rejected: « b{END}»")
 
 
@@ -247,25 +246,18 @@ def test_an_eos_that_is_not_special_ends_answers(models, pair_collate, pictures)
     assert made.end_tokens == ["</s>"] and made.control_tokens == collator.control_tokens
 
 
-def test_losses_that_compare_the_pairs_of_a_batch_keep_batches_random():
-    for losses in (["aot"], ["aot_unpaired"], ["sigmoid", "aot"]):
-        assert type(trainer_of(recipe, loss_type=losses)._get_train_sampler()) is torch.utils.data.RandomSampler
-    for losses in (["sigmoid"], ["sigmoid", "bco_pair", "sft"]):  # TRL's bco_pair is a mean over pairs, too
-        assert type(trainer_of(recipe, loss_type=losses)._get_train_sampler()) is recipe.LongestFirst
-
-
 # ---------------------------------------------------------------------------------------------------- rows and images
 def test_a_row_without_answers_is_a_question(pair_collate, pictures):
     collator = pair_collate()
     row = {"image": "red.png", "question": " What? "}
     for some in (row, {**row, "chosen": None, "rejected": None}):
-        [asked] = collator.read(some)
+        [asked] = collator.messages_of(some)
         assert (asked["role"], recipe.text_of(asked)) == ("user", "What?") and asked["content"][0]["image"].size == (112, 56)
         with pytest.raises(recipe.BadRow, match=r"^no answers: .*--chosen_column and --rejected_column"):
             collator([some])
-    asked, answered = collator.read({**row, "chosen": "a ", "rejected": " b"})
-    assert (recipe.text_of(asked), answered["role"], recipe.text_of(answered), answered["rejected"]) == ("What?", "assistant", "a", "b")
-    assert same(collator.tokenize([[asked]], prompt=True), collator.tokenize([collator.read(row)], prompt=True))
+    asked, answered = collator.messages_of({**row, "chosen": "a ", "rejected": " b"})
+    assert (recipe.text_of(asked), answered["role"], recipe.text_of(answered), collator.read_pair({**row, "chosen": "a ", "rejected": " b"})[2]) == ("What?", "assistant", "a", "b")
+    assert same(collator.tokenize([[asked]], prompt=True), collator.tokenize([collator.messages_of(row)], prompt=True))
 
 
 def turn(role, *content):
@@ -352,7 +344,7 @@ def test_a_collator_can_be_pickled(models, pair_collate, pictures):
 def test_loader_workers_make_the_same_batches(pair_parse):
     settings, training = pair_parse()
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     some = train.select(range(6))
     one, other = (list(torch.utils.data.DataLoader(some, 2, collate_fn=collator, num_workers=n)) for n in (0, 2))
     assert len(one) == 3 and all(map(same, one, other))
@@ -420,7 +412,7 @@ def rlaif(tiny_pairs, tmp_path):
 def test_every_schema_gives_the_same_batches(kind, rlaif, tiny_pairs, pair_parse):
     settings, training = pair_parse(dataset_name=rlaif(kind), image_folder=tiny_pairs / "json" / "images", eval_fraction=0)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    train, held_out = recipe.load_data(settings, training)
+    train, held_out = load_data(recipe, settings, training)
     assert held_out is None and train["row"] == list(range(10))
     made = preferences.make_rows(0, train=False, n=24)[:10]
     for row, right in zip(train, made):
@@ -454,7 +446,7 @@ def saved(write, tmp_path):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "folder", "json folder", "saved", "saved dict", "image folder"])
 def test_every_kind_of_data_set_is_read_and_divided(kind, saved, pair_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.2, "image_folder": tmp_path}
-    (train, held_out), again, other = (recipe.load_data(*pair_parse(**options, seed=seed)) for seed in (5, 5, 6))
+    (train, held_out), again, other = (load_data(recipe, *pair_parse(**options, seed=seed)) for seed in (5, 5, 6))
     assert answers_of(again[0]) == answers_of(train) and answers_of(again[1]) == answers_of(held_out)
     assert answers_of(train) == train["row"]  # `row` is the number in the source
     if kind in ("folder", "json folder", "saved dict"):
@@ -481,19 +473,19 @@ def test_every_kind_of_data_set_is_read_and_divided(kind, saved, pair_parse, tmp
 )
 def test_what_is_evaluated_on_can_be_said(settings, expected, saved, pair_parse, tmp_path):
     paths = {key: saved.get(value, value) for key, value in settings.items()}
-    train, held_out = recipe.load_data(*pair_parse(**paths, image_folder=tmp_path))
+    train, held_out = load_data(recipe, *pair_parse(**paths, image_folder=tmp_path))
     assert len(train) == (5 if "dataset_train_split" in settings else 20)
     assert (held_out and sorted(answers_of(held_out))) == expected
 
 
 def test_rows_trained_on_are_not_held_out_by_default(saved, pair_parse, tmp_path):
-    train, held_out = recipe.load_data(*pair_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
+    train, held_out = load_data(recipe, *pair_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
     assert not set(answers_of(train)) & set(answers_of(held_out)) and len(train) + len(held_out) == 5
 
 
 def test_two_ways_to_write_a_path_are_one_image(images, write, pair_parse, tmp_path):
     rows = [prefers(f"q{n}", str(n), "no", image=f"{'./' * (n % 2)}{name}") for n, name in enumerate([name for name in images(5) for _ in "ab"])]
-    train, held_out = recipe.load_data(*pair_parse(dataset_name=write(rows), eval_fraction=0.4, image_folder=tmp_path))
+    train, held_out = load_data(recipe, *pair_parse(dataset_name=write(rows), eval_fraction=0.4, image_folder=tmp_path))
     assert len(held_out) == 4 and not {n // 2 for n in train["row"]} & {n // 2 for n in held_out["row"]}
 
 
@@ -502,10 +494,10 @@ def test_an_image_that_changes_under_a_parquet_of_paths_is_read_again(images, pa
     rows = {"image": [{"bytes": None, "path": name} for name in names], "question": ["q"] * 4, "chosen": ["a"] * 4, "rejected": ["b"] * 4}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
     settings = pair_parse(dataset_name=tmp_path / "rows.parquet", eval_fraction=0)
-    assert len(recipe.load_data(*settings)[0]) == 4
+    assert len(load_data(recipe, *settings)[0]) == 4
     Path(names[2]).write_bytes(b"x")
     with pytest.raises(SystemExit, match="row 2: unreadable image"):
-        recipe.load_data(*settings)
+        load_data(recipe, *settings)
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "parquet of lists", "saved"])
@@ -520,7 +512,7 @@ def test_pairs_about_one_image_are_on_one_side(kind, pair_parse, tmp_path):
     else:
         data = datasets.Dataset.from_list([{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows)
         data.to_parquet(path) if path.suffix == ".parquet" else data.save_to_disk(path)
-    train, held_out = recipe.load_data(*pair_parse(dataset_name=path, eval_fraction=0.25))
+    train, held_out = load_data(recipe, *pair_parse(dataset_name=path, eval_fraction=0.25))
     there = [{n % 8 for n in answers_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
 
@@ -528,7 +520,7 @@ def test_pairs_about_one_image_are_on_one_side(kind, pair_parse, tmp_path):
 @pytest.mark.parametrize("kind", ["json", "folder"])
 def test_evaluation_is_bounded_to_the_same_rows_each_time(kind, saved, pair_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.5, "max_eval_rows": 3, "image_folder": tmp_path}
-    runs = [recipe.load_data(*pair_parse(**options, seed=seed))[1]["row"] for seed in (1, 1, 2)]
+    runs = [load_data(recipe, *pair_parse(**options, seed=seed))[1]["row"] for seed in (1, 1, 2)]
     assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -536,9 +528,9 @@ def test_rows_that_are_not_scored_are_not_checked(saved, pair_parse, write, tmp_
     write([prefers("q", "7", "8", image="n000.png")] + [prefers("q", "7", "8", image="nowhere.png")] * 30, "some.json")
     settings = {"dataset_name": saved["json"], "eval_dataset_name": tmp_path / "some.json", "image_folder": tmp_path}
     seed = next(seed for seed in range(99) if datasets.Dataset.from_dict({"n": range(31)}).shuffle(seed)["n"][0] == 0)
-    assert recipe.load_data(*pair_parse(**settings, max_eval_rows=1, seed=seed))[1]["row"] == [0]
+    assert load_data(recipe, *pair_parse(**settings, max_eval_rows=1, seed=seed))[1]["row"] == [0]
     with pytest.raises(SystemExit, match="1 of 2 rows of the evaluation data"):
-        recipe.load_data(*pair_parse(**settings, max_eval_rows=2, seed=seed))
+        load_data(recipe, *pair_parse(**settings, max_eval_rows=2, seed=seed))
 
 
 def test_images_are_looked_for_beside_the_data(pair_parse, tmp_path):
@@ -549,7 +541,7 @@ def test_images_are_looked_for_beside_the_data(pair_parse, tmp_path):
         (tmp_path / name / "rows.json").write_text(json.dumps([prefers("Which?", "two", "six", image="x.png")]))
     settings, training = pair_parse(**{key: tmp_path / name / "rows.json" for name, key in folders.items()})
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    batches = [collator([data[0]]) for data in recipe.load_data(settings, training)]
+    batches = [collator([data[0]]) for data in load_data(recipe, settings, training)]
     assert [colours({"pixel_values": batch["pixel_values"][:1, 0]}) for batch in batches] == ["r", "b"]
 
 
@@ -574,10 +566,10 @@ COLUMNS = {  # columns of a row, flags
 def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, kind, pair_parse, write, images):
     images(1)
     settings, training = pair_parse(dataset_name=write([{"image": "red.png", **row}] * 2, f"rows.{kind}"), eval_fraction=0, **flags)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    asked, said = collator.read(train[0])
-    assert (recipe.text_of(asked), recipe.text_of(said), said["rejected"]) == ("Q", "A", "B")
+    asked, said = collator.messages_of(train[0])
+    assert (recipe.text_of(asked), recipe.text_of(said), collator.read_pair(train[0])[2]) == ("Q", "A", "B")
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -585,7 +577,7 @@ def test_columns_of_the_names_used_here_do_no_harm(kind, pair_parse, write, imag
     images(1)
     mine = {"row": "mine", "folder": "/nowhere", "length": "long", "problem": "p", "prompt": 5, "input_ids": [1], "completion_mask": 3}
     rows = [{**mine, **prefers("q", f"a{n}", "b"), "id": n, "images": [], "pixel_values": [n]} for n in range(3)]
-    train, _ = recipe.load_data(*pair_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0))
+    train, _ = load_data(recipe, *pair_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0))
     assert (train["row"], train["id"], train["chosen"]) == ([0, 1, 2], [0, 1, 2], ["a0", "a1", "a2"]) and train["length"][0] > 5
     assert set(train.column_names) == {"id", "image", "question", "chosen", "rejected", "row", "folder", "length", "image_keys"}
 
@@ -598,11 +590,11 @@ def test_types_may_differ_between_rows_and_texts_stay_texts(pair_parse, write, i
     rows += [prefers(turn("user", text), turn("assistant", {"type": "text", "text": text}), "no", image={"path": "7", "bytes": None}) for text in texts]
     for name in ("x.json", "x.jsonl"):
         settings, training = pair_parse(dataset_name=write(rows, name), eval_fraction=0)
-        train, _ = recipe.load_data(settings, training)
+        train, _ = load_data(recipe, settings, training)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        said = [collator.read(row) for row in train]
+        said = [collator.messages_of(row) for row in train]
         assert [recipe.text_of(asked) for asked, _ in said] == [recipe.text_of(answer) for _, answer in said] == texts * 2
-        assert {answer["rejected"] for _, answer in said} == {"no"}
+        assert {collator.read_pair(row)[2] for row in train} == {"no"}
         assert "".join(colours({"pixel_values": collator([row])["pixel_values"][:1, 0]}) for row in train) == "gr" * 5 + "g" * 10
 
 
@@ -611,7 +603,7 @@ def test_files_as_windows_writes_them(name, pair_parse, write, images):
     images(1)
     path = write([prefers("q", "é", "a"), prefers("r", "b", "c")], name)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    assert recipe.load_data(*pair_parse(dataset_name=path, eval_fraction=0))[0]["chosen"] == ["é", "b"]
+    assert load_data(recipe, *pair_parse(dataset_name=path, eval_fraction=0))[0]["chosen"] == ["é", "b"]
 
 
 def test_the_hub_is_asked_for_what_the_flags_say(pair_parse, monkeypatch, images, tmp_path):
@@ -619,9 +611,9 @@ def test_the_hub_is_asked_for_what_the_flags_say(pair_parse, monkeypatch, images
     data = datasets.DatasetDict(train=datasets.Dataset.from_list([prefers("q", "a", "b", image=str(tmp_path / name)) for name in images(4)]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [data, seen.append((args, kwargs))][0])
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0])
-    train, held_out = recipe.load_data(*pair_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))
+    train, held_out = load_data(recipe, *pair_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))
     assert (len(train), len(held_out)) == (3, 1)
-    assert seen == [(("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"}), "e"]
+    assert seen == ["e", (("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"})]
 
 
 # --------------------------------------------------------------------------------------------------------- the check
@@ -633,7 +625,7 @@ def checked(pair_parse, monkeypatch):
 
     def make(**settings):
         calls.clear()
-        recipe.load_data(*pair_parse(**{"eval_fraction": 0, **settings}))
+        load_data(recipe, *pair_parse(**{"eval_fraction": 0, **settings}))
         return len(calls)
 
     return make
@@ -673,8 +665,8 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel(pair_parse, write, image
     rows[900]["rejected"] = " 900"
     path = write(rows)
     with pytest.raises(SystemExit, match=r"1 of 1001 rows(?s:.*)\n  row 900 \(id id900\): equal answers"):
-        recipe.load_data(*pair_parse(dataset_name=path))
-    train, held_out = recipe.load_data(*pair_parse(dataset_name=path, eval_fraction=0, on_bad_rows="skip"))
+        load_data(recipe, *pair_parse(dataset_name=path))
+    train, held_out = load_data(recipe, *pair_parse(dataset_name=path, eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == answers_of(train) == [n for n in range(1001) if n != 900] and held_out is None
 
 
@@ -686,13 +678,13 @@ def test_long_rows_are_dropped_or_refused_by_their_longer_answer(pair_parse, pai
     assert [max(len(unpadded(collator([row]), n)) for n in (0, 1)) for row in rows] == lengths  # prompt and longer answer
     assert lengths[0] < lengths[1] < lengths[3] < lengths[2]
     for limit, kept in ((lengths[2], [0, 1, 2, 3]), (lengths[2] - 1, [0, 1, 3]), (lengths[3] - 1, [0, 1]), (lengths[1] - 1, [0])):
-        train, _ = recipe.load_data(*pair_parse(**settings, max_length=limit))
+        train, _ = load_data(recipe, *pair_parse(**settings, max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
         assert (f"row 2: too long: {lengths[2]} tokens, --max_length is {limit}" in out) == (2 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
     with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
-        recipe.load_data(*pair_parse(**settings, max_length=limit, on_long_rows="stop"))
+        load_data(recipe, *pair_parse(**settings, max_length=limit, on_long_rows="stop"))
 
 
 def test_max_length_may_be_none(pair_flags, write, images, tmp_path):
@@ -700,15 +692,15 @@ def test_max_length_may_be_none(pair_flags, write, images, tmp_path):
     path = write([prefers("q", "two " * 2000, "six")])
     (tmp_path / "run.yaml").write_text("max_length: null\n")
     argv = pair_flags(dataset_name=path, eval_fraction=0, config=tmp_path / "run.yaml")
-    [length] = recipe.load_data(*recipe.parse(argv))[0]["length"]
+    [length] = load_data(recipe, *recipe.parse(argv))[0]["length"]
     assert length > 2000
     with pytest.raises(SystemExit, match=f"too long: {length} tokens, --max_length is 1024"):
-        recipe.load_data(*recipe.parse(pair_flags(dataset_name=path, eval_fraction=0)))
+        load_data(recipe, *recipe.parse(pair_flags(dataset_name=path, eval_fraction=0)))
 
 
 def test_bad_rows_are_skipped_where_asked_for(pair_parse, write, pictures, capsys):
     rows = [prefers("q", "a", "b"), prefers("q", "a", " a "), prefers("q", "a", "b", image="nowhere.png"), prefers("r", "a", "b")]
-    train, _ = recipe.load_data(*pair_parse(dataset_name=write(rows), eval_fraction=0, on_bad_rows="skip"))
+    train, _ = load_data(recipe, *pair_parse(dataset_name=write(rows), eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [0, 3] and train["question"] == ["q", "r"]
     out = capsys.readouterr().out
     assert "2 of 4 rows" in out and "row 1: equal answers" in out and "row 2: unreadable image" in out
@@ -721,6 +713,6 @@ def test_the_same_pixels_from_every_place(pair_parse, tiny_pairs, tmp_path):
     for path in (tiny_pairs / "data", tmp_path / "moved"):
         settings, training = pair_parse(dataset_name=path, max_eval_rows=4)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        train, held_out = recipe.load_data(settings, training)
+        train, held_out = load_data(recipe, settings, training)
         some.append((train["row"], held_out["row"], collator([train[5], train[9]])))
     assert some[0][:2] == some[1][:2] and same(some[0][2], some[1][2]) and len(some[0][1]) == 4

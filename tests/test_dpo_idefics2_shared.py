@@ -489,26 +489,6 @@ def test_nothing_of_a_neighbour_fills_a_short_row_up(both, family):
     assert position[1, :length].max() == batch["attention_mask"].sum(1)[[1, 3]].max() - 1
 
 
-def test_a_row_beyond_the_sliding_window(both, monkeypatch):
-    """The stock trainer's losses then depend on the window, which the shared mask does not know; a pair may well be longer than
-    the window, as long as neither of its rows is."""
-    stock, shared = both("idefics2", adapters="language")
-    batch = shared.data_collator(ROWS[1:3])
-    longest, want = int(batch["attention_mask"].sum(1).max()), step(stock, batch)
-    with Watch(shared, "idefics2") as watch:
-        same(want, step(shared, batch))
-    assert watch.sequences[0][1] > longest
-    for trainer in (stock, shared):
-        monkeypatch.setattr(trainer.model.config.get_text_config(), "sliding_window", longest)
-    same(want, step(stock, batch))
-    same(want, step(shared, batch))
-    for trainer in (stock, shared):
-        monkeypatch.setattr(trainer.model.config.get_text_config(), "sliding_window", longest - 2)
-    with pytest.raises(SystemExit, match=f"a row of {longest} tokens: this model has a sliding window of {longest - 2} tokens"):
-        step(shared, batch)
-    assert step(stock, batch).loss != want.loss
-
-
 # ------------------------------------------------------------------------------------------------- where it is not done
 def test_llava_next_takes_the_stock_path(make):
     stock, shared = (make(cls, "llava_next", adapters="language") for cls in (DPOTrainer, SharedPromptDPOTrainer))
@@ -562,7 +542,7 @@ def test_outside_training_the_model_is_as_ever(make, bases, family, tmp_path):
     anew = AutoModelForImageTextToText.from_pretrained(bases[family] / "model")
     plain, anew = anew.generation_config, PeftModel.from_pretrained(anew, tmp_path).eval()
     collator, model = shared.data_collator, shared.model.eval()
-    batch = collator.tokenize([collator.read(row)[:1] for row in ROWS[:3]], prompt=True)
+    batch = collator.tokenize([collator.messages_of(row)[:1] for row in ROWS[:3]], prompt=True)
     say = lambda model: model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=plain.pad_token_id)
     assert torch.equal(say(model), say(anew))
     with model.disable_adapter(), anew.disable_adapter():

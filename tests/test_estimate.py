@@ -85,8 +85,8 @@ def test_what_does_not_fit_is_said():
 
 
 def test_a_refusal_of_the_recipe_is_passed_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(estimate.RUNS, "sft_llava", ("sft_llava", "llava-1.5-7b", "dataset_name", 1, {"lora_r": -1}, {"16": {"load_in_4bit": False}}))
-    with pytest.raises(SystemExit, match="^error: sft_llava, 16 bits: error: --lora_r must be 0 or more"):
+    monkeypatch.setitem(estimate.RUNS, "sft_llava", ("sft_llava", "llava-1.5-7b", "dataset_name", 1, {"learning_rate": 0}, {"16": {"load_in_4bit": False}}))
+    with pytest.raises(SystemExit, match="^error: sft_llava, 16 bits: error: --learning_rate must be above 0"):
         estimate.reckon("sft_llava", "16", 16, True, tmp_path)
 
 

@@ -9,14 +9,12 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
-from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 import transformers
 import yaml
-from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
 from PIL import Image
 
@@ -53,12 +51,9 @@ def every_name(recipe):
 
 # -------------------------------------------------------------------------------------------------------- settings
 CANNOT_WORK = {  # what would fail, or train something else, only after the weights are loaded
-    "no epochs": (["--num_train_epochs", "nan"], "--num_train_epochs"),
     "rate": (["--learning_rate", "nan"], "learning.rate"),
-    "fp16": (["--fp16", "true"], "--fp16 needs a GPU"),
-    "eval_steps": (["--eval_strategy", "steps", "--eval_steps", "-5", "--save_steps", "-5"], "--eval_steps(, --save_steps)?: above 0"),
-    "save_steps": (["--save_steps", "0"], "--save_steps: above 0"),
     "worst": (["--load_best_model_at_end", "true", "--metric_for_best_model", "loss", "--greater_is_better", "true"], "--greater_is_better true would keep"),
+    "no rows": (["--per_device_train_batch_size", "0"], "a step must have rows|256 rows in a step, 0 at once|128 rows in a step, 0 at once"),
     "no metric": (["--load_best_model_at_end", "true", "--metric_for_best_model", "rouge"], "--metric_for_best_model rouge"),
 }
 
@@ -67,9 +62,8 @@ CANNOT_WORK = {  # what would fail, or train something else, only after the weig
 def test_what_cannot_end_well_does_not_start(recipe, case, tmp_path):
     flags, message = CANNOT_WORK[case]
     data = ["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else []
-    settings, training = recipe.parse(["--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path), *data, *flags])
     with pytest.raises(SystemExit, match=f"^error: .*(?i:{message})"):
-        recipe.check(settings, training)
+        recipe.check(*recipe.parse(["--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path), *data, *flags]))
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
@@ -86,7 +80,7 @@ def test_a_key_that_stands_twice_is_not_passed_over(recipe, name, tmp_path):
     flag = "data_path" if "data_path" in every_name(recipe) else "dataset_name"
     settings, training = recipe.parse(["--use_cpu", f"--{flag}", str(tmp_path / name), *(["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else [])])
     with pytest.raises(SystemExit) as end:
-        recipe.read_rows(str(tmp_path / name), "train", settings)
+        (recipe.read_rows if hasattr(recipe, "read_rows") else recipe.read_dataset)(str(tmp_path / name), "train", settings)
     assert re.search(rf"^error: cannot read {tmp_path / name}: (line 1: )?a key appears twice in .*(two|why\?)", end.value.code)
 
 
@@ -102,14 +96,14 @@ def test_every_setting_is_a_flag_with_help(recipe, capsys):
 
 def refused(recipe):
     """What a recipe refuses; what no recipe uses stands in the workbench."""
-    return recipe.REFUSED + recipe.UNUSED_FLAGS
+    return recipe.REFUSED_HERE + recipe.REFUSED_EVERYWHERE
 
 
 def test_the_names_that_may_change_or_are_refused_are_names_of_settings(recipe):
     """What may change is one list in the workbench: some of it are names of other recipes."""
     known = set().union(*(every_name(importlib.import_module(name)) for name in RECIPES))
-    assert set(refused(recipe)) <= every_name(recipe) and set(recipe.FREE_TO_CHANGE) <= known
-    assert not set(refused(recipe)) & set(recipe.FREE_TO_CHANGE)
+    assert set(refused(recipe)) <= every_name(recipe) and set(recipe.MAY_CHANGE_ON_RESUME) <= known
+    assert not set(refused(recipe)) & set(recipe.MAY_CHANGE_ON_RESUME)
 
 
 @pytest.mark.parametrize("recipe, name", [(r, name) for r in RECIPES for name in refused(importlib.import_module(r))], indirect=["recipe"])
@@ -123,17 +117,19 @@ def test_settings_that_would_be_ignored_are_refused_by_name(recipe, name):
 def test_settings_are_kept_as_given_and_read_back(recipe, tmp_path):
     quantized = {"load_in_4bit": False, "q_lora": True}.items() & {(name, not getattr(recipe.Settings, name, None)) for name in every_name(recipe)}
     changed = {"lora_r": 4, "learning_rate": 1e-5, "seed": 7, "eval_fraction": 0.1, **dict(quantized)}
-    argv = ["--use_cpu", "--hub_token", "secret", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "tensorboard"]
+    argv = ["--use_cpu", "--hub_token", "secret", "--resume_from_checkpoint", "false", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "tensorboard"]
     argv += [part for name, value in changed.items() for part in (f"--{name}", str(value))]
     settings, training = recipe.parse(argv)
-    assert set(training.given) == every_name(recipe) - {"hub_token"} and training.hub_token == "secret"
+    assert set(training.as_given) == every_name(recipe) - {"hub_token", "resume_from_checkpoint"} and training.hub_token == "secret"
     assert {name: getattr(settings, name, getattr(training, name, None)) for name in changed} == changed
-    (tmp_path / "run.yaml").write_text(text := yaml.safe_dump(training.given, sort_keys=False))
+    (tmp_path / "run.yaml").write_text(text := yaml.safe_dump(training.as_given, sort_keys=False))
     again = recipe.parse(["--config", str(tmp_path / "run.yaml")])
-    assert again[1].given == training.given and again[0] == settings and "secret" not in text
-    assert {**again[1].to_dict(), "hub_token": 0} == {**training.to_dict(), "hub_token": 0}
+    assert again[1].as_given == training.as_given and again[0] == settings and "secret" not in text
+    assert again[1].resume_from_checkpoint == "auto"  # also where a run began with false, or from a checkpoint
+    not_kept = {"hub_token": 0, "resume_from_checkpoint": 0}
+    assert {**again[1].to_dict(), **not_kept} == {**training.to_dict(), **not_kept}
     overridden = recipe.parse(["--config", str(tmp_path / "run.yaml"), "--lora_r", "2"])
-    assert overridden[1].given == {**training.given, "lora_r": 2}
+    assert overridden[1].as_given == {**training.as_given, "lora_r": 2}
 
 
 BAD_FLAGS = {
@@ -246,7 +242,7 @@ def test_the_loader_works_ahead_in_processes_of_its_own(recipe, tmp_path, monkey
     rows = datasets.Dataset.from_list([{"number": n} for n in range(40)])
     collate = lambda rows: {"number": torch.tensor([row["number"] for row in rows])}
     loader = lambda: transformers.Trainer(torch.nn.Linear(1, 1), training, collate, rows).get_train_dataloader()
-    asked = training.given["dataloader_pin_memory"], training.dataloader_pin_memory, loader().pin_memory
+    asked = training.as_given["dataloader_pin_memory"], training.dataloader_pin_memory, loader().pin_memory
     assert asked == (True, False, False)  # asked for, turned off by --use_cpu
     training.dataloader_pin_memory = True
     assert (loader().num_workers, loader().prefetch_factor, loader().pin_memory) == (4, 2, True)
@@ -254,11 +250,6 @@ def test_the_loader_works_ahead_in_processes_of_its_own(recipe, tmp_path, monkey
         seen = [batch["number"] for batch in loader()]
     assert sorted(torch.cat(seen).tolist()) == list(range(40)) and {len(some) for some in seen} == {training.train_batch_size}
     assert not any(some.is_pinned() for some in seen)
-
-
-# -------------------------------------------------------------------------------------------------- rows of a step
-BY_LENGTH = ["dpo_idefics2", "finetune_minicpm_lora"]  # of the others one has its own sampler, two the Trainer's
-LENGTHS = torch.randint(20, 200, (71,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 FORKED = """
@@ -271,7 +262,7 @@ big()
 collator = lambda rows: {"input_ids": torch.zeros(1, 1 + int(big().sum() > 0)), "attention_mask": torch.ones(1, 2), "labels": torch.zeros(1, 2), "completion_mask": torch.ones(1, 2)}
 collator.image_columns, collator.images_of = ["image"], lambda row: []
 data = datasets.Dataset.from_dict({"row": list(range(1001)), "image": [None] * 1001, "folder": [""] * 1001})
-print(len(recipe.check_rows(data, "rows", collator, settings, training)), "rows,", torch.get_num_threads(), "threads")
+print(len(recipe.check_and_measure_rows(data, "rows", collator, settings, training)), "rows,", torch.get_num_threads(), "threads")
 """
 
 
@@ -281,59 +272,3 @@ def test_many_rows_are_checked_where_pytorch_has_several_threads(recipe, tmp_pat
     command = [sys.executable, "-c", FORKED, recipe.__name__, str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1:] == ["1001 rows, 2 threads"], done.stderr[-3000:]
-
-
-def trainer_of(recipe, epoch=0, **settings):
-    """A recipe's Trainer without a model, that can choose a sampler."""
-    usual = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1, "train_sampling_strategy": "random", "loss_type": ["sigmoid"]}
-    trainer = object.__new__(recipe.Trainer)
-    trainer.args = SimpleNamespace(**usual | {"seed": 5, "data_seed": None} | settings)
-    rows = datasets.Dataset.from_list([{"row": n, "length": length} for n, length in enumerate(LENGTHS)])
-    trainer.train_dataset = rows.with_transform(lambda some: {"row": some["row"], "length": some["length"]})  # wants whole rows
-    trainer.state = transformers.TrainerState(epoch=epoch)
-    return trainer
-
-
-def chunks(order, size):
-    return [order[n : n + size] for n in range(0, len(order), size)]
-
-
-@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
-@pytest.mark.parametrize("settings", [{}, {"seed": 6}, {"data_seed": 0}, {"world_size": 2, "gradient_accumulation_steps": 2}])
-def test_a_step_has_the_rows_of_the_random_order_the_longest_first(recipe, settings):
-    """... of the very order that Accelerate makes of torch's RandomSampler, epoch by epoch."""
-    orders = []
-    for epoch in (0, 0.7, 1, 1.5, 2):
-        sampler = trainer_of(recipe, epoch, **settings)._get_train_sampler()
-        seed = settings.get("data_seed", settings.get("seed", 5)) + int(epoch)
-        drawn = torch.randperm(71, generator=torch.Generator().manual_seed(seed)).tolist()
-        steps, random = chunks(order := list(sampler), 8), chunks(drawn, 8)
-        assert len(sampler) == 71 and len(steps) == 9 and order == list(sampler)
-        assert [sorted(step) for step in steps] == [sorted(step) for step in random]
-        for step in steps[:-1]:
-            assert [LENGTHS[row] for row in step] == sorted((LENGTHS[row] for row in step), reverse=True)
-        assert steps[-1] == random[-1] and len(steps[-1]) == 7  # left over: as it comes
-        orders.append(order)
-    assert orders[0] == orders[1] and orders[2] == orders[3] and orders[0] != orders[2] != orders[4] != orders[0]
-
-
-@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
-def test_two_processes_share_a_step_and_its_longest_rows(recipe):
-    sampler = trainer_of(recipe, world_size=2, gradient_accumulation_steps=2)._get_train_sampler()
-    batches = torch.utils.data.BatchSampler(sampler, 2, drop_last=False)
-    both = [list(BatchSamplerShard(batches, 2, n)) for n in range(2)]
-    seen = [row for batch in both[0] + both[1] for row in batch]
-    assert set(seen) == set(range(71)) and len(seen) == 72  # one is there twice, so that both have as many
-    for n, step in enumerate(chunks(list(sampler), 8)[:-1]):
-        mine = [batch for rank in both for batch in rank[2 * n : 2 * n + 2]]
-        assert sorted(row for batch in mine for row in batch) == sorted(step)
-        first, second = ([min(LENGTHS[row] for row in rank[2 * n]), max(LENGTHS[row] for row in rank[2 * n + 1])] for rank in both)
-        assert min(first[0], second[0]) >= max(first[1], second[1])  # what both compute first is longer than what comes second
-
-
-@pytest.mark.parametrize("recipe", BY_LENGTH, indirect=True)
-@pytest.mark.parametrize("settings", [{"gradient_accumulation_steps": 1}, {"train_sampling_strategy": "sequential"}])
-def test_where_a_step_is_one_batch_or_another_order_is_asked_for_nothing_changes(recipe, settings):
-    sampler = trainer_of(recipe, **settings)._get_train_sampler()
-    kinds = {"sequential": torch.utils.data.SequentialSampler}
-    assert type(sampler) is kinds.get(settings.get("train_sampling_strategy"), torch.utils.data.RandomSampler)

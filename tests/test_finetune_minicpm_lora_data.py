@@ -7,7 +7,7 @@ import pickle
 import datasets
 import pytest
 import torch
-from conftest import minicpm_run, talks
+from conftest import load_data, minicpm_run, talks
 from PIL import Image
 from test_sft_llava_data import MODES, RED, WHITE, trained
 from transformers import AutoProcessor
@@ -166,7 +166,7 @@ def test_the_prompt_is_the_one_of_inference(kind, flags, request, tmp_path):
         batch = collator([row])
         assert prompt_of(batch) == prompt["input_ids"][0].tolist()
         assert len(parts(batch)) == len(parts(prompt)) and all(map(torch.equal, parts(batch), parts(prompt)))
-        asked = collator.tokenize([collator.read(row)[:-1]], prompt=True)  # what samples.md asks
+        asked = collator.tokenize([collator.messages_of(row)[:-1]], prompt=True)  # what samples.md asks
         assert same(asked, prompt)
 
 
@@ -180,7 +180,7 @@ def test_the_prompt_is_the_one_of_26s_own_chat(slices, tiny_minicpm26, tmp_path)
         system = messages[0][1][0] if messages[0][0] == "system" else ""
         turns = [{"role": role, "content": some} for role, some in (opened(message, tmp_path) for message in messages) if role != "system"]
         model.chat(None, turns, processor.tokenizer, processor, sampling=False, system_prompt=system, max_slice_nums=slices)
-        batch, asked = collator([row]), collator.tokenize([collator.read(row)[:-1]], prompt=True)
+        batch, asked = collator([row]), collator.tokenize([collator.messages_of(row)[:-1]], prompt=True)
         assert prompt_of(batch) == tokens(asked) == calls[-1]["input_ids"][0].tolist()
         for mine in (batch["data"], asked):
             assert torch.equal(torch.as_tensor(mine["tgt_sizes"][0]), torch.as_tensor(calls[-1]["tgt_sizes"][0]))
@@ -191,7 +191,7 @@ def test_the_prompt_is_the_one_of_26s_own_chat(slices, tiny_minicpm26, tmp_path)
 def test_a_native_row_is_how_the_chat_template_goes_on(minicpm_collate):
     collator = minicpm_collate()
     for row in ROWS:
-        whole = collator.processor.apply_chat_template(collator.read(row), tokenize=True, return_dict=True)["input_ids"][0]
+        whole = collator.processor.apply_chat_template(collator.messages_of(row), tokenize=True, return_dict=True)["input_ids"][0]
         assert tokens(collator([row])) == list(whole)
 
 
@@ -202,7 +202,7 @@ def test_an_exclamation_mark_is_a_word(tiny_minicpm26, tmp_path):
     batch = collator([talks("!! Hi! !", "! odd!!", "!", "!"), talks("Hi", "odd", image=None)])
     assert [tokens(batch, n).count(0) for n in (0, 1)] == [9, 0] and batch["attention_mask"][0].all()
     assert trained(flat(batch), collator.processor.tokenizer)[0] == [f"! odd!!{END}", f"!{END}"]
-    asked = collator.tokenize([collator.read(talks("!", "x"))[:1], collator.read(talks("Which digit is this?", "x"))[:1]], prompt=True)
+    asked = collator.tokenize([collator.messages_of(talks("!", "x"))[:1], collator.messages_of(talks("Which digit is this?", "x"))[:1]], prompt=True)
     assert tokens(asked, 0).count(0) == 1 and (asked["attention_mask"][:, -1] == 1).all()
 
 
@@ -228,7 +228,7 @@ def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tm
     assert count == sum(n for _, n in single) and abs(total - sum(loss for loss, _ in single)) / count < 1e-5
     longer = talks("Which digit is this? " * 9, "seven", image=None)  # more padding for the others
     assert abs(learnt([ROWS[0], longer])[0] - single[0][0] - learnt([longer])[0]) / count < 1e-5
-    asked = [collator.read(row)[:-1] for row in ROWS]
+    asked = [collator.messages_of(row)[:-1] for row in ROWS]
     together, alone = answered(asked), [answered([one])[0] for one in asked]
     for one, other in zip(together, alone):  # padded once both have ended
         assert one[: len(other)] == other and set(one[len(other) :]) <= set(collator.stop_ids)
@@ -279,7 +279,7 @@ def test_a_picture_stands_where_its_placeholder_does(row, colours, asked, collat
     collator = collate()
     batch = collator([row])
     assert seen(batch) == colours
-    text = recipe.marked(flat(batch), collator.processor).replace("«", "").replace("»", "")
+    text = recipe.mark_trained_tokens(flat(batch), collator.processor).replace("«", "").replace("»", "")
     for n in range(len(colours)):
         head, rest = text.split(f"<image_id>{n}</image_id><image>")
         text = head + "#" + rest.split("</image>", 1)[1]  # numbered in the order of the text
@@ -341,14 +341,14 @@ def test_the_printed_example(collate):
     system, end = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "") if collator.is_26 else ("", "<think>\n\n</think>\n\n")
     image = f"<image> x {8 if collator.is_26 else 1}"
     picture = lambda n: f"<image_id>{n}</image_id><image>{image}</image>"
-    rows = [n for n in (2, 3, 4, 5) if f"<slice>{image}</slice>" * n + "\n" in recipe.marked(flat(batch), collator.processor)]
+    rows = [n for n in (2, 3, 4, 5) if f"<slice>{image}</slice>" * n + "\n" in recipe.mark_trained_tokens(flat(batch), collator.processor)]
     large = picture(0) + "\n".join([f"<slice>{image}</slice>" * rows[-1]] * ((len(parts(batch)) - 5) // rows[-1]))
-    assert recipe.marked(flat(batch), collator.processor) == (
+    assert recipe.mark_trained_tokens(flat(batch), collator.processor) == (
         f"{system}<|im_start|>user\nCompare\n{large}\nwith\n{picture(1)}\n. Which?{END}\n<|im_start|>assistant\n«!!{END}»\n"
         f"<|im_start|>user\nAnd\n{picture(2)}\n?{END}\n<|im_start|>assistant\n{end}«six and two!{END}»\n"
     )
     padded = collator([ROWS[0], ROWS[2]])
-    assert recipe.marked(flat(padded), collator.processor) == recipe.marked(flat(collator([ROWS[0]])), collator.processor)
+    assert recipe.mark_trained_tokens(flat(padded), collator.processor) == recipe.mark_trained_tokens(flat(collator([ROWS[0]])), collator.processor)
 
 
 # ------------------------------------------------------------------------------------------------------- the loader
@@ -368,7 +368,7 @@ def test_loader_workers_make_the_same_batches(every_minicpm, tmp_path):
 def test_the_whole_of_a_data_set_passes(every_minicpm, tmp_path):
     settings, training = recipe.parse(minicpm_run(every_minicpm, tmp_path / "out", eval_fraction=0))
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    train, held_out = recipe.load_data(settings, training)
+    train, held_out = load_data(recipe, settings, training)
     own = json.loads((every_minicpm / "json" / "train.json").read_text())
     assert held_out is None and train["row"] == list(range(96)) and train["id"] == [row["id"] for row in own]
     for row, right in zip(train.select(range(20)), own):
@@ -391,7 +391,7 @@ def test_files_as_windows_writes_them(name, parse, write, tmp_path):
     if name.lower().endswith("json"):
         text = text.replace('{"image"', '\n{"image"')
     path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    train, _ = recipe.load_data(*parse(data_path=path, eval_fraction=0))
+    train, _ = load_data(recipe, *parse(data_path=path, eval_fraction=0))
     assert said_of(train) == ["é 😀", "b"] and train["id"] == [None, 7] and train["image"] == ["red.png", "lime.png"]
 
 
@@ -403,7 +403,7 @@ def test_types_may_differ_between_rows_and_texts_stay_texts(parse, write, tmp_pa
     rows += [{**talks("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "problem": "p"} for text in texts]
     for name in ("x.json", "x.jsonl"):
         settings, training = parse(data_path=write(rows, name), eval_fraction=0)
-        train, _ = recipe.load_data(settings, training)
+        train, _ = load_data(recipe, settings, training)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
         assert said_of(train) == texts * 2 and train["row"] == list(range(20))
         assert "".join(seen(collator([row])) for row in train) == "grggr" + "r" * 10
@@ -420,7 +420,7 @@ def test_images_are_looked_for_beside_the_data_or_in_image_folder(parse, tmp_pat
     for given, expected in (({}, ["rg", "bg"]), ({"image_folder": tmp_path / "blue"}, ["bg", "bg"])):
         settings, training = parse(**paths, **given)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        assert ["".join(seen(collator([row])) for row in sorted(data, key=lambda row: row["row"])) for data in recipe.load_data(settings, training)] == expected
+        assert ["".join(seen(collator([row])) for row in sorted(data, key=lambda row: row["row"])) for data in load_data(recipe, settings, training)] == expected
 
 
 # ------------------------------------------------------------------------------------------------------- held out
@@ -434,12 +434,12 @@ def numbered(write, tmp_path):
 
 def test_rows_are_held_out_by_seed(numbered, parse):
     options = {"data_path": numbered, "eval_fraction": 0.2}
-    (train, held_out), again, other = (recipe.load_data(*parse(**options, seed=seed)) for seed in (5, 5, 6))
+    (train, held_out), again, other = (load_data(recipe, *parse(**options, seed=seed)) for seed in (5, 5, 6))
     assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (16, 4)
     assert sorted([*train["row"], *held_out["row"]]) == list(range(20)) and other[0]["row"] != train["row"]
     assert said_of(train) == [str(n) for n in train["row"]] and said_of(held_out) == [str(n) for n in held_out["row"]]
     for none in ({"eval_fraction": 0}, {"eval_strategy": "no"}):
-        train, held_out = recipe.load_data(*parse(**{**options, **none}))
+        train, held_out = load_data(recipe, *parse(**{**options, **none}))
         assert train["row"] == list(range(20)) and held_out is None
 
 
@@ -448,12 +448,12 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
         Image.new("RGB", (28, 28), (n, n, n)).save(tmp_path / f"{n}.png")
     names = lambda n: [f"{n % 8}.png", f"./{n % 8}.png", str(tmp_path / f"{n % 8}.png")][n // 8]  # of one file
     path = write([talks("q", str(n), image=names(n)) for n in range(24)])
-    train, held_out = recipe.load_data(*parse(data_path=path, eval_fraction=0.25))
+    train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0.25))
     there = [{int(said) % 8 for said in said_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
     pair = lambda a, b: {"<image_0>": f"{a}.png", "<image_1>": f"{b}.png"}
     chain = [talks("<image_0><image_1>", str(n), image=pair(n % 8, (n + 1) % 8)) for n in range(8)] + [talks("q", "x", image=None)] * 8
-    train, held_out = recipe.load_data(*parse(data_path=write(chain), eval_fraction=0.1))
+    train, held_out = load_data(recipe, *parse(data_path=write(chain), eval_fraction=0.1))
     shown = [{name for image in data["image"] for name in (image or {}).values()} for data in (train, held_out)]
     assert 0 < len(held_out) <= 4 and not set(train["row"]) & set(held_out["row"])
     assert all(set(row["image"].values()) - shown[0] for row in held_out if row["image"])  # one of its images at least is new
@@ -461,7 +461,7 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
 
 def test_evaluation_is_bounded_to_the_same_rows_each_time(numbered, parse):
     for more in ({"eval_fraction": 0.5}, {"eval_data_path": numbered}):
-        runs = [recipe.load_data(*parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
+        runs = [load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
         assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -469,10 +469,10 @@ def test_rows_that_are_not_scored_are_not_checked(numbered, parse, write):
     some = write([talks("q", "7")] + [talks("q", "7", image="nowhere.png")] * 30)
     settings = {"data_path": numbered, "eval_data_path": some}
     seed = next(seed for seed in range(99) if datasets.Dataset.from_dict({"n": range(31)}).shuffle(seed)["n"][0] == 0)
-    train, held_out = recipe.load_data(*parse(**settings, max_eval_rows=1, seed=seed))
+    train, held_out = load_data(recipe, *parse(**settings, max_eval_rows=1, seed=seed))
     assert held_out["row"] == [0] and train["row"] == list(range(20))
     with pytest.raises(SystemExit, match="1 of 2 rows of the evaluation data"):
-        recipe.load_data(*parse(**settings, max_eval_rows=2, seed=seed))
+        load_data(recipe, *parse(**settings, max_eval_rows=2, seed=seed))
 
 
 # ------------------------------------------------------------------------------------------------------- the check
@@ -484,7 +484,7 @@ def checked(parse, monkeypatch):
 
     def make(**settings):
         calls.clear()
-        recipe.load_data(*parse(**{"eval_fraction": 0, **settings}))
+        load_data(recipe, *parse(**{"eval_fraction": 0, **settings}))
         return len(calls)
 
     return make
@@ -516,8 +516,8 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel(parse, write, monkeypatc
     rows[900]["conversations"][1]["content"] = None
     path = write(rows)
     with pytest.raises(SystemExit, match=r"1 of 1001 rows(?s:.*)\n  row 900 \(id id900\): empty answer"):
-        recipe.load_data(*parse(data_path=path))
-    train, held_out = recipe.load_data(*parse(data_path=path, eval_fraction=0, on_bad_rows="skip"))
+        load_data(recipe, *parse(data_path=path))
+    train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [n for n in range(1001) if n != 900] and held_out is None
 
 
@@ -527,38 +527,34 @@ def test_long_rows_are_never_cut_but_dropped_or_refused(parse, write, capsys, mi
     lengths = [len(tokens(collator([row]))) for row in rows]
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3]
     for limit, kept in ((lengths[3], [0, 1, 2, 3]), (lengths[3] - 1, [0, 1, 2]), (lengths[2] - 1, [0, 1]), (lengths[1] - 1, [0])):
-        train, _ = recipe.load_data(*parse(**settings, model_max_length=limit))
+        train, _ = load_data(recipe, *parse(**settings, model_max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
         assert (f"row 3: too long: {lengths[3]} tokens, " in out) == (3 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
     with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
-        recipe.load_data(*parse(**settings, model_max_length=limit, on_long_rows="stop"))
+        load_data(recipe, *parse(**settings, model_max_length=limit, on_long_rows="stop"))
 
 
-def test_the_remedy_for_a_long_row_is_one_that_helps(collate):
-    sliced, words, small = talks("q", "two", image="large.png"), talks("q", "two " * 60, image="large.png"), talks("q", "two")
+def test_a_long_row_is_refused_with_its_tokens_and_those_of_its_images(collate):
+    sliced, small = talks("q", "two", image="large.png"), talks("q", "two")
     longest = {name: len(tokens(collate()([row]))) for name, row in (("sliced", sliced), ("small", small))}
     limit = longest["small"]  # what large.png takes as a whole
     collator = collate(model_max_length=limit + 3)
     with pytest.raises(recipe.BadRow) as bad:
         collator([sliced])
     slices = tokens(collate()([sliced])).count(slice_ids(collator)[0])
-    taken = slices * (10 if collator.is_26 else 3)
     images = f"{(slices + 1) * (8 if collator.is_26 else 1)} of them of images"
-    assert str(bad.value) == (
-        f"too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: raise it, "
-        f"or lower --max_slice_nums, 9: slices take {taken} tokens"
-    )
+    remedy = "raise it, or lower --max_slice_nums"
+    assert str(bad.value) == f"too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: {remedy}"
     assert collate(model_max_length=limit + 3, max_slice_nums=1)([sliced])["labels"].shape[1] == limit  # it does help
-    for row, flags in ((words, {}), (small, {"model_max_length": 5}), (sliced, {"model_max_length": 5, "max_slice_nums": 1})):
-        with pytest.raises(recipe.BadRow, match=r"; --model_max_length is \d+: raise it$"):
-            collate(**{"model_max_length": limit + 3, **flags})([row])
+    with pytest.raises(recipe.BadRow, match=r"; --model_max_length is 5: raise it$"):
+        collate(model_max_length=5, max_slice_nums=1)([sliced])
 
 
 def test_bad_rows_are_skipped_where_asked_for(parse, write, capsys):
     rows = [talks("q", "a"), talks("q", " "), talks("q", "b", image="nowhere.png"), talks("r", "c")]
-    train, _ = recipe.load_data(*parse(data_path=write(rows), eval_fraction=0, on_bad_rows="skip"))
+    train, _ = load_data(recipe, *parse(data_path=write(rows), eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [0, 3] and said_of(train) == ["a", "c"]
     out = capsys.readouterr().out
     assert "2 of 4 rows" in out and "row 1: empty answer" in out and "row 2: unreadable image" in out

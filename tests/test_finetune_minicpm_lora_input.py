@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Loaded, minicpm_run, refusal, stopped_by, talks
+from conftest import ROOT, Loaded, load_data, minicpm_run, refusal, stopped_by, talks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -129,7 +129,7 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "image of no numbers": (shows("nan.tiff"), NO_IMAGE + ".*nan.tiff .its brightest value is nan"),
     "image too wide": (shows("wide.png"), "image too narrow: .*wide.png.*1000 x 49"),
     "image too high": (shows("high.png"), "image too narrow: .*high.png.*49 x 1000"),
-    **{f"{token} in {where}": (row, f"control token: {re.escape(token)} is typed in turn {n} and would become a real one; take it out")
+    **{f"{token} in {where}": (row, f"control token: .*{re.escape(token)}.* in turn {n}.*: remove it")
        for token in NATIVE for where, n, row in (
            ("a question", 0, asks(f"What is {token}?", "a")),
            ("a later question", 2, asks("q", "a", f"<image>{token}", "b")),
@@ -153,7 +153,7 @@ def test_the_same_rows_are_bad_to_26(tiny_minicpm26, write, odd_images, monkeypa
     stops = stopped_by(recipe, lambda **settings: minicpm_run(tiny_minicpm26, tmp_path / "out", image_folder=tmp_path, **settings), monkeypatch)
     rows = [row for name, (row, _) in BAD_ROWS.items() if not re.match(r"<\|(image|video)_pad", name)] + [asks(f"x {token}", "a") for token in HUB]
     lines = stops(data_path=write([GOOD, *rows])).splitlines()
-    assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and lines[21].startswith(f"  ... and {len(rows) - 20} more")
+    assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and len(lines) == 22
     assert f"{len(HUB) + 4 * len(TOKENS)} x control token" in lines[0] and f"{sum(MATCH in e for _, e in BAD_ROWS.values())} x images do not match" in lines[0]
 
 
@@ -162,18 +162,18 @@ def test_a_picture_or_a_text_written_in_the_wrong_place_is_not_printed_as_a_whol
     rows = [shows(text), shows([text]), shows({text: "red.png"}), {"conversations": [text]}, asks("q", [text]), asks("q", {"a": text}), asks([text], "a")]
     lines = stops(data_path=write([GOOD, *rows])).splitlines()
     assert len(lines) == len(rows) + 2 and max(map(len, lines)) < 600, lines
-    assert re.search(rf"row 1: {NO_IMAGE}.*\.\.\. \(\d+ characters\) \(File name too long\)", lines[1])
+    assert re.search(rf"row 1: {NO_IMAGE}.* \(File name too long\)", lines[1])
 
 
 def test_an_image_too_large_is_named(stops, write, odd_images, monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56)  # PIL refuses twice as many
     Image.new("RGB", (112, 112)).save(tmp_path / "photo.png")
     message = stops(data_path=write([GOOD, shows("photo.png")]))
-    assert re.search(r"\n  row 1: image too large: .*photo.png .*12544 pixels.*shrink", message), message
+    assert re.search(r"\n  row 1: unreadable image: .*photo.png .*12544 pixels.*shrink", message), message
 
 
 def test_what_a_telephone_writes_is_one_image(minicpm_collate, odd_images):
-    [picture] = [part["image"] for part in minicpm_collate().read(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
+    [picture] = [part["image"] for part in minicpm_collate().messages_of(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
     assert picture.getpixel((5, 5))[0] > 240
 
 
@@ -218,7 +218,7 @@ def test_a_prompt_that_an_answer_changes_is_refused(template, answer, stops, wri
     assert template != minicpm.CHAT_TEMPLATE
     write_templated(tmp_path / "model", template)
     message = stops(data_path=write([asks("q", answer)]), model_name_or_path=tmp_path / "model")
-    assert re.search(rf"  row 0: prompt changed: the first characters of the answer '{answer}' merge with the prompt's last token; start the answer differently", message), message
+    assert re.search(rf"  row 0: prompt changed: '{answer}' changes the tokens before it: start it differently", message), message
 
 
 def test_line_breaks_around_an_answer_are_taken_off(every_minicpm, odd_images, tmp_path):
@@ -235,19 +235,19 @@ def test_line_breaks_around_an_answer_are_taken_off(every_minicpm, odd_images, t
 def test_skipped_rows_are_counted_and_the_first_twenty_listed(minicpm_parse, write, odd_images, capsys, tmp_path):
     bad = [asks("q", " ") if n % 3 else asks("q", "</think>") for n in range(24)]
     path = write([GOOD, *bad, shows("nowhere.png"), asks("q"), asks("q", "two")])
-    train, _ = recipe.load_data(*minicpm_parse(data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    train, _ = load_data(recipe, *minicpm_parse(data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
     assert train["row"] == [0, 27]
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
     for n, reason in ((16, "empty answer"), (8, "control token"), (1, "unreadable image"), (1, "no answer")):
         assert re.search(rf"\b{n} x {reason}\b", out)
-    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "and 6 more" in out
+    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "at most 20 shown" in out
 
 
 def test_bad_rows_to_evaluate_on(stops, minicpm_parse, write, odd_images, capsys, tmp_path):
     files = {"data_path": write([GOOD, GOOD], "train.json"), "eval_data_path": write([GOOD, asks("q", ""), GOOD], "test.json")}
     assert re.search(r"1 of 3 rows of the evaluation data .*\n  row 1: empty answer", stops(**files))
-    train, held_out = recipe.load_data(*minicpm_parse(**files, on_bad_rows="skip", image_folder=tmp_path))
+    train, held_out = load_data(recipe, *minicpm_parse(**files, on_bad_rows="skip", image_folder=tmp_path))
     assert len(train) == 2 and sorted(held_out["row"]) == [0, 2] and "row 1: empty answer" in capsys.readouterr().out
 
 
@@ -275,7 +275,7 @@ NEEDED = "it must be a list of rows"
 ROW = json.dumps(GOOD)
 FILES = {  # name, what is in it, what the message says beside its name
     "empty list": ("x.json", "[]", "it is empty"),
-    "empty file": ("x.json", "", r"Expecting value: line 1 column 1"),
+    "empty file": ("x.json", "", "it is empty"),
     "blank jsonl": ("x.jsonl", "\n \n", "it is empty"),
     "cut off": ("x.json", f"[\n{ROW},\n{ROW[:40]}", r"line 3 column \d+"),
     "a comma missing": ("x.json", f"[\n{ROW}\n{ROW}]", "Expecting ',' delimiter: line 3 column 1"),
@@ -291,7 +291,7 @@ FILES = {  # name, what is in it, what the message says beside its name
     "jsonl called json": ("x.json", f"{ROW}\n{ROW}", "Extra data: line 2 column 1"),
     "json called jsonl": ("x.jsonl", json.dumps([GOOD], indent=1), r"line 1: .*one row a line"),
     "jsonl of lists": ("x.jsonl", f"[{ROW}]", NEEDED),
-    "jsonl with a slip": ("x.jsonl", f'{ROW}\n\n{ROW}\n{{"image": \n{ROW}', r"line 4: Expecting value.*\(a .jsonl file has one row a line\)"),
+    "jsonl with a slip": ("x.jsonl", f'{ROW}\n\n{ROW}\n{{"image": \n{ROW}', r"line 4: Expecting value.*a .jsonl file has one row a line\)"),
     "jsonl cut off": ("x.jsonl", f"{ROW}\n{ROW[:-9]}", "line 2: "),
     "other keys": ("x.json", '[{"image": "a", "messages": []}] ', r"no row has 'conversations', only \['image', 'messages'\]"),
     "images": ("x.json", '[{"conversations": []}, {"images": ["a"], "conversations": []}]', "row 1 has a key 'images': images go under 'image'"),
@@ -301,7 +301,7 @@ FILES = {  # name, what is in it, what the message says beside its name
     "nested too deep": ("x.json", "[" * 100000, "recursion"),
     "latin-1": ("x.json", json.dumps([asks("é", "a")], ensure_ascii=False).encode("latin-1"), "utf-8"),
     "utf-16": ("x.json", json.dumps([GOOD]).encode("utf-16"), "utf-8"),
-    "half a character": ("x.json", json.dumps([GOOD, asks("What\ud83d?", "a"), GOOD, asks("q", "\udc00")]), r"lone surrogate. is in rows \[1, 3\]; fix"),
+    "half a character": ("x.json", json.dumps([GOOD, asks("What\ud83d?", "a"), GOOD, asks("q", "\udc00")]), r"row 1 has invalid Unicode .a lone surrogate.; fix"),
     "csv": ("x.csv", "image,question", r"this reads .json and .jsonl files"),
     "no ending": ("x", ROW, r"this reads .json and .jsonl files"),
     "a parquet file": ("x.parquet", b"PAR1", r"this reads .json and .jsonl files"),
@@ -339,7 +339,6 @@ RATES = "learning.rates? must be from 0.* to below 10"
     "settings, expected",
     [
         ({"greater_is_better": True}, "--greater_is_better true would keep the worst checkpoint by loss"),
-        ({"fp16": True}, "--fp16 needs a GPU"),
         ({"tune_llm": True}, "--use_lora adapts the language model, --tune_llm trains all of it: for --tune_llm add --use_lora false"),
         ({**FULL, "q_lora": True}, "--q_lora: 4-bit weights cannot be trained themselves.*--use_lora true"),
         ({"use_lora": False, "q_lora": True}, "--q_lora: "),
@@ -354,23 +353,15 @@ RATES = "learning.rates? must be from 0.* to below 10"
           for value in (-1, 10, "nan", "inf")),
         ({"use_lora": False, "projector_learning_rate": 0}, "nothing would be trained: every part is frozen"),
         ({"use_lora": False, "learning_rate": 0}, "nothing would be trained"),
-        ({"eval_fraction": 1}, "--eval_fraction"),
-        ({"eval_fraction": -0.1}, "--eval_fraction"),
-        *(({name: 0}, f"--{name}") for name in ("max_slice_nums", "max_eval_rows")),
-        ({"max_slice_nums": -9}, "--max_slice_nums"),
-        *(({name: 0}, f"--{name}: batch sizes and accumulation steps") for name in (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")),
-        ({"max_steps": 0}, "--max_steps"),
-        ({"num_train_epochs": 0}, "--num_train_epochs"),
-        ({"num_train_epochs": "nan"}, "--num_train_epochs"),
+        ({"max_eval_rows": 0}, "--max_eval_rows"),
         ({"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 10}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
         ({"metric_for_best_model": "eval_accuracy"}, "--metric_for_best_model accuracy: .*loss"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
         ({"push_to_hub": True}, "--push_to_hub"),
-        ({"lora_target_modules": "llm.("}, r"--lora_target_modules 'llm\.\(' is no regular expression: .*position"),
-        ({"lora_target_modules": "*proj"}, "--lora_target_modules .* is no regular expression"),
+        ({"lora_target_modules": "llm.("}, r"--lora_target_modules 'llm\.\(' is not a valid regular expression: .*position"),
+        ({"lora_target_modules": "*proj"}, "--lora_target_modules .* is not a valid regular expression"),
         ({"lora_bias": "some"}, "--lora_bias"),
         ({"downsample_mode": "8x"}, "--downsample_mode"),
         ({"max_slice_nums": 1.5}, "--max_slice_nums"),
@@ -588,7 +579,7 @@ def test_an_adapter_inside_of_what_is_trained_in_full_is_refused(every_minicpm, 
     """PEFT would pass over these layers."""
     flags = {"data_path": write([GOOD]), "eval_fraction": 0, "image_folder": tmp_path, "lora_target_modules": ["q_proj", "up_proj"]}
     message = refusal(recipe.main, minicpm_run(every_minicpm, tmp_path / "out", lora_modules_to_save="mlp", **flags))
-    assert re.search(r"--lora_target_modules: \['.*mlp.up_proj'\] is in mlp, which --lora_modules_to_save trains in full", message)
+    assert re.search(r"--lora_target_modules: \['.*mlp.up_proj'\] is in mlp, which is trained in full", message)
 
 
 def test_a_module_that_stays_frozen_is_not_trained_in_full(every_minicpm, write, odd_images, tmp_path):
@@ -649,5 +640,5 @@ def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, m
     options = {"dataloader_num_workers": workers, "eval_fraction": 0, "image_folder": tmp_path}
     with pytest.raises(SystemExit) as end:
         recipe.main(minicpm_flags(data_path=write([talks("q", "a", image=name) for name in names]), **options))
-    assert re.fullmatch(r"error: .*row 1: unreadable image: .*lime\.png.*", end.value.code)
+    assert re.fullmatch(r"error: the data changed during the run: unreadable image: .*lime\.png.*", end.value.code)
     assert not (tmp_path / "out" / "trainer_state.json").exists()

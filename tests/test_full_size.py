@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_data
 from peft import PeftModel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -120,7 +120,7 @@ def test_rows_at_their_real_size(recipe, name, flags, images, tmp_path):
     processor = module.load_processor(module.parse([part for k, v in flags.items() for part in (f"--{k}", str(v))])[0])
     path = made_up.make_rows(recipe, 5, processor.tokenizer, tmp_path / "rows")
     settings, training = module.parse([part for k, v in (flags | {data: path}).items() for part in (f"--{k}", str(v))])
-    rows, _ = module.load_data(settings, training)
+    rows, _ = load_data(module, settings, training)
     collator, lengths = module.Collator(processor, settings, training), []
     assert len(rows) == 5 and len(list((tmp_path / "rows").glob("*.jpg"))) == 8
     for row in rows:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, chat, said
+from conftest import ROOT, chat, load_data, said
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -110,7 +110,7 @@ def test_the_adapter_changes_answers_and_batches_do_not(run, tiny_llava, ask):
 
 def test_without_a_data_set_the_rows_that_the_run_held_out(run, ask, tiny_llava):
     settings, training = sft_llava.parse(["--config", str(run / "settings.yaml")])
-    rows = sft_llava.load_data(settings, training)[1]["row"]
+    rows = load_data(sft_llava, settings, training)[1]["row"]
     assert list(dict.fromkeys(line["row"] for line in ask(run))) == list(rows)
 
 
@@ -566,7 +566,7 @@ def test_documents_in_batches_or_one_by_one(learnt, tiny_forms, ask):
 
 def test_documents_that_the_run_held_out(learnt, ask):
     given = ["--config", str(learnt / "run" / "settings.yaml")]
-    rows = idefics2_docvqa.load_data(*idefics2_docvqa.parse(given))[1]["row"]
+    rows = load_data(idefics2_docvqa, *idefics2_docvqa.parse(given))[1]["row"]
     assert [line["row"] for line in ask(learnt / "run")] == list(rows) and sorted(rows) == list(range(19))
 
 

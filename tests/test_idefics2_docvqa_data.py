@@ -10,7 +10,7 @@ from collections import Counter
 import datasets
 import pytest
 import torch
-from conftest import asks
+from conftest import asks, load_data
 from PIL import Image
 from test_sft_llava_data import MODES, RED, WHITE, colours, same, trained, unpadded
 from transformers import AutoProcessor, TrainerState
@@ -37,14 +37,14 @@ def pages(images):
 
 def turns(collator, row):
     """A row as a conversation for the chat template, with its first answer."""
-    asked, said = collator.read(row)
+    asked, said = collator.messages_of(row)
     return [asked, {"role": "assistant", "content": [{"type": "text", "text": said["references"][0]}]}]
 
 
 def questions(data, settings, training):
     """What the user says of each row, without the instruction."""
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    return [recipe.text_of(collator.read(row)[0]) for row in data]
+    return [recipe.text_of(collator.messages_of(row)[0]) for row in data]
 
 
 # ------------------------------------------------------------------------------------------------- what is trained
@@ -119,17 +119,17 @@ def test_the_printed_example(form_collate, pages):
     collator = form_collate()
     page = f"<fake_token_around_image><image> x {collator.processor.image_seq_len}<fake_token_around_image>"
     batch = collator([ROWS[0], ROWS[1]])  # padded
-    assert (batch["attention_mask"][0] == 0).any() and recipe.marked(batch, collator.processor) == (
+    assert (batch["attention_mask"][0] == 0).any() and recipe.mark_trained_tokens(batch, collator.processor) == (
         f"<s> User: Answer briefly.{page} What is the total?{END}\nAssistant:« 47{END}»\n"
     )
     plain = form_collate(instruction="")
-    assert recipe.marked(plain([ROWS[0]]), plain.processor) == f"<s> User:{page} What is the total?{END}\nAssistant:« 47{END}»\n"
+    assert recipe.mark_trained_tokens(plain([ROWS[0]]), plain.processor) == f"<s> User:{page} What is the total?{END}\nAssistant:« 47{END}»\n"
 
 
 def test_white_space_around_texts_is_not_learnt(form_collate, pages):
     collator, padded = form_collate(), asks("  What is the total?\r\n", "  47 \r\n", "\t47 dollars ")
-    assert recipe.marked(collator([padded]), collator.processor) == recipe.marked(collator([asks("What is the total?", "47")]), collator.processor)
-    assert collator.read(padded)[1]["references"] == ["47", "47 dollars"]
+    assert recipe.mark_trained_tokens(collator([padded]), collator.processor) == recipe.mark_trained_tokens(collator([asks("What is the total?", "47")]), collator.processor)
+    assert collator.messages_of(padded)[1]["references"] == ["47", "47 dollars"]
 
 
 # ------------------------------------------------------------------------------------------------ the drawn answer
@@ -178,7 +178,7 @@ def test_loader_workers_draw_the_same_in_every_epoch(kind, workers, form_parse, 
     rows = [asks("What?", *THREE, str(n), id=n, image=["red.png", "lime.png", "blue.png"][n % 3]) for n in range(12)]
     settings, training = form_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     batches = {}
     for count in (0, workers):
         column = recipe.EpochColumn()
@@ -323,7 +323,7 @@ def docvqa(tiny_forms, tmp_path):
 def test_every_schema_gives_the_same_batches(kind, docvqa, tiny_forms, form_parse):
     settings, training = form_parse(dataset_name=docvqa(kind), image_folder=tiny_forms / "json" / "images", eval_fraction=0)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    rows = sorted(recipe.load_data(settings, training)[0], key=lambda row: row["id"])
+    rows = sorted(load_data(recipe, settings, training)[0], key=lambda row: row["id"])
     expected = sorted(map(forms.to_docvqa, forms.make_rows(0, train=False, n=24)[:10]), key=lambda row: row["id"])
     assert [row["id"] for row in rows] == [row["id"] for row in expected]
     for row, right in zip(rows, expected):
@@ -364,7 +364,7 @@ def said_of(data):
                                   "image folder with test"])
 def test_every_kind_of_data_set_is_read(kind, saved, form_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.2, "image_folder": tmp_path}
-    (train, held_out), again, other = (recipe.load_data(*form_parse(**options, seed=seed)) for seed in (5, 5, 6))
+    (train, held_out), again, other = (load_data(recipe, *form_parse(**options, seed=seed)) for seed in (5, 5, 6))
     assert said_of(again[0]) == said_of(train) and said_of(again[1]) == said_of(held_out)
     assert said_of(train) == train["row"]  # `row` is the number in the source
     if kind in ("folder", "json folder", "saved dict", "image folder with test"):
@@ -391,13 +391,13 @@ def test_every_kind_of_data_set_is_read(kind, saved, form_parse, tmp_path):
 )
 def test_what_is_evaluated_on_can_be_said(settings, expected, saved, form_parse, tmp_path):
     paths = {key: saved.get(value, value) for key, value in settings.items()}
-    train, held_out = recipe.load_data(*form_parse(**paths, image_folder=tmp_path))
+    train, held_out = load_data(recipe, *form_parse(**paths, image_folder=tmp_path))
     assert len(train) == (5 if "dataset_train_split" in settings else 20)
     assert (held_out and sorted(said_of(held_out))) == expected
 
 
 def test_rows_trained_on_are_not_held_out_by_default(saved, form_parse, tmp_path):
-    train, held_out = recipe.load_data(*form_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
+    train, held_out = load_data(recipe, *form_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
     assert not set(said_of(train)) & set(said_of(held_out)) and len(train) + len(held_out) == 5
 
 
@@ -411,12 +411,12 @@ def test_pages_are_looked_for_beside_the_data(form_parse, tmp_path):
         (tmp_path / name / "rows.json").write_text(json.dumps([asks("Which?", "two", image="x.png")]))
     settings, training = form_parse(**{key: tmp_path / name / "rows.json" for name, key in FOLDERS.items()})
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    batches = [collator([data[0]]) for data in recipe.load_data(settings, training)]
+    batches = [collator([data[0]]) for data in load_data(recipe, settings, training)]
     assert [colours({"pixel_values": batch["pixel_values"][0]}) for batch in batches] == ["r", "b"]
     (tmp_path / "red" / "rows.json").rename(tmp_path / "red" / "train.json")
     (tmp_path / "red" / "x.png").rename(tmp_path / "red" / "x.PNG.txt")  # read by its content, not by its name
     (tmp_path / "red" / "train.json").write_text(json.dumps([asks("Which?", "two", image="x.PNG.txt")] * 2))
-    assert len(recipe.load_data(*form_parse(dataset_name=tmp_path / "red", eval_fraction=0))[0]) == 2
+    assert len(load_data(recipe, *form_parse(dataset_name=tmp_path / "red", eval_fraction=0))[0]) == 2
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "parquet of lists", "saved"])
@@ -431,7 +431,7 @@ def test_questions_about_one_page_are_on_one_side(kind, form_parse, tmp_path):
     else:
         data = datasets.Dataset.from_list([{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows)
         data.to_parquet(path) if path.suffix == ".parquet" else data.save_to_disk(path)
-    train, held_out = recipe.load_data(*form_parse(dataset_name=path, eval_fraction=0.25))
+    train, held_out = load_data(recipe, *form_parse(dataset_name=path, eval_fraction=0.25))
     there = [{n % 8 for n in said_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
 
@@ -439,7 +439,7 @@ def test_questions_about_one_page_are_on_one_side(kind, form_parse, tmp_path):
 @pytest.mark.parametrize("kind", ["json", "folder"])
 def test_evaluation_is_bounded_to_the_same_rows_each_time(kind, saved, form_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.5, "max_eval_rows": 3, "image_folder": tmp_path}
-    runs = [recipe.load_data(*form_parse(**options, seed=seed))[1]["row"] for seed in (1, 1, 2)]
+    runs = [load_data(recipe, *form_parse(**options, seed=seed))[1]["row"] for seed in (1, 1, 2)]
     assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -447,9 +447,9 @@ def test_rows_that_are_not_scored_are_not_checked(saved, form_parse, write, tmp_
     write([asks("q", "7", image="n000.png")] + [asks("q", "7", image="nowhere.png")] * 30, "folder.json")
     settings = {"dataset_name": saved["json"], "eval_dataset_name": tmp_path / "folder.json", "image_folder": tmp_path}
     seed = next(seed for seed in range(99) if datasets.Dataset.from_dict({"n": range(31)}).shuffle(seed)["n"][0] == 0)
-    assert recipe.load_data(*form_parse(**settings, max_eval_rows=1, seed=seed))[1]["row"] == [0]
+    assert load_data(recipe, *form_parse(**settings, max_eval_rows=1, seed=seed))[1]["row"] == [0]
     with pytest.raises(SystemExit, match="1 of 2 rows of the evaluation data"):
-        recipe.load_data(*form_parse(**settings, max_eval_rows=2, seed=seed))
+        load_data(recipe, *form_parse(**settings, max_eval_rows=2, seed=seed))
 
 
 COLUMNS = {  # columns of a row, flags, what is asked and answered
@@ -471,11 +471,11 @@ def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, expected
     images(1)
     path = write([{"image": "red.png", **row}] * 2, f"rows.{kind}")
     settings, training = form_parse(dataset_name=path, eval_fraction=0, **flags)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    asked, said = collator.read(train[0])
+    asked, said = collator.messages_of(train[0])
     assert (recipe.text_of(asked), said["references"], recipe.text_of(said)) == (*expected, expected[1][0])
-    assert expected[0] in recipe.marked(collator([train[0]]), collator.processor)
+    assert expected[0] in recipe.mark_trained_tokens(collator([train[0]]), collator.processor)
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -484,7 +484,7 @@ def test_columns_of_the_names_used_here_do_no_harm(kind, form_parse, write, imag
     mine = {"row": "mine", "folder": "/nowhere", "length": "long", "epoch": 7, "labels": [3], "question": 5, "problem": "p", "answer": {"text": 1}}
     rows = [{**mine, "id": n, "image": "red.png", "query": "q", "answers": ["six", str(n)], "pixel_values": [n]} for n in range(3)]
     settings, training = form_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     assert (train["row"], train["id"]) == ([0, 1, 2], [0, 1, 2]) and train["length"][0] > 5
     assert set(train.column_names) == {"id", "image", "question", "answers", "row", "folder", "length", "image_keys"}
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
@@ -500,7 +500,7 @@ def test_types_may_differ_between_rows_and_texts_stay_texts(form_parse, write, i
     rows += [{**asks({"en": text, "fr": "non"}), "answers": text} for text in texts]
     for name in ("x.json", "x.jsonl"):
         settings, training = form_parse(dataset_name=write(rows, name), eval_fraction=0)
-        train, _ = recipe.load_data(settings, training)
+        train, _ = load_data(recipe, settings, training)
         assert questions(train, settings, training) == texts * 2
         assert [row["answers"] for row in train] == [[text] for text in texts] + texts
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
@@ -513,13 +513,13 @@ def test_files_as_windows_writes_them(name, form_parse, write, images):
     images(1)
     path = write([asks("q", "é"), asks("r", "b")], name)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    assert recipe.load_data(*form_parse(dataset_name=path, eval_fraction=0))[0]["answers"] == [["é"], ["b"]]
+    assert load_data(recipe, *form_parse(dataset_name=path, eval_fraction=0))[0]["answers"] == [["é"], ["b"]]
 
 
 @pytest.mark.parametrize("language", forms.LANGUAGES)
 def test_the_question_is_asked_in_the_language_wanted(language, tiny_forms, form_parse):
     settings, training = form_parse(language=language, eval_fraction=0)
-    train, held_out = recipe.load_data(settings, training)
+    train, held_out = load_data(recipe, settings, training)
     for data, is_train in ((train, True), (held_out, False)):
         rows = sorted(data, key=lambda row: row["row"])
         made = forms.make_rows(0, train=is_train, n=96 if is_train else 24)
@@ -531,7 +531,7 @@ def test_the_hub_is_asked_for_what_the_flags_say(form_parse, monkeypatch, images
     data = datasets.DatasetDict(train=datasets.Dataset.from_list([asks("q", "a", image=str(tmp_path / name)) for name in images(4)]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [data, seen.append((args, kwargs))][0])
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0])
-    assert len(recipe.load_data(*form_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))[0]) == 3
+    assert len(load_data(recipe, *form_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))[0]) == 3
     assert seen == ["e", (("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"})]
 
 
@@ -543,7 +543,7 @@ def checked(form_parse, monkeypatch):
 
     def make(**settings):
         calls.clear()
-        recipe.load_data(*form_parse(**{"eval_fraction": 0, **settings}))
+        load_data(recipe, *form_parse(**{"eval_fraction": 0, **settings}))
         return len(calls)
 
     return make
@@ -583,8 +583,8 @@ def test_many_rows_are_checked_in_parallel(form_parse, write, images, monkeypatc
     rows[900]["answers"] = []
     path = write(rows)
     with pytest.raises(SystemExit, match="row 900: no accepted answer"):
-        recipe.load_data(*form_parse(dataset_name=path))
-    train, _ = recipe.load_data(*form_parse(dataset_name=path, eval_fraction=0, on_bad_rows="skip"))
+        load_data(recipe, *form_parse(dataset_name=path))
+    train, _ = load_data(recipe, *form_parse(dataset_name=path, eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [n for n in range(1001) if n != 900]
 
 
@@ -598,13 +598,13 @@ def test_long_rows_are_dropped_or_refused_by_their_longest_answer(form_parse, wr
                               "answers": [answer]}])["input_ids"].shape[1] for answer in row["answers"]) for row in rows]  # fmt: skip
     assert lengths[0] == lengths[3] < lengths[1] < lengths[2]
     for limit, kept in ((lengths[2], [0, 1, 2, 3]), (lengths[2] - 1, [0, 1, 3]), (lengths[1], [0, 1, 3]), (lengths[1] - 1, [0, 3])):
-        train, _ = recipe.load_data(*form_parse(**settings, max_length=limit))
+        train, _ = load_data(recipe, *form_parse(**settings, max_length=limit))
         assert train["row"] == kept
         out = capsys.readouterr().out
         assert (f"row 2: too long: {lengths[2]} tokens, --max_length is {limit}" in out) == (2 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
     with pytest.raises(SystemExit, match=rf"(?s)2 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
-        recipe.load_data(*form_parse(**settings, max_length=limit, on_long_rows="stop"))
+        load_data(recipe, *form_parse(**settings, max_length=limit, on_long_rows="stop"))
 
 
 # -------------------------------------------------------------------------------------------------------- settings

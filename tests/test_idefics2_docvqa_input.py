@@ -9,7 +9,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, Loaded, asks, stopped_by
+from conftest import ROOT, Loaded, asks, load_data, stopped_by
 from PIL import Image
 from transformers import CLIPProcessor
 
@@ -93,13 +93,13 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "page of one pixel": (page("dot.png"), "page too small: 1 x 1"),
     "page of one line": (page("line.png"), "page too small: 20 x 1"),
     "page of one column": (page("column.png"), "page too small: 1 x 20"),
-    "<image> in a question": (asks("What is <image>?", "47"), "control token: <image> .*question"),
-    "<image> in an answer": (asks("What?", "47", "<image>"), "control token: <image> .*answer"),
-    "fake token in a question": (asks(f"What{FAKE}?", "47"), f"control token: {FAKE} .*question"),
-    "end in an answer": (asks("What?", f"47{END}"), f"control token: {END} .*answer"),
-    "</s> in a question": (asks("What</s>?", "47"), "control token: </s> .*question"),
-    "<s> in an answer": (asks("What?", "<s>47"), "control token: <s> .*answer"),
-    "<unk> in a question of this language": (asks({"en": "<unk>"}, "47"), "control token: <unk> .*question"),
+    "<image> in a question": (asks("What is <image>?", "47"), "control token: .*<image>.*question"),
+    "<image> in an answer": (asks("What?", "47", "<image>"), "control token: .*<image>.*answer"),
+    "fake token in a question": (asks(f"What{FAKE}?", "47"), f"control token: .*{FAKE}.*question"),
+    "end in an answer": (asks("What?", f"47{END}"), f"control token: .*{END}.*answer"),
+    "</s> in a question": (asks("What</s>?", "47"), "control token: .*</s>.*question"),
+    "<s> in an answer": (asks("What?", "<s>47"), "control token: .*<s>.*answer"),
+    "<unk> in a question of this language": (asks({"en": "<unk>"}, "47"), "control token: .*<unk>.*question"),
 }
 
 
@@ -121,7 +121,7 @@ def test_a_page_too_large_is_named(stops, write, pages, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56)  # PIL refuses twice as many
     Image.new("RGB", (112, 112)).save(write([GOOD, page("scan.png")]).parent / "scan.png")
     message = stops(dataset_name=write([GOOD, page("scan.png")]))
-    assert re.search(r"\n  row 1: image too large: .*scan.png .*12544 pixels.*shrink", message), message
+    assert re.search(r"\n  row 1: unreadable image: .*scan.png .*12544 pixels.*shrink", message), message
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -172,13 +172,13 @@ def test_an_instruction_that_cannot_be(instruction, stops):
 def test_skipped_rows_are_counted_and_the_first_twenty_listed(form_parse, write, pages, capsys):
     bad = [answered([]) if n % 3 else asks("q", "</s>") for n in range(24)]
     path = write([GOOD, *bad, page("nowhere.png"), asks({"de": "Was?"}, "47"), asks("q", "two")])
-    train, _ = recipe.load_data(*form_parse(dataset_name=path, on_bad_rows="skip", eval_fraction=0))
+    train, _ = load_data(recipe, *form_parse(dataset_name=path, on_bad_rows="skip", eval_fraction=0))
     assert train["row"] == [0, 27]
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
     for n, reason in ((16, "no accepted answer"), (8, "control token"), (1, "unreadable image"), (1, "language")):
         assert re.search(rf"\b{n} x {reason}|{reason}'?: {n}\b", out)
-    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "and 6 more" in out
+    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "at most 20 shown" in out
 
 
 def test_bad_rows_to_evaluate_on(stops, form_parse, write, pages, capsys, tmp_path):
@@ -187,7 +187,7 @@ def test_bad_rows_to_evaluate_on(stops, form_parse, write, pages, capsys, tmp_pa
     write([GOOD, answered([" "]), GOOD], "data/test.json")
     folder = {"dataset_name": tmp_path / "data", "image_folder": tmp_path}
     assert re.search(r"1 of 3 rows .*\n  row 1: empty answer", stops(**folder))
-    train, held_out = recipe.load_data(*form_parse(**folder, on_bad_rows="skip"))
+    train, held_out = load_data(recipe, *form_parse(**folder, on_bad_rows="skip"))
     assert len(train) == 2 and sorted(held_out["row"]) == [0, 2] and "row 1: empty answer" in capsys.readouterr().out
 
 
@@ -228,7 +228,7 @@ FILES = {  # name, how to write it, what the message says beside its name
     "json that is jsonl": ("x.json", lambda path: path.write_text("\n".join([json.dumps(GOOD)] * 2)), "(?s)cannot read.*jsonl"),
     "jsonl with a slip": ("x.jsonl", lambda path: path.write_text(json.dumps(GOOD) + '\n{"image": \n'), UNREADABLE),
     "json not in UTF-8": ("x.json", lambda path: path.write_bytes('[{"a": "é"}]'.encode("latin-1")), UNREADABLE),
-    "half a character": ("x.json", lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])), r"lone surrogate. is in rows \[0\]; fix"),
+    "half a character": ("x.json", lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])), r"row 0 has invalid Unicode .a lone surrogate.; fix"),
     "no parquet": ("x.parquet", lambda path: path.write_text("PAR1"), UNREADABLE),
     "another kind": ("x.csv", lambda path: path.write_text("image,question"), r"cannot read.*\.json, \.jsonl and \.parquet"),
     "nowhere.json": ("nowhere.json", lambda path: None, UNREADABLE),
@@ -277,7 +277,7 @@ def test_columns_that_are_not_there_are_named_with_their_flags(row, flags, expec
 def test_what_a_telephone_writes_is_one_page_and_a_listed_binary_too(form_collate, pages, tmp_path):
     collate = form_collate()
     for cell in ("telephone.jpg", [(tmp_path / "telephone.jpg").read_bytes()]):
-        assert collate.read(page(cell))[0]["content"][1]["image"].getpixel((5, 5))[0] > 240
+        assert collate.messages_of(page(cell))[0]["content"][1]["image"].getpixel((5, 5))[0] > 240
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -304,16 +304,8 @@ def test_one_page_cannot_be_divided(stops, write, pages):
     [
         ({"lora_r": 0}, "--lora_r"),
         ({"lora_r": -1}, "--lora_r"),
-        ({"eval_fraction": 1}, "--eval_fraction"),
-        ({"eval_fraction": -0.1}, "--eval_fraction"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
         ({"max_length": 0}, "--max_length"),
-        ({"max_new_tokens": 0}, "--max_new_tokens"),
-        ({"per_device_train_batch_size": 0}, "batch sizes"),
-        ({"per_device_eval_batch_size": 0}, "batch sizes"),
-        ({"gradient_accumulation_steps": 0}, "accumulation steps"),
-        ({"max_steps": 0}, "--max_steps"),
-        ({"num_train_epochs": 0}, "--num_train_epochs"),
         ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
         ({"learning_rate": -1}, "--learning_rate"),
         ({"learning_rate": "nan"}, "--learning_rate"),
@@ -436,17 +428,17 @@ def test_a_program_that_fails_ends_with_the_message(form_flags, write, pages, tm
 
 @pytest.mark.parametrize("row", [asks("What\ud83d?", "47"), asks("What?", "47", "\udc00"), asks({"en": "\ud83d"}, "47")])
 def test_half_a_character_is_not_dropped(row, stops, write, pages):
-    assert re.search(r"cannot read .*lone surrogate. is in rows \[1, 3\]; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
+    assert re.search(r"cannot read .*row 1 has invalid Unicode .a lone surrogate.; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
 
 
 def test_a_page_that_changes_after_the_check(form_parse, write, images, tmp_path):
     names = images(3)
     settings = form_parse(dataset_name=write([GOOD, *(page(name) for name in names)]), eval_fraction=0)
-    train, _ = recipe.load_data(*settings)
+    train, _ = load_data(recipe, *settings)
     (tmp_path / "lime.png").write_bytes(b"changed")
     collator = recipe.Collator(recipe.load_processor(settings[0]), *settings)
     collator([train[1], train[3]])
-    with pytest.raises(recipe.BadRow, match="^row 2: unreadable image: .*lime.png"):
+    with pytest.raises(recipe.BadRow, match="^unreadable image: .*lime.png"):
         collator([train[n] for n in range(4)])
 
 
@@ -462,5 +454,5 @@ def test_a_page_that_changes_under_the_run_ends_it_with_one_message(workers, for
     options = {"load_in_4bit": False, "optim": "adamw_torch", "dataloader_num_workers": workers, "eval_fraction": 0}
     with pytest.raises(SystemExit) as end:
         recipe.main(form_flags(dataset_name=write([page(name) for name in names]), **options))
-    assert re.fullmatch(r"error: .*row 1: unreadable image: .*lime\.png.*", end.value.code)
+    assert re.fullmatch(r"error: the data changed during the run: unreadable image: .*lime\.png.*", end.value.code)
     assert not (tmp_path / "out" / "trainer_state.json").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, minicpm_run, said, short_run, two_stage_run
+from conftest import ROOT, load_data, minicpm_run, said, short_run, two_stage_run
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import dpo_idefics2
@@ -256,7 +256,7 @@ def test_the_same_rows_are_left_as_in_the_recipe(flags, write, odd_images, repor
     names = ["red.png", "lime.png", "large.png", "wide.png", "truncated.jpg"]
     rows = [said("<image>\nWhat?", f"number {n}", image=names[n % 5]) for n in range(20)] + [said("What?", f"number {n}") for n in range(20, 30)]
     same = flags(dataset_name=write(rows), image_folder=None, eval_fraction=0.2, on_bad_rows="skip")
-    train, held_out = sft_llava.load_data(*sft_llava.parse(same))
+    train, held_out = load_data(sft_llava, *sft_llava.parse(same))
     plan = report(sft_llava, same)["plan"]
     assert (plan["rows"], plan["evaluation_rows"]) == (len(train), len(held_out))
 
@@ -268,7 +268,7 @@ def test_examples_are_what_is_trained_on(recipe, run, tiny, request, tmp_path, r
     found = report(recipe, flags, "--examples", "3")
     settings, training = recipe.parse(flags)
     processor = recipe.load_processor(settings)
-    rows, collator = recipe.load_data(settings, training)[0], recipe.Collator(processor, settings, training)
+    rows, collator = load_data(recipe, settings, training)[0], recipe.Collator(processor, settings, training)
     assert len(found["examples"]) == 3
     for shown in found["examples"]:
         batch = collator([next(row for row in rows if row["row"] == shown["row"])])
@@ -299,7 +299,7 @@ def test_looking_at_rows_that_runs_out_of_memory_is_said(flags, write, images, m
 
 
 def test_settings_that_make_no_trainer(minicpm_flags, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*No modules were targeted"):
+    with pytest.raises(SystemExit, match="error: --lora_target_modules .*layers.*99"):
         inspect_recipe.main([finetune_minicpm_lora.__file__, *minicpm_flags(lora_layers_to_transform=99)])
 
 
@@ -484,7 +484,7 @@ def test_a_file_that_is_no_recipe(name, text, message, tmp_path):
 @pytest.mark.parametrize("own, settings, message", [
     (["--gpus", "0"], {}, "--rows and --gpus must be at least 1"), (["--rows", "x"], {}, "--rows"), (["--strategy", "tensor"], {}, "invalid choice"),
     ([], {"model_name_or_path": "nowhere"}, "nowhere"), ([], {"dataset_name": "nowhere.json"}, "cannot read nowhere.json"), ([], {"no_such": 1}, "no_such"),
-    ([], {"lora_r": 0}, "4-bit weights cannot be"), ([], {"max_length": 3}, "no row of .* can be trained on")])
+    ([], {"lora_r": 0}, "not possible in 4 bits"), ([], {"max_length": 3}, "no row of .* can be trained on")])
 def test_flags_that_cannot_work(own, settings, message, flags):
     with pytest.raises(SystemExit, match=message) as end:
         inspect_recipe.main([sft_llava.__file__, *own, *flags(**settings)])

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import tokenizers
 import torch
-from conftest import COLOURS, fresh, said, two_stage_run
+from conftest import COLOURS, fresh, load_data, said, two_stage_run
 from PIL import Image
 from test_sft_llava_data import MODES, RED, WHITE, same
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -301,7 +301,7 @@ def test_every_prompt_is_the_beginning_of_what_is_trained(kind, tmp_path):
     make, tokenizer, eos = kind
     collator = make("instruct")
     for row, _, turns in prompts(tmp_path):
-        batch, asked = collator([row]), collator.tokenize([collator.read(row)[:-1]], prompt=True)
+        batch, asked = collator([row]), collator.tokenize([collator.messages_of(row)[:-1]], prompt=True)
         start = asked["input_ids"].shape[1]
         assert tokens(collator, asked) == pieces(tokenizer, v1(*turns, eos=eos))
         assert torch.equal(batch["input_ids"][:, :start], asked["input_ids"]) and batch["labels"][0, start] != -100
@@ -309,7 +309,7 @@ def test_every_prompt_is_the_beginning_of_what_is_trained(kind, tmp_path):
         assert ("pixel_values" in batch) == ("pixel_values" in asked) == ("<image>" in "".join(turns))
         assert "pixel_values" not in batch or torch.equal(batch["pixel_values"], asked["pixel_values"])
     collator = make("align")
-    asked = collator.tokenize([collator.read({"image": "red.png", "caption": "a"})[:-1]], prompt=True)
+    asked = collator.tokenize([collator.messages_of({"image": "red.png", "caption": "a"})[:-1]], prompt=True)
     assert tokens(collator, asked) == pieces(tokenizer, "<image>")
 
 
@@ -519,13 +519,13 @@ def test_images_are_upright(orientation, upright, tmp_path):
 def test_the_printed_example(stage_collate):
     align, instruct = stage_collate("align"), stage_collate("instruct")
     caption = {"image": "red.png", "caption": "a digit"}
-    assert recipe.marked(align([caption]), align.processor) == "<s><image> x 16« a digit\n»"
+    assert recipe.mark_trained_tokens(align([caption]), align.processor) == "<s><image> x 16« a digit\n»"
     first, longer = said("<image>\nWhich?", "seven", "Odd?", "yes", image="red.png"), said("Is seven even or odd? " * 9, "odd")
     shown = f"<s> {SYSTEM} USER: <image> x 16 \nWhich? ASSISTANT:« seven</s>»USER: Odd? ASSISTANT:« yes</s>»"
     for rows in ([first], [first, longer]):
-        assert recipe.marked(instruct(rows), instruct.processor) == shown
-    assert recipe.marked(instruct([longer, first]), instruct.processor).endswith("ASSISTANT:« odd</s>»")
-    two = recipe.marked(instruct([said("<image><image>q", "a", image=LIME)]), instruct.processor)
+        assert recipe.mark_trained_tokens(instruct(rows), instruct.processor) == shown
+    assert recipe.mark_trained_tokens(instruct([longer, first]), instruct.processor).endswith("ASSISTANT:« odd</s>»")
+    two = recipe.mark_trained_tokens(instruct([said("<image><image>q", "a", image=LIME)]), instruct.processor)
     assert two.count("<image> x 16") == 2 and two.count("<image>") == 2
 
 
@@ -584,7 +584,7 @@ def test_few_rows_or_one_kind(n, share, rows):
 
 def test_a_run_takes_this_order(stage_parse, tiny_parts):
     settings, training = stage_parse("instruct", eval_fraction=0, per_device_train_batch_size=2, gradient_accumulation_steps=3, seed=5)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     images = [len(keys) for keys in train["image_keys"]]
     trainer = object.__new__(recipe.Trainer)
     trainer.settings, trainer.args, trainer.train_dataset = settings, training, train
@@ -623,7 +623,7 @@ def test_the_whole_of_a_data_set_passes(stage, data, tiny_parts, stage_parse):
     file = tiny_parts / "json" / f"{data}.json"
     settings, training = stage_parse(stage, eval_fraction=0, data_path=file)
     collator, own = recipe.Collator(recipe.load_processor(settings), settings, training), json.loads(file.read_text())
-    train, held_out = recipe.load_data(settings, training)
+    train, held_out = load_data(recipe, settings, training)
     assert held_out is None and train["row"] == list(range(len(own))) and train["id"] == [row["id"] for row in own]
     for row, right in zip(train.select(range(20)), own):
         batch, ends = collator([row]), "\n" if stage == "align" else "</s>"
@@ -637,7 +637,7 @@ def test_files_as_windows_writes_them(name, parse, write, tmp_path):
     path = write([said("q", "é 😀"), said("r <image>", "b", image="lime.png", id=7)], name.lower()).rename(tmp_path / name)
     text = path.read_text().replace("\\u00e9", "é")
     path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    train, _ = recipe.load_data(*parse(data_path=path, eval_fraction=0))
+    train, _ = load_data(recipe, *parse(data_path=path, eval_fraction=0))
     assert (
         said_of(train) == ["é 😀", "b"] and train["id"] == [None, 7] and train["image"] == [None, "lime.png"]
         and [len(keys) for keys in train["image_keys"]] == [0, 1]
@@ -651,7 +651,7 @@ def test_texts_stay_texts_and_other_keys_do_not_matter(parse, write):
         {**said("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "images_": 5, "model": None} for text in texts
     ]
     for name in ("x.json", "x.jsonl"):
-        train, _ = recipe.load_data(*parse(data_path=write(rows, name), eval_fraction=0))
+        train, _ = load_data(recipe, *parse(data_path=write(rows, name), eval_fraction=0))
         assert said_of(train) == texts * 2 and train["row"] == list(range(18)) and not any(train["image_keys"])
 
 
@@ -663,7 +663,7 @@ def test_captions_may_be_written_short(name, parse, write, tmp_path):
         {"image": ["blue.png"], "caption": "c", "url": "x"},
     ]
     settings, training = parse("align", data_path=write(rows, name), eval_fraction=0)
-    train, _ = recipe.load_data(settings, training)
+    train, _ = load_data(recipe, settings, training)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     batch = collator(list(train))
     assert trained(batch, collator.processor.tokenizer) == [[" 07\n"], [" b\n"], [" c\n"]] and seen(batch) == "rgb"
@@ -681,7 +681,7 @@ def test_images_are_looked_for_beside_the_data_or_in_image_folder(parse, tmp_pat
     for given, expected in (({}, ["rg", "bg"]), ({"image_folder": tmp_path / "blue"}, ["bg", "bg"])):
         settings, training = parse(**paths, **given)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        assert [seen(collator(sorted(data, key=lambda row: row["row"]))) for data in recipe.load_data(settings, training)] == expected
+        assert [seen(collator(sorted(data, key=lambda row: row["row"]))) for data in load_data(recipe, settings, training)] == expected
 
 
 # -------------------------------------------------------------------------------------------------------- held out
@@ -696,12 +696,12 @@ def numbered(write, tmp_path):
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 def test_rows_are_held_out_by_seed(stage, numbered, parse):
     options = {"stage": stage, "data_path": numbered, "eval_fraction": 0.2}
-    (train, held_out), again, other = (recipe.load_data(*parse(**options, seed=seed)) for seed in (5, 5, 6))
+    (train, held_out), again, other = (load_data(recipe, *parse(**options, seed=seed)) for seed in (5, 5, 6))
     assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (16, 4)
     assert sorted([*train["row"], *held_out["row"]]) == list(range(20)) and other[0]["row"] != train["row"]
     assert said_of(train) == [str(n) for n in train["row"]] and said_of(held_out) == [str(n) for n in held_out["row"]]
     for none in ({"eval_fraction": 0}, {"eval_strategy": "no"}):
-        train, held_out = recipe.load_data(*parse(**{**options, **none}))
+        train, held_out = load_data(recipe, *parse(**{**options, **none}))
         assert train["row"] == list(range(20)) and held_out is None
 
 
@@ -710,11 +710,11 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
         Image.new("RGB", (28, 28), (n, n, n)).save(tmp_path / f"{n}.png")
     names = lambda n: [f"{n % 8}.png", f"./{n % 8}.png", str(tmp_path / f"{n % 8}.png")][n // 8]  # of one file
     path = write([said("<image>", str(n), image=names(n)) for n in range(24)])
-    train, held_out = recipe.load_data(*parse(data_path=path, eval_fraction=0.25))
+    train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0.25))
     there = [{int(answer) % 8 for answer in said_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
     chain = [said("<image><image>", str(n), image=[f"{n % 8}.png", f"{(n + 1) % 8}.png"]) for n in range(8)] + [said("q", "x")] * 8
-    train, held_out = recipe.load_data(*parse(data_path=write(chain), eval_fraction=0.1))
+    train, held_out = load_data(recipe, *parse(data_path=write(chain), eval_fraction=0.1))
     shown = {name for row in train["image"] for name in row or []}
     assert 0 < len(held_out) <= 4 and not set(train["row"]) & set(held_out["row"])
     assert all(set(row["image"]) - shown for row in held_out if row["image"])  # one of its images at least is new
@@ -722,13 +722,13 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
 
 def test_rows_without_images_are_held_out_too(parse, write):
     path = write([said("q", str(n)) for n in range(20)])
-    train, held_out = recipe.load_data(*parse(data_path=path, eval_fraction=0.1))
+    train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0.1))
     assert (len(train), len(held_out)) == (18, 2) and sorted(map(int, said_of(train) + said_of(held_out))) == list(range(20))
 
 
 def test_evaluation_is_bounded_to_the_same_rows_each_time(numbered, parse):
     for more in ({"eval_fraction": 0.5}, {"eval_data_path": numbered}):
-        runs = [recipe.load_data(*parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
+        runs = [load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
         assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -736,10 +736,10 @@ def test_rows_that_are_not_scored_are_not_checked(numbered, parse, write):
     some = write([said("<image>", "7", image="red.png")] + [said("<image>", "7", image="nowhere.png")] * 30)
     settings = {"data_path": numbered, "eval_data_path": some}
     seed = next(seed for seed in range(99) if datasets.Dataset.from_dict({"n": range(31)}).shuffle(seed)["n"][0] == 0)
-    train, held_out = recipe.load_data(*parse(**settings, max_eval_rows=1, seed=seed))
+    train, held_out = load_data(recipe, *parse(**settings, max_eval_rows=1, seed=seed))
     assert held_out["row"] == [0] and train["row"] == list(range(20))
     with pytest.raises(SystemExit, match="1 of 2 rows of the evaluation data"):
-        recipe.load_data(*parse(**settings, max_eval_rows=2, seed=seed))
+        load_data(recipe, *parse(**settings, max_eval_rows=2, seed=seed))
 
 
 # ------------------------------------------------------------------------------------------------------- the check
@@ -751,7 +751,7 @@ def checked(parse, monkeypatch):
 
     def make(**settings):
         calls.clear()
-        recipe.load_data(*parse(**{"eval_fraction": 0, **settings}))
+        load_data(recipe, *parse(**{"eval_fraction": 0, **settings}))
         return len(calls)
 
     return make
@@ -783,8 +783,8 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel(parse, write, monkeypatc
     rows[900]["conversations"][1]["value"] = None
     path = write(rows)
     with pytest.raises(SystemExit, match=r"1 of 1001 rows(?s:.*)\n  row 900 \(id id900\): empty answer"):
-        recipe.load_data(*parse(data_path=path))
-    train, held_out = recipe.load_data(*parse(data_path=path, eval_fraction=0, on_bad_rows="skip"))
+        load_data(recipe, *parse(data_path=path))
+    train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [n for n in range(1001) if n != 900] and held_out is None
 
 
@@ -795,13 +795,13 @@ def test_long_rows_are_never_cut_but_dropped_or_refused(stage, parse, write, cap
     lengths = [len(tokens(collator, collator([row]))) for row in rows]
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3]
     for limit, kept in ((lengths[3], [0, 1, 2, 3]), (lengths[3] - 1, [0, 1, 2]), (lengths[2] - 1, [0, 1]), (lengths[1] - 1, [0])):
-        train, _ = recipe.load_data(*parse(**settings, model_max_length=limit))
+        train, _ = load_data(recipe, *parse(**settings, model_max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
         assert (f"row 3: too long: {lengths[3]} tokens, 16 of them of images; --model_max_length is {limit}" in out) == (3 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
     with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
-        recipe.load_data(*parse(**settings, model_max_length=limit, on_long_rows="stop"))
+        load_data(recipe, *parse(**settings, model_max_length=limit, on_long_rows="stop"))
 
 
 def test_loader_workers_make_the_same_batches(stage_parse):
@@ -827,4 +827,4 @@ def test_a_caption_ends_at_any_token_that_ends_its_line(kind):
 
 def test_adapters_are_scaled_by_two_unless_told_otherwise(stage_parse):
     alphas = [stage_parse("instruct", lora_r=8, **more)[0].lora_alpha for more in ({}, {"lora_alpha": 4})]
-    assert alphas == [16, 4] and stage_parse("instruct")[1].given["lora_alpha"] is None
+    assert alphas == [16, 4] and stage_parse("instruct")[1].as_given["lora_alpha"] is None

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_data
 from PIL import Image
 
 import llava_two_stage
@@ -35,9 +35,9 @@ def test_scienceqa_becomes_conversations(converter, stage_parse, tmp_path, capsy
     rows = [{**ROW, "image": picture}, {**ROW, "hint": "", "lecture": "", "solution": ""}]
     converter["convert"](rows, tmp_path / "scienceqa")
     settings, training = stage_parse("instruct", data_path=tmp_path / "scienceqa" / "train.json", image_folder=None, eval_fraction=0)
-    train, _ = llava_two_stage.load_data(settings, training)
+    train, _ = load_data(llava_two_stage, settings, training)
     collator = llava_two_stage.Collator(llava_two_stage.load_processor(settings), settings, training)
-    with_picture, without = (llava_two_stage.marked(collator([row]), collator.processor) for row in train)
+    with_picture, without = (llava_two_stage.mark_trained_tokens(collator([row]), collator.processor) for row in train)
     context = "Context: Look at the picture. Mass is how much there is of a thing.\nOptions: (A) a feather (B) a brick ASSISTANT:"
     assert f"USER: <image> x 16 \nWhich is heavier?\n{context}« A brick has more mass. The answer is B.</s>»" in with_picture
     assert "USER: Which is heavier?\nContext: N/A\nOptions: (A) a feather (B) a brick ASSISTANT:« The answer is B.</s>»" in without

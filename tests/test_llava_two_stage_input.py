@@ -1,7 +1,6 @@
 """llava_two_stage.py and bad input: one message that names the row and the remedy, exit status 1, before any weights load."""
 
 import base64
-import contextlib
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Loaded, refusal, said, stopped_by, two_stage_run
+from conftest import ROOT, Loaded, load_data, refusal, said, stopped_by, two_stage_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, GPT2Config, SiglipConfig, SiglipVisionConfig
@@ -41,6 +40,7 @@ def shows(image):
 TWO = ["red.png", "lime.png"]
 MATCH, MALFORMED, NO_IMAGE, ORDER = "images do not match: ", "malformed image: ", "unreadable image: ", "wrong order of roles: turn "
 SAYS = "empty answer: turn 1, the gpt's, says "
+CONTROL = "control token: {} in turn {} .*: remove it"
 BAD_ROWS = {  # what is wrong: the row, what the message says
     "no conversations": ({"image": "red.png"}, "no conversation: conversations must be a list of turns, {from, value}"),
     "conversations null": ({"conversations": None}, "no conversation"),
@@ -49,9 +49,9 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "conversations a dict": ({"conversations": {"from": "human", "value": "q"}}, "no conversation"),
     "a caption": (GOOD_CAPTION, "no conversation"),
     "turns of messages": ({"conversations": [{"role": "user", "content": "q"}]},
-                          ORDER + "0 must be the human's, {from, value}; it is {'role': 'user'"),
-    "turns that are texts": ({"conversations": ["q", "a"]}, ORDER + "0 must be the human's, .* it is 'q'"),
-    "a turn of null": ({"conversations": [*said("q", "a")["conversations"], None]}, ORDER + "2 must be the human's, .* it is None"),
+                          ORDER + "0 must be the human's, {from, value}: {'role': 'user'"),
+    "turns that are texts": ({"conversations": ["q", "a"]}, ORDER + "0 must be the human's, .*: 'q'"),
+    "a turn of null": ({"conversations": [*said("q", "a")["conversations"], None]}, ORDER + "2 must be the human's, .*: None"),
     "a list of lists": ({"conversations": [GOOD["conversations"]]}, ORDER + "0 must be the human's"),
     "the answer first": (turns(("gpt", "a"), ("human", "q")), ORDER + "0 must be the human's, .*'gpt'"),
     "two questions": (turns(("human", "q"), ("human", "q"), ("gpt", "a")), ORDER + "1 must be the gpt's"),
@@ -79,26 +79,26 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "question null": (said(None, "a"), "empty turn: turn 0, the human's, says None"),
     "question a number": (said(5, "a"), "empty turn: turn 0, the human's, says 5"),
     "system turn blank": (turns(("system", ""), ("human", "q"), ("gpt", "a")), "empty turn: turn 0, the system's"),
-    "no image in the text": (said("q", "a", image="red.png"), MATCH + "0 <image> of the human's, 1 images"),
-    "no image in the row": (said("<image> q", "a"), MATCH + "1 <image> of the human's, 0 images"),
-    "image an empty text": (said("<image> q", "a", image=""), MATCH + "1 <image> .*, 0 images"),
-    "image an empty list": (said("<image> q", "a", image=[]), MATCH + "1 <image> .*, 0 images"),
-    "image null": ({**said("<image> q", "a"), "image": None}, MATCH + "1 <image> .*, 0 images"),
-    "used twice": (said("<image> <image>", "a", image="red.png"), MATCH + "2 <image> .*, 1 images"),
-    "used in two turns": (said("<image> q", "a", "<image> r", "b", image="red.png"), MATCH + "2 <image> .*, 1 images"),
-    "one of two used": (said("<image> q", "a", image=TWO), MATCH + "1 <image> .*, 2 images"),
-    "too many of two used": (said("<image><image><image>", "a", image=TWO), MATCH + "3 <image> .*, 2 images"),
-    "image in an answer": (said("q", "see <image>", image="red.png"), "control token: <image> in turn 1"),
-    "image in an answer, too": (said("<image> q", "see <image>", image="red.png"), "control token: <image> in turn 1"),
-    "image in the system turn": (turns(("system", "<image>"), ("human", "q"), ("gpt", "a")), "control token: <image> in turn 0"),
+    "no image in the text": (said("q", "a", image="red.png"), MATCH + r".*\b0 <image>.* 1 images"),
+    "no image in the row": (said("<image> q", "a"), MATCH + r".*\b1 <image>.* 0 images"),
+    "image an empty text": (said("<image> q", "a", image=""), MATCH + r".*\b1 <image>.* 0 images"),
+    "image an empty list": (said("<image> q", "a", image=[]), MATCH + r".*\b1 <image>.* 0 images"),
+    "image null": ({**said("<image> q", "a"), "image": None}, MATCH + r".*\b1 <image>.* 0 images"),
+    "used twice": (said("<image> <image>", "a", image="red.png"), MATCH + r".*\b2 <image>.* 1 images"),
+    "used in two turns": (said("<image> q", "a", "<image> r", "b", image="red.png"), MATCH + r".*\b2 <image>.* 1 images"),
+    "one of two used": (said("<image> q", "a", image=TWO), MATCH + r".*\b1 <image>.* 2 images"),
+    "too many of two used": (said("<image><image><image>", "a", image=TWO), MATCH + r".*\b3 <image>.* 2 images"),
+    "image in an answer": (said("q", "see <image>", image="red.png"), MATCH + r".*\b0 <image>.* 1 images"),
+    "image in an answer, too": (said("<image> q", "see <image>", image="red.png"), CONTROL.format("<image>", 1)),
+    "image in the system turn": (turns(("system", "<image>"), ("human", "q"), ("gpt", "a")), CONTROL.format("<image>", 0)),
     "image a number": (shows(5), MALFORMED + "5; it must be a path"),
     "image a list in a list": (shows([["red.png"]]), MALFORMED + r"\['red.png'\]; it must be a path, or a list of paths"),
     "image a number in a list": (shows([5]), MALFORMED + "5"),
     "image null in a list": (shows([None]), MALFORMED + "None"),
     "image blank in a list": (shows([""]), MALFORMED + "''"),
     "image a dict": (shows({"path": "red.png"}), MALFORMED + "{'path': 'red.png'}"),
-    "image zero": (shows(0), MALFORMED + "0"),
-    "image a truth value": (shows(False), MALFORMED + "False"),
+    "image zero": (shows(0), MATCH + r".*\b1 <image>.* 0 images"),
+    "image a truth value": (shows(False), MATCH + r".*\b1 <image>.* 0 images"),
     "no such image": (shows("nowhere.png"), NO_IMAGE + ".*nowhere.png.*No such file.*--image_folder"),
     "second of two missing": (said("<image><image>", "a", image=["red.png", "nowhere.png"]), NO_IMAGE + ".*nowhere.png"),
     "image in the web": (shows("https://example.org/red.png"), NO_IMAGE + ".*https://example.org/red.png .No such file"),
@@ -111,18 +111,15 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "several images in one file": (shows("pages.tiff"), "several images: .*pages.tiff holds 3.*its own file"),
     "a moving picture": (shows("film.gif"), "several images: .*film.gif holds 3"),
     "a moving picture, too": (shows("film.webp"), "several images: .*film.webp holds 3"),
-    "image of no numbers": (shows("nan.tiff"), NO_IMAGE + ".*nan.tiff .its brightest value is nan"),
-    "image of infinities": (shows("inf.tiff"), NO_IMAGE + ".*inf.tiff .its brightest value is inf"),
-    "image below black": (shows("negative.tiff"), NO_IMAGE + ".*negative.tiff"),
     "image too narrow": (shows("hair.png"), "image too narrow: .*hair.png has 201 x 1 pixels"),
-    **{f"{token} in {where}": (row, f"control token: {re.escape(token)} in turn {n} would become a real one; take it out")
+    **{f"{token} in {where}": (row, CONTROL.format(re.escape(token), n))
        for token in ("<s>", "</s>", "<unk>") for where, n, row in (
            ("a question", 0, said(f"What is {token}?", "a")),
            ("a later question", 2, said("q", "a", f"<image>{token}", "b", image="red.png")),
            ("an answer", 1, said("q", f"{token}a")),
            ("the system turn", 0, turns(("system", f"x{token}"), ("human", "q"), ("gpt", "a"))))},
 }  # fmt: skip
-NO_CAPTION = "no caption: --stage align takes one image and one caption, not {} turns and {} images; conversations are for instruct"
+NO_CAPTION = "no caption: align takes one image and its caption, not {} turns, {} images"
 BAD_CAPTIONS = {
     "nothing": ({"image": "red.png"}, "no conversation"),
     "caption null": ({"image": "red.png", "caption": None}, "no conversation"),
@@ -130,10 +127,10 @@ BAD_CAPTIONS = {
     "caption blank": ({"image": "red.png", "caption": " \n"}, SAYS),
     "caption a number": ({"image": "red.png", "caption": 5}, SAYS + "5; it must be text"),
     "caption a list": ({"image": "red.png", "caption": ["a"]}, SAYS),
-    "caption without an image": ({"caption": "a"}, MATCH + "1 <image> .*, 0 images"),
-    "caption of two images": ({"image": TWO, "caption": "a"}, MATCH + "1 <image> .*, 2 images"),
-    "caption with an image": ({"image": "red.png", "caption": "<image>"}, "control token: <image> in turn 1"),
-    "caption with an end": ({"image": "red.png", "caption": "a</s>"}, "control token: </s> in turn 1"),
+    "caption without an image": ({"caption": "a"}, MATCH + r".*\b1 <image>.* 0 images"),
+    "caption of two images": ({"image": TWO, "caption": "a"}, MATCH + r".*\b1 <image>.* 2 images"),
+    "caption with an image": ({"image": "red.png", "caption": "<image>"}, CONTROL.format("<image>", 1)),
+    "caption with an end": ({"image": "red.png", "caption": "a</s>"}, CONTROL.format("</s>", 1)),
     "several turns": (said("<image>", "a", "q", "b", image="red.png"), NO_CAPTION.format(4, 1)),
     "no image": (said("q", "a"), NO_CAPTION.format(2, 0)),
     "two images": (said("<image><image>", "a", image=TWO), NO_CAPTION.format(2, 2)),
@@ -177,9 +174,7 @@ def test_bad_captions_are_named_with_a_remedy(stops, write):
 def test_what_is_bad_to_instruct_is_bad_to_align(stops, write):
     rows = [row for row, _ in BAD_ROWS.values() if row != GOOD_CAPTION]
     lines = stops(stage="align", data_path=write([GOOD_CAPTION, *rows])).splitlines()
-    assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and lines[21].startswith(
-        f"  ... and {len(rows) - 20} more"
-    )
+    assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and len(lines) == 22  # the first 20 are listed
 
 
 def test_a_picture_or_a_text_written_in_the_wrong_place_is_not_printed_as_a_whole(stops, write, tmp_path):
@@ -195,18 +190,18 @@ def test_a_picture_or_a_text_written_in_the_wrong_place_is_not_printed_as_a_whol
     ]
     lines = stops(data_path=write([GOOD, *rows])).splitlines()
     assert len(lines) == len(rows) + 2 and max(map(len, lines)) < 600, lines
-    assert re.search(rf"row 1: {NO_IMAGE}.*\.\.\. \(\d+ characters\) \(File name too long\)", lines[1])
+    assert re.search(rf"row 1: {NO_IMAGE}.*\(File name too long\)", lines[1])
 
 
 def test_an_image_too_large_is_named(stops, write, monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56)  # PIL refuses twice as many
     Image.new("RGB", (112, 112)).save(tmp_path / "photo.png")
     message = stops(data_path=write([GOOD, shows("photo.png")]))
-    assert re.search(r"\n  row 1: image too large: .*photo.png .*12544 pixels.*shrink", message), message
+    assert re.search(r"\n  row 1: .*photo.png .*12544 pixels.*shrink", message), message
 
 
 def test_what_a_telephone_writes_is_one_image(stage_collate):
-    [picture] = [part["image"] for part in stage_collate("instruct").read(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
+    [picture] = [part["image"] for part in stage_collate("instruct").messages_of(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
     assert picture.getpixel((5, 5))[0] > 240
 
 
@@ -235,18 +230,18 @@ def test_a_key_given_twice_does_not_lose_a_picture(stops, tmp_path):
 def test_skipped_rows_are_counted_and_the_first_twenty_listed(stage_parse, write, capsys, tmp_path):
     bad = [said("q", " ") if n % 3 else said("q", "</s>") for n in range(24)]
     path = write([GOOD, *bad, shows("nowhere.png"), said("q", "a", "q"), said("q", "two")])
-    train, _ = recipe.load_data(*stage_parse("instruct", data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    train, _ = load_data(recipe, *stage_parse("instruct", data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
     assert train["row"] == [0, 27]
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
     for n, reason in ((16, "empty answer"), (8, "control token"), (1, "unreadable image"), (1, "no answer")):
         assert re.search(rf"\b{n} x {reason}\b", out)
-    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "and 6 more" in out
+    assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)]
 
 
 def test_bad_captions_are_skipped_and_counted(stage_parse, write, capsys, tmp_path):
     rows = [GOOD_CAPTION, said("q", "a"), {**GOOD_CAPTION, "caption": "USER: a"}, said("<image>", "a", "q", "b", image="red.png"), GOOD]
-    train, _ = recipe.load_data(*stage_parse("align", data_path=write(rows), on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    train, _ = load_data(recipe, *stage_parse("align", data_path=write(rows), on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
     out = capsys.readouterr().out
     assert train["row"] == [0, 4] and "3 of 5 rows" in out and "2 x no caption" in out and "1 x more than a caption" in out
 
@@ -254,7 +249,7 @@ def test_bad_captions_are_skipped_and_counted(stage_parse, write, capsys, tmp_pa
 def test_bad_rows_to_evaluate_on(stops, stage_parse, write, capsys, tmp_path):
     files = {"data_path": write([GOOD, GOOD], "train.json"), "eval_data_path": write([GOOD, said("q", ""), GOOD], "test.json")}
     assert re.search(r"1 of 3 rows of the evaluation data .*\n  row 1: empty answer", stops(**files))
-    train, held_out = recipe.load_data(*stage_parse("instruct", **files, on_bad_rows="skip", image_folder=tmp_path))
+    train, held_out = load_data(recipe, *stage_parse("instruct", **files, on_bad_rows="skip", image_folder=tmp_path))
     assert len(train) == 2 and sorted(held_out["row"]) == [0, 2] and "row 1: empty answer" in capsys.readouterr().out
 
 
@@ -262,10 +257,10 @@ def test_bad_rows_to_evaluate_on(stops, stage_parse, write, capsys, tmp_path):
     "row, settings, remedy, other",
     [
         (said("q", " "), {"on_bad_rows": "skip"}, "", "--model_max_length"),
-        (GOOD, {"model_max_length": 5}, "Raise the maximum length", "--on_bad_rows"),
-        (GOOD, {"model_max_length": 5, "on_bad_rows": "skip"}, "Raise the maximum length", "--on_bad_rows"),
+        (GOOD, {"model_max_length": 5}, "raise the maximum length", "--on_bad_rows"),
+        (GOOD, {"model_max_length": 5, "on_bad_rows": "skip"}, "raise the maximum length", "--on_bad_rows"),
         (GOOD, {"model_max_length": 5, "on_long_rows": "stop"}, "--on_long_rows drop", "--on_bad_rows"),
-        (GOOD_CAPTION, {"stage": "align", "model_max_length": 17}, "Raise the maximum length", "--on_bad_rows"),
+        (GOOD_CAPTION, {"stage": "align", "model_max_length": 17}, "raise the maximum length", "--on_bad_rows"),
     ],
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write):
@@ -283,7 +278,7 @@ NEEDED = "it must be a list of rows"
 ROW = json.dumps(GOOD)
 FILES = {  # name, what is in it, what the message says beside its name
     "empty list": ("x.json", "[]", "it is empty"),
-    "empty file": ("x.json", "", r"Expecting value: line 1 column 1"),
+    "empty file": ("x.json", "", "it is empty"),
     "blank jsonl": ("x.jsonl", "\n \n", "it is empty"),
     "cut off": ("x.json", f"[\n{ROW},\n{ROW[:40]}", r"line 3 column \d+"),
     "a comma missing": ("x.json", f"[\n{ROW}\n{ROW}]", "Expecting ',' delimiter: line 3 column 1"),
@@ -297,16 +292,16 @@ FILES = {  # name, what is in it, what the message says beside its name
     "json called jsonl": ("x.jsonl", json.dumps([GOOD], indent=1), r"line 1: .*one row a line"),
     "jsonl of lists": ("x.jsonl", f"[{ROW}]", NEEDED),
     "jsonl cut off": ("x.jsonl", f"{ROW}\n{ROW[:-9]}", "line 2: "),
-    "other keys": ("x.json", '[{"image": "a", "messages": []}] ', "no row has 'conversations'; there are image, messages"),
-    "images": ("x.json", '[{"conversations": []}, {"images": ["a"], "conversations": []}]', "row 1 has a key 'images': images go under"),
-    "Image": ("x.json", '[{"Image": "a", "conversations": []}]', "row 0 has a key 'Image': images go under 'image'"),
-    "a system key": ("x.json", '[{"system": "a", "conversations": []}]', "row 0 has a key 'system': .*a system message is the first turn"),
+    "other keys": ("x.json", '[{"image": "a", "messages": []}] ', "no row has 'conversations'.*image.*messages"),
+    "images": ("x.json", '[{"conversations": []}, {"images": ["a"], "conversations": []}]', r"row \[1\] has a key 'images': images go under 'image'"),
+    "Image": ("x.json", '[{"Image": "a", "conversations": []}]', r"row \[0\] has a key 'Image': images go under 'image'"),
+    "a system key": ("x.json", '[{"system": "a", "conversations": []}]', r"row \[0\] has a key 'system': .*a system message is the first turn"),
     "no keys": ("x.json", "[{}]", "it is empty"),
     "nested too deep": ("x.json", "[" * 100000, "recursion"),
     "latin-1": ("x.json", json.dumps([said("é", "a")], ensure_ascii=False).encode("latin-1"), "utf-8"),
     "utf-16": ("x.json", json.dumps([GOOD]).encode("utf-16"), "utf-8"),
     "half a character": ("x.json", json.dumps([GOOD, said("What\ud83d?", "a"), GOOD, said("q", "\udc00")]),
-                         r"lone surrogate. is in rows \[1, 3\]; fix"),
+                         "row 1 has invalid Unicode .a lone surrogate.; fix"),
     "csv": ("x.csv", "image,question", r"it must be a .json file"),
     "no ending": ("x", ROW, r"it must be a .json file"),
     "a parquet file": ("x.parquet", b"PAR1", r"it must be a .json file"),
@@ -347,16 +342,7 @@ LORA = {"lora_r": 4}
     "settings, expected",
     [
         *(({name: value}, RATES) for name in ("projector_learning_rate", "vision_learning_rate") for value in (-1, 10, "nan", "inf")),
-        ({"eval_fraction": 1}, "--eval_fraction"),
-        ({"eval_fraction": -0.1}, "--eval_fraction"),
-        ({"eval_fraction": "nan"}, "--eval_fraction"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
-        *(({name: 0}, "batch sizes and accumulation steps") for name in (
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")),
-        ({"max_steps": 0}, "--max_steps"),
-        ({"num_train_epochs": 0}, "--num_train_epochs"),
-        ({"num_train_epochs": "nan"}, "--num_train_epochs"),
-        ({"fp16": True}, "--fp16 needs a GPU"),
         ({"load_best_model_at_end": True, "eval_steps": 5, "save_steps": 10},
          "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
         ({"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}, "--metric_for_best_model accuracy: .*loss"),
@@ -366,7 +352,7 @@ LORA = {"lora_r": 4}
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"push_to_hub": True}, "--push_to_hub"),
         ({"stage": "both"}, "--stage"),
-        ({"projector_type": "mlp3x_gelu"}, "--projector_type"),
+        ({"projector_type": "linear"}, "unrecognized arguments: --projector_type linear"),
         ({"image_aspect_ratio": "anyres"}, "--image_aspect_ratio"),
         ({"on_bad_rows": "mend"}, "--on_bad_rows"),
         ({"on_long_rows": "cut"}, "--on_long_rows"),
@@ -377,12 +363,10 @@ LORA = {"lora_r": 4}
         ({"remove_unused_columns": True}, "--remove_unused_columns: not used"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: not used"),
         ({"warmup_steps": -1}, "warmup_steps"),
-        ({"eval_steps": -1}, "--eval_steps: above 0 is needed; --eval_strategy no"),
-        ({"save_steps": -1}, "--save_steps: above 0"),
         ({"logging_steps": "inf"}, "infinity"),
         ({"auto_find_batch_size": True}, "--auto_find_batch_size: not used"),
         ({"gradient_accumulation_steps": None, "per_device_train_batch_size": 3},
-         "3 rows at once on 1 processes do not make up a step of .*--gradient_accumulation_steps"),
+         r"(256|128) rows in a step, 3 at once: give --gradient_accumulation_steps"),
     ],
 )  # fmt: skip
 def test_flags_that_cannot_work(settings, expected, stage, stops):
@@ -401,7 +385,6 @@ def test_flags_that_cannot_work(settings, expected, stage, stops):
         ({"load_in_4bit": True}, "--load_in_4bit: for adapters, --stage instruct --lora_r 128"),
         ({"lora_alpha": 16}, "--lora_alpha: for adapters"),
         ({"lora_dropout": 0, "lora_alpha": 16, "load_in_4bit": True}, "--lora_alpha, --lora_dropout, --load_in_4bit: for adapters"),
-        ({"lora_r": -1}, "--lora_r must be at least 0"),
         ({"learning_rate": 0, **LORA}, "--learning_rate 0 means a frozen language model: then --lora_r 0"),
         ({"learning_rate": 0, "projector_learning_rate": 0}, "nothing would be trained: every part is frozen"),
         *(({"learning_rate": value}, "--learning_rate must be from 0 to below 10") for value in (-1, 10, "nan", "inf")),
@@ -417,17 +400,24 @@ def test_flags_that_do_not_go_together(settings, expected, stops):
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 def test_a_whole_model_and_parts_are_two_beginnings(part, stage, stops, tiny_parts):
     message = stops(stage=stage, model_name_or_path=tiny_parts / "align", **{part: tiny_parts / part.split("_")[0]})
-    assert f"--vision_tower and --language_model are joined, {tiny_parts / 'align'} is a LLaVA already" in message
-    assert "--pretrain_mm_mlp_adapter, the projector from stage 1" in message
+    assert re.search(f"^error: --{part}.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already", message), message
+    assert "to join give --pretrain_mm_mlp_adapter and no --model_name_or_path" in message
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_the_projector_of_a_whole_model_is_not_replaced(stage, stops, tiny_parts, tmp_path):
+    given = {"model_name_or_path": tiny_parts / "align", "pretrain_mm_mlp_adapter": tmp_path / "mm_projector.bin"}
+    message = stops(stage=stage, **given, vision_tower=None, language_model=None)
+    assert re.search(f"^error: --pretrain_mm_mlp_adapter.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already", message), message
 
 
 @pytest.mark.parametrize("stage, rows", [("align", 256), ("instruct", 128)])
 def test_a_step_has_as_many_rows_on_any_number_of_processes(stage, rows, stage_parse, monkeypatch):
-    given = stage_parse(stage)[1].given
+    given = stage_parse(stage)[1].as_given
 
     def steps(processes, batch, accumulated=None):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        return recipe.by_stage({**given, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated})[
+        return recipe.fill_defaults({**given, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated})[
             "gradient_accumulation_steps"
         ]
 
@@ -439,7 +429,7 @@ def test_a_step_has_as_many_rows_on_any_number_of_processes(stage, rows, stage_p
     for processes, batch in ((3, 4), (8, 12), (1, 512)):
         with pytest.raises(
             SystemExit,
-            match=f"error: {processes * batch} rows at once on {processes} processes do not make up a step of {rows}: give --grad",
+            match=f"error: {rows} rows in a step, {processes * batch} at once: give --grad",
         ):
             steps(processes, batch)
         assert steps(processes, batch, 5) == 5
@@ -514,7 +504,7 @@ def test_the_result_does_not_overwrite_the_parts(flag, folder, stops, tiny_parts
 
 @pytest.mark.parametrize("flag", ["vision_tower", "language_model", "model_name_or_path"])
 def test_a_path_that_does_not_exist_is_said_to(flag, stops):
-    assert f"error: --{flag} no/where: no such folder with a model (--stage align makes one), and as a hub id: " in stops(stage="align", **{flag: "no/where"})
+    assert f"error: --{flag} no/where is no folder with a model (as --stage align makes one), nor a hub id: " in stops(stage="align", **{flag: "no/where"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -626,7 +616,7 @@ WHOLE = {  # how to spoil a model, what the message says
     "damaged": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
     "empty": (lambda folder: (folder / "config.json").write_text(""), "not a valid JSON"),
     "no processor": (without("*processor*", "tokenizer*"), "no processor: "),
-    "settings only": (without("*.json", "*.safetensors", "*.jinja", "*.bin"), "--stage align makes one.*model_type"),
+    "settings only": (without("*.json", "*.safetensors", "*.jinja", "*.bin"), "as --stage align makes one.*model_type"),
     "no EOS": (no_eos, "its tokenizer has no EOS"),
 }
 
@@ -645,23 +635,14 @@ def test_a_language_model_or_an_adapter_or_nothing_is_no_whole_model(tiny_parts,
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tiny_parts / "align")})
     )
-    assert re.search("adapter: no such folder with a model", stops(model_name_or_path=tmp_path / "adapter"))
+    assert re.search(r"adapter is no folder with a model .*model_type", stops(model_name_or_path=tmp_path / "adapter"))
     for name in ("nowhere", "nobody/nothing", tmp_path / "nowhere"):
         message = stops(model_name_or_path=name)
         assert (
-            message.startswith(f"error: --model_name_or_path {name}: ")
-            and "--stage align makes one" in message
+            message.startswith(f"error: --model_name_or_path {name} is no folder with a model (as --stage align makes one), nor a hub id: ")
             and "\n" not in message
         )
-    assert stops(model_name_or_path=None).startswith("error: --model_name_or_path llava-align: ")  # stage 1 has not been run
-
-
-@pytest.mark.parametrize("given, has", [("linear", "mlp2x_gelu"), ("mlp2x_gelu", "linear")])
-def test_another_type_of_projector_than_the_models(given, has, tiny_parts, stops, tmp_path):
-    folder = changed(tiny_parts / "align", tmp_path / "model", {"projector_hidden_act": "linear" if has == "linear" else "gelu"})
-    assert (
-        stops(model_name_or_path=folder, projector_type=given) == f"error: --projector_type {given}: --model_name_or_path {folder} has a projector of type {has}"
-    )
+    assert stops(model_name_or_path=None).startswith("error: --model_name_or_path llava-align is no folder with a model (as --stage align makes one), nor a hub id: ")  # stage 1 has not been run
 
 
 # ------------------------------------------------------------------------------------------------------- projectors
@@ -676,11 +657,6 @@ def original(weights, prefix="model."):
     return {
         prefix + name.replace("linear_1", "mm_projector.0").replace("linear_2", "mm_projector.2"): value for name, value in weights.items()
     }
-
-
-def linear(weights):
-    """The first layer of a projector -> mm_projector.bin of the first LLaVA."""
-    return {f"model.mm_projector.{kind}": weights[f"linear_1.{kind}"] for kind in ("weight", "bias")}
 
 
 @pytest.fixture
@@ -705,57 +681,48 @@ def test_projectors_of_the_original_llava_are_taken(projects, tiny_parts):
         assert equal(projects(content), own)
     half = {name: value.half() for name, value in own.items()}
     assert equal(projects(original(half)), half)
-    identity = {"linear_2.weight": torch.eye(128), "linear_2.bias": torch.zeros(128)}
-    first = {name: value for name, value in own.items() if "linear_1" in name}
-    assert equal(projects(linear(own), projector_type="linear"), first | identity)
 
 
 def test_the_model_begins_with_the_projector_given(stage_parse, tiny_parts, tmp_path):
     own = {name: value + 1 for name, value in projector(tiny_parts / "align").items()}
     torch.save(original(own), tmp_path / "mm_projector.bin")
-    torch.save(linear(own), tmp_path / "linear.bin")
-    for settings in ({}, {"model_name_or_path": tiny_parts / "align", "vision_tower": None, "language_model": None}, LORA):
+    for settings in ({}, LORA):
         model = recipe.load_model(*stage_parse("instruct", pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin", **settings))
         assert all(torch.equal(value, own[name]) for name, value in model.model.multi_modal_projector.state_dict().items())
-    made = recipe.load_model(*stage_parse("instruct", pretrain_mm_mlp_adapter=tmp_path / "linear.bin", projector_type="linear"))
-    x = torch.randn(3, 128)
-    assert torch.allclose(made.model.multi_modal_projector(x), x @ own["linear_1.weight"].T + own["linear_1.bias"], atol=1e-4)
 
 
-FIT = "does not fit: it (has .*linear_1.weight|is mlp2x_gelu).*is needed .--vision_tower, --language_model, --projector_type"
+FIT = "does not fit: it has .*linear_1.weight.*--vision_tower, --language_model"
 NONE = "there is no projector in it; stage 1's output_dir or an mm_projector.bin is needed"
-ODD_PROJECTORS = {  # what is made of the right one, settings, what the message says
-    "linear for an mlp": (linear, {}, FIT),
-    "an mlp for linear": (original, {"projector_type": "linear"}, FIT),
-    "identity for an mlp": (lambda own: original({**own, "linear_2.weight": torch.eye(128), "linear_2.bias": torch.zeros(128)}), {},
-                            "does not fit: it is linear; a mlp2x_gelu projector"),
-    "another width of vision": (lambda own: original({**own, "linear_1.weight": torch.zeros(128, 64)}), {},
-                                r"linear_1.weight': \(128, 64\).*from 128 to 128"),
-    "another width of text": (lambda own: original({name: torch.zeros([64] * value.dim()) for name, value in own.items()}), {}, FIT),
-    "a bias missing": (lambda own: original({name: value for name, value in own.items() if name != "linear_2.bias"}), {}, FIT),
-    "a third layer": (lambda own: original(own) | {"model.mm_projector.4.weight": torch.eye(128)}, {}, r"4.weight': \(128"),
-    "nested": (lambda own: {"state_dict": original(own)}, {}, NONE),
-    "other weights": (lambda own: {"model.layers.0.weight": torch.zeros(3)}, {}, NONE),
-    "numbers": (lambda own: dict.fromkeys(original(own), 5), {}, NONE),
-    "keys that are numbers": (lambda own: {0: torch.zeros(3)}, {}, NONE),
-    "nothing": (lambda own: {}, {}, NONE),
-    "a list": (lambda own: list(own.values()), {}, NONE),
-    "a tensor": (lambda own: own["linear_1.weight"], {}, NONE),
-    "a module": (lambda own: torch.nn.Linear(2, 2), {}, "it is empty, damaged, or a pickle that holds more than weights"),
-    "a text file": (b"version https://git-lfs.github.com/spec/v1\n", {}, "it is empty, damaged, or a pickle that holds more than weights"),
-    "an empty file": (b"", {}, "it is empty, damaged"),
-    "missing": (None, {}, "No such file"),
+ODD_PROJECTORS = {  # what is made of the right one, what the message says
+    "one layer": (lambda own: {f"model.mm_projector.{kind}": own[f"linear_1.{kind}"] for kind in ("weight", "bias")},
+                  r"does not fit: it has .*weight': \(128, 128\).*--vision_tower, --language_model"),
+    "another width of vision": (lambda own: original({**own, "linear_1.weight": torch.zeros(128, 64)}),
+                                r"it has .*linear_1.weight': \(128, 64\).*--vision_tower, --language_model.*128"),
+    "another width of text": (lambda own: original({name: torch.zeros([64] * value.dim()) for name, value in own.items()}), FIT),
+    "a bias missing": (lambda own: original({name: value for name, value in own.items() if name != "linear_2.bias"}), FIT),
+    "a third layer": (lambda own: original(own) | {"model.mm_projector.4.weight": torch.eye(128)}, r"4.weight': \(128"),
+    "nested": (lambda own: {"state_dict": original(own)}, NONE),
+    "other weights": (lambda own: {"model.layers.0.weight": torch.zeros(3)}, NONE),
+    "numbers": (lambda own: dict.fromkeys(original(own), 5), NONE),
+    "keys that are numbers": (lambda own: {0: torch.zeros(3)}, NONE),
+    "nothing": (lambda own: {}, NONE),
+    "a list": (lambda own: list(own.values()), NONE),
+    "a tensor": (lambda own: own["linear_1.weight"], NONE),
+    "a module": (lambda own: torch.nn.Linear(2, 2), "it is empty, damaged, or a pickle that holds more than weights"),
+    "a text file": (b"version https://git-lfs.github.com/spec/v1\n", "it is empty, damaged, or a pickle that holds more than weights"),
+    "an empty file": (b"", "it is empty, damaged"),
+    "missing": (None, "No such file"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make, settings, expected", ODD_PROJECTORS.values(), ids=ODD_PROJECTORS)
-def test_a_projector_that_does_not_fit_is_named(make, settings, expected, stops, tiny_parts, tmp_path):
+@pytest.mark.parametrize("make, expected", ODD_PROJECTORS.values(), ids=ODD_PROJECTORS)
+def test_a_projector_that_does_not_fit_is_named(make, expected, stops, tiny_parts, tmp_path):
     path = tmp_path / "mm_projector.bin"
     if isinstance(make, bytes):
         path.write_bytes(make)
     elif make:
         torch.save(make(projector(tiny_parts / "align")), path)
-    message = stops(pretrain_mm_mlp_adapter=path, **settings)
+    message = stops(pretrain_mm_mlp_adapter=path)
     assert message.startswith(f"error: --pretrain_mm_mlp_adapter {path}") and re.search(expected, message) and "\n" not in message, message
 
 
@@ -797,7 +764,7 @@ WEIGHTS = {  # which model, how to spoil it, what the message says
     "a layer of another size": ("language", narrower("0.self_attn.q_proj"), "mismatch"),
     "cut off": ("align", lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-99]), ""),
     "empty": ("language", lambda folder: (folder / "model.safetensors").write_bytes(b""), ""),
-    "missing": ("vision", without("*.safetensors"), "there are no weights in it"),
+    "missing": ("vision", without("*.safetensors"), "no file named model.safetensors"),
 }  # fmt: skip
 
 
@@ -807,47 +774,8 @@ def test_weights_that_are_missing_are_not_made_up(part, spoil, expected, tiny_pa
     flag = {"align": "model_name_or_path", "vision": "vision_tower", "language": "language_model"}[part]
     stage, row = ("instruct", GOOD) if part == "align" else ("align", GOOD_CAPTION)
     message = refusal(recipe.main, stage_flags(stage, **{flag: folder}, data_path=write([row]), eval_fraction=0, image_folder=tmp_path))
-    assert message.startswith(("error: cannot load the weights of ", f"error: --{flag} {folder}: ")) and str(folder) in message and expected in message, message
+    assert message.startswith("error: cannot load the weights of ") and str(folder) in message and expected in message, message
     assert not (tmp_path / "out").exists()
-
-
-def untrained(weights):
-    """As Transformers begins: zero biases."""
-    return {n: torch.zeros_like(v) if n.endswith("bias") else torch.randn_like(v) * 0.02 for n, v in weights.items()}
-
-
-def uniform(weights):
-    """As torch begins, and the original LLaVA."""
-    made = torch.nn.ModuleDict({"linear_1": torch.nn.Linear(128, 128), "linear_2": torch.nn.Linear(128, 128)})
-    return {n: made.state_dict()["linear" + n.split("linear")[1]] for n in weights}
-
-
-@pytest.mark.parametrize("begin, warned", [(untrained, True), (uniform, True), (dict, False)], ids=["zero biases", "uniform", "trained"])
-def test_a_projector_that_was_never_trained_is_a_warning(begin, warned, tiny_parts, stage_flags, write, monkeypatch, capsys, tmp_path):
-    def change(weights):
-        return weights | begin({name: value for name, value in weights.items() if "multi_modal_projector" in name})
-
-    folder = changed(tiny_parts / "align", tmp_path / "model", lambda model: reweighted(model, change))
-    torch.save(original(projector(folder)), tmp_path / "mm_projector.bin")
-
-    def stop(*args, **kwargs):
-        raise Loaded
-
-    monkeypatch.setattr(recipe, "Trainer", stop)  # the warning comes before it
-    for settings, named in (
-        ({"model_name_or_path": folder}, folder),
-        ({"pretrain_mm_mlp_adapter": tmp_path / "mm_projector.bin"}, tmp_path / "mm_projector.bin"),
-    ):
-        with pytest.raises(Loaded):
-            recipe.main(stage_flags("instruct", **settings, data_path=write([GOOD]), eval_fraction=0, image_folder=tmp_path))
-        assert (f"warning: the projector of {named} has never been trained" in capsys.readouterr().out) == warned
-
-
-def test_the_first_stage_does_not_warn_of_the_projector_that_it_trains(stage_flags, write, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(recipe, "Trainer", lambda *args, **kwargs: sys.exit(0))
-    with contextlib.suppress(SystemExit):
-        recipe.main(stage_flags("align", data_path=write([GOOD_CAPTION]), eval_fraction=0, image_folder=tmp_path))
-    assert "warning" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------- the whole thing
@@ -891,5 +819,5 @@ def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, s
     options = {"dataloader_num_workers": workers, "eval_fraction": 0, "image_folder": tmp_path}
     with pytest.raises(SystemExit) as end:
         recipe.main(stage_flags("align", data_path=write([{"image": name, "caption": "a"} for name in names]), **options))
-    assert re.fullmatch(r"error: .*row 1: unreadable image: .*lime\.png.*", end.value.code)
+    assert re.fullmatch(r"error: .*unreadable image: .*lime\.png.*", end.value.code)
     assert not (tmp_path / "out" / "trainer_state.json").exists()

@@ -166,25 +166,26 @@ def test_two_machines_train_like_one(flags_of, alone, request, tmp_path, config)
 @pytest.mark.parametrize("config", ZERO)
 def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flags_of, alone, request, tmp_path, config):
     argv, folder = flags_of("full", tmp_path / "out", per_device_train_batch_size=1), folder_of(request, config)
+    same_rows = ["--gradient_accumulation_steps", "4"]  # of one process, as many in a step as of two
     first = launch(config, argv, extensions=folder)
     assert finished(first, tmp_path / "out"), first.stderr[-5000:]
     whole = log(tmp_path / "out")
     for end in ("checkpoint-4", "trainer_state.json", "model.safetensors"):  # as if it had been killed after its second step
         (shutil.rmtree if end.startswith("checkpoint") else os.remove)(tmp_path / "out" / end)
-    assert llava_two_stage.is_whole(tmp_path / "out" / "checkpoint-2")
-    with pytest.raises(SystemExit, match="checkpoint-2 was written with DeepSpeed by 2 processes: resume it in the same way"):
-        llava_two_stage.main(argv)
-    alone_now = launch(config, argv, processes=1, extensions=folder)
-    assert alone_now.returncode == 1 and "was written with DeepSpeed by 2 processes" in alone_now.stderr
+    assert llava_two_stage.is_complete(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(SystemExit, match="checkpoint-2 was written by 2 processes with DeepSpeed: resume it in the same way"):
+        llava_two_stage.main(argv + same_rows)
+    alone_now = launch(config, argv + same_rows, processes=1, extensions=folder)
+    assert alone_now.returncode == 1 and "was written by 2 processes with DeepSpeed" in alone_now.stderr
     again = launch(config, argv, extensions=folder)
     assert finished(again, tmp_path / "out") and "resuming from" in again.stdout, again.stderr[-5000:]
     assert log(tmp_path / "out") == whole
     for part in (tmp_path / "out" / "checkpoint-4").glob("global_step*/*"):
         part.write_bytes(part.read_bytes()[:-500])
-        assert not llava_two_stage.is_whole(tmp_path / "out" / "checkpoint-4")
+        assert not llava_two_stage.is_complete(tmp_path / "out" / "checkpoint-4")
         break
     (tmp_path / "out" / "checkpoint-2" / "latest").unlink(missing_ok=True)
-    assert not llava_two_stage.is_whole(tmp_path / "out" / "checkpoint-2")
+    assert not llava_two_stage.is_complete(tmp_path / "out" / "checkpoint-2")
 
 
 def test_a_run_without_deepspeed_is_not_gone_on_with_in_shares(stage_flags, tmp_path):

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import chat, said
+from conftest import chat, load_data, said
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -129,7 +129,7 @@ def test_the_prompt_in_training_is_the_prompt_at_inference(model, models, collat
     saved = AutoProcessor.from_pretrained(tmp_path / "saved")
     bos = saved.tokenizer.bos_token_id
     for row in ROWS:
-        ids, messages = unpadded(collator([row])), collator.read(row)
+        ids, messages = unpadded(collator([row])), collator.messages_of(row)
         assert ids[0] == bos and ids.count(bos) == 1
         for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
             prompt = saved.apply_chat_template(messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -194,7 +194,7 @@ def test_llava_json_and_messages_give_the_same_batch(tiny_llava, parse):
     for name in ("data/train.parquet", "json/train.json"):
         settings, training = parse(dataset_name=tiny_llava / name, image_folder=tiny_llava / "json" / "images", eval_fraction=0)
         collator = sft_llava.Collator(sft_llava.load_processor(settings), settings, training)
-        rows = sft_llava.load_data(settings, training)[0].sort("row").select(range(40))
+        rows = load_data(sft_llava, settings, training)[0].sort("row").select(range(40))
         data[name] = [collator([row]) for row in rows], collator([*rows])
     (one, one_batch), (other, other_batch) = data.values()
     assert all(map(same, one, other)) and same(one_batch, other_batch)
@@ -303,9 +303,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind, has_test", KINDS.items())
 def test_every_kind_of_data_set_is_read(kind, has_test, saved, parse):
-    train, held_out = sft_llava.load_data(*parse(dataset_name=saved[kind], eval_fraction=0.2, seed=5))
-    again = sft_llava.load_data(*parse(dataset_name=saved[kind], eval_fraction=0.2, seed=5))
-    other = sft_llava.load_data(*parse(dataset_name=saved[kind], eval_fraction=0.2, seed=6))
+    train, held_out = load_data(sft_llava, *parse(dataset_name=saved[kind], eval_fraction=0.2, seed=5))
+    again = load_data(sft_llava, *parse(dataset_name=saved[kind], eval_fraction=0.2, seed=5))
+    other = load_data(sft_llava, *parse(dataset_name=saved[kind], eval_fraction=0.2, seed=6))
     assert answers_of(again[0]) == answers_of(train) and answers_of(again[1]) == answers_of(held_out)
     assert answers_of(train) == [str(n) for n in train["row"]]  # `row` is the number in the source
     if has_test:
@@ -330,7 +330,7 @@ def test_every_kind_of_data_set_is_read(kind, has_test, saved, parse):
 )
 def test_what_is_evaluated_on_can_be_said(settings, expected, saved, parse):
     paths = {key: saved.get(value, value) for key, value in settings.items()}
-    train, held_out = sft_llava.load_data(*parse(**paths))
+    train, held_out = load_data(sft_llava, *parse(**paths))
     assert len(train) == (5 if "dataset_train_split" in settings else 20)
     assert (held_out and sorted(answers_of(held_out))) == (expected and sorted(expected))
 
@@ -350,7 +350,7 @@ def test_rows_connected_by_pictures_stay_on_one_side(seed, parse, write, tmp_pat
         Image.new("RGB", (56, 56), (n, 0, 0)).save(tmp_path / f"{name}.png")
     rows = [said("<image>" * len(some) + "q", "a", image=[f"{name}.png" for name in some]) for some in [*CHAIN, ["lone"], ["lone"]]]
     rows += [said("q", str(n)) for n in range(6)]
-    train, held_out = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0.3, seed=seed))
+    train, held_out = load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0.3, seed=seed))
     numbers = set(train["row"]), set(held_out["row"])
     assert not numbers[0] & numbers[1] and numbers[0] | numbers[1] == set(range(12)) and all(numbers)
     for together in ({0, 1, 2, 3}, {4, 5}):
@@ -364,11 +364,11 @@ def test_all_rows_connected_cannot_be_divided(parse, write, images, capsys):
     red, lime = images(2)
     rows = [said("<image>q", "a", image=red), said("<image><image>q", "b", image=[red, lime]), said("<image>q", "c", image=lime)]
     with pytest.raises(SystemExit, match="^error: 3 rows cannot be divided .*--eval_fraction 0"):
-        sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0.5))
+        load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0.5))
 
 
 def test_rows_trained_on_are_not_held_out_by_default(saved, parse):
-    train, held_out = sft_llava.load_data(*parse(dataset_name=saved["saved dict"], dataset_train_split="test"))
+    train, held_out = load_data(sft_llava, *parse(dataset_name=saved["saved dict"], dataset_train_split="test"))
     assert held_out is None or not set(answers_of(train)) & set(answers_of(held_out))
 
 
@@ -379,7 +379,7 @@ def test_evaluation_data_has_its_own_image_folder(parse, tmp_path):
         (tmp_path / name / "rows.json").write_text(json.dumps([said("<image>\nWhich?", "two", image="x.png")]))
     settings, training = parse(**{key: tmp_path / name / "rows.json" for name, key in COLOUR_FOLDERS.items()})
     collator = sft_llava.Collator(sft_llava.load_processor(settings), settings, training)
-    assert [colours(collator([data[0]])) for data in sft_llava.load_data(settings, training)] == ["r", "b"]
+    assert [colours(collator([data[0]])) for data in load_data(sft_llava, settings, training)] == ["r", "b"]
 
 
 COLOUR_FOLDERS = {"red": "dataset_name", "blue": "eval_dataset_name"}
@@ -388,7 +388,7 @@ COLOUR_FOLDERS = {"red": "dataset_name", "blue": "eval_dataset_name"}
 @pytest.mark.parametrize("kind", ["json", "saved dict"])
 def test_evaluation_is_bounded_to_the_same_rows_each_time(kind, saved, parse):
     settings = {"dataset_name": saved[kind], "eval_fraction": 0.5, "max_eval_rows": 3}
-    runs = [sft_llava.load_data(*parse(**settings, seed=seed))[1]["row"] for seed in (1, 1, 2)]
+    runs = [load_data(sft_llava, *parse(**settings, seed=seed))[1]["row"] for seed in (1, 1, 2)]
     assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -408,7 +408,7 @@ def test_types_may_differ_between_rows(parse, write, images, collate):
         chat(("user", [*parts, {"type": "image", "index": 1}]), ("assistant", "three"), images=[red, lime]),
     ]
     for given, name in itertools.product((rows, rows[::-1], rows_of_messages, rows_of_messages[::-1]), ("x.json", "x.jsonl")):
-        train, _ = sft_llava.load_data(*parse(dataset_name=write(given, name), eval_fraction=0))
+        train, _ = load_data(sft_llava, *parse(dataset_name=write(given, name), eval_fraction=0))
         assert answers_of(train) == answers_of(given)
         collator = collate()
         assert all(same(collator([one]), collator([other])) for one, other in zip(train, given, strict=True))
@@ -418,11 +418,11 @@ def test_texts_that_look_like_json_stay_texts(parse, write, images, tmp_path):
     texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \n / \\"]
     rows = [chat(("user", "q"), ("assistant", text)) for text in texts]
     rows += [chat(("user", [{"type": "text", "text": text}]), ("assistant", text)) for text in texts]
-    train, _ = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0))
+    train, _ = load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0))
     assert answers_of(train) == texts * 2
     os.rename(tmp_path / images(1)[0], tmp_path / "7")
     rows = [said("<image>", text, image=image) for text, image in zip(texts, ("7", ["7"]))]
-    train, _ = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0))
+    train, _ = load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0))
     assert train["image"] == ["7", ["7"]]
 
 
@@ -435,7 +435,7 @@ def checked(parse, write, images, monkeypatch):
 
     def make(**settings):
         calls.clear()
-        sft_llava.load_data(*parse(dataset_name=path, eval_fraction=0, **settings))
+        load_data(sft_llava, *parse(dataset_name=path, eval_fraction=0, **settings))
         return len(calls)
 
     return make
@@ -462,14 +462,14 @@ def test_many_rows_are_checked_in_parallel(parse, write):
     rows[1100]["conversations"][1]["value"] = ""
     path = write(rows)
     with pytest.raises(SystemExit, match="row 1100: empty answer"):
-        sft_llava.load_data(*parse(dataset_name=path, dataset_num_proc=2))
+        load_data(sft_llava, *parse(dataset_name=path, dataset_num_proc=2))
     settings = parse(dataset_name=path, dataset_num_proc=2, eval_fraction=0, on_bad_rows="skip")
-    assert sft_llava.load_data(*settings)[0]["row"] == [n for n in range(1200) if n != 1100]
+    assert load_data(sft_llava, *settings)[0]["row"] == [n for n in range(1200) if n != 1100]
 
 
 def test_columns_of_the_names_used_here_do_no_harm(parse, write):
     rows = [said("q", str(n), row="mine", length="long", labels=3) for n in range(3)]
-    train, _ = sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0))
+    train, _ = load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0))
     assert train["row"] == [0, 1, 2] and all(length == train["length"][0] > 5 for length in train["length"])
 
 
@@ -477,12 +477,12 @@ def test_long_rows_are_dropped_or_refused_never_cut(parse, write, images, capsys
     [red] = images(1)
     rows = [said("q", "two"), said("<image>\nq", "two", image=red), said("q", "two and " * 40), said("q", "six")]
     settings = {"dataset_name": write(rows), "eval_fraction": 0}
-    lengths = sft_llava.load_data(*parse(**settings, max_length="none"))[0]["length"]
+    lengths = load_data(sft_llava, *parse(**settings, max_length="none"))[0]["length"]
     assert lengths[0] < 20 < lengths[1] < 40 < lengths[2]
     capsys.readouterr()
     for limit, kept in ((lengths[2], [0, 1, 2, 3]), (lengths[2] - 1, [0, 1, 3]), (lengths[1] - 1, [0, 3])):
         options = parse(**settings, max_length=limit)
-        train, _ = sft_llava.load_data(*options)
+        train, _ = load_data(sft_llava, *options)
         assert (train["row"], train["length"]) == (kept, [lengths[n] for n in kept])
         assert ("too long" in capsys.readouterr().out) == (len(kept) < 4)
     collator = sft_llava.Collator(sft_llava.load_processor(options[0]), *options)
@@ -491,12 +491,12 @@ def test_long_rows_are_dropped_or_refused_never_cut(parse, write, images, capsys
     with pytest.raises(
         SystemExit, match=rf"(?s)2 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"
     ):
-        sft_llava.load_data(*parse(**settings, max_length=limit, on_long_rows="stop"))
+        load_data(sft_llava, *parse(**settings, max_length=limit, on_long_rows="stop"))
 
 
 def test_dropped_rows_are_counted_in_print(parse, write, capsys):
     rows = [said("q", "two"), said("q", "two and " * 40)]
-    sft_llava.load_data(*parse(dataset_name=write(rows), eval_fraction=0, max_length=30))
+    load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0, max_length=30))
     assert re.search(r"1 of 2 rows(?s:.*)row 1: too long: \d+ tokens", capsys.readouterr().out)
 
 
@@ -504,11 +504,11 @@ def test_the_printed_example(collate, images):
     images(3)
     collator = collate()
     batch = collator([ROWS[2], ROWS[3]])
-    assert sft_llava.marked(batch, collator.processor) == (
+    assert sft_llava.mark_trained_tokens(batch, collator.processor) == (
         "<s> USER: <image> x 16\n<image> x 16\nWhich digits are these? ASSISTANT:« six and two</s>» "
         "USER: Even or odd? ASSISTANT:« even</s>» "
     )
-    assert sft_llava.marked(collator([ROWS[1], ROWS[2]]), collator.processor) == (  # padded
+    assert sft_llava.mark_trained_tokens(collator([ROWS[1], ROWS[2]]), collator.processor) == (  # padded
         "<s> Be brief. USER: Is seven even or odd? ASSISTANT:« odd</s>» "
     )
 
@@ -536,4 +536,4 @@ def test_what_else_is_read(collate, write, images, tmp_path, parse):
     sft_llava.datasets.Dataset.from_list([said("<image>", "blue", image="pics/a.png")] * 2).save_to_disk(tmp_path / "set" / "saved")
     (tmp_path / "set" / "saved" / "pics").mkdir()
     shutil.copy(tmp_path / "set" / "pics" / "a.png", tmp_path / "set" / "saved" / "pics")
-    assert len(sft_llava.load_data(*parse(dataset_name=tmp_path / "set" / "saved", eval_strategy="no"))[0]) == 2
+    assert len(load_data(sft_llava, *parse(dataset_name=tmp_path / "set" / "saved", eval_strategy="no"))[0]) == 2

@@ -1,7 +1,6 @@
 """benchmarks/sft_step.py: what it reports, and that its checks can fail."""
 
 import argparse
-import functools
 import json
 import sys
 
@@ -83,12 +82,8 @@ def gradient_alone(patch):
 
 
 def adapter_scaled(patch):
-    def wrong(layer):
-        forward = right(layer)
-        return lambda x: forward(x) * 1.001
-
     right = sft_llava.adapter_first
-    patch.setattr(sft_llava, "adapter_first", wrong)
+    patch.setattr(sft_llava, "adapter_first", lambda layer, x: right(layer, x) * 1.001)
 
 
 def other_positions(patch):
@@ -156,7 +151,7 @@ def test_sft_llava_recomputes_neither_tower_nor_last_product(tmp_path, monkeypat
         for name in ("recipe", "without"):
             both, batches, _ = sft_step.measured_sides(arguments("sft_llava"), True, tmp_path, "tiny")
             found[name] = sft_step.flops(both["recipe"], batches[0])
-            monkeypatch.setattr(sft_llava, "adapter_first", lambda layer: functools.partial(type(layer).forward, layer))
+            monkeypatch.setattr(sft_llava, "adapter_first", lambda layer, x: type(layer).forward(layer, x))
         hidden, inner, layers, *_ = sizes["text"]
         saved = 2 * batches[0]["input_ids"].numel() * hidden * (inner - 1) * layers  # 1: the rank; lora_B comes before it now
         assert found["without"] - found["recipe"] == saved

@@ -64,15 +64,51 @@ def test_at_most_so_many_rows_are_kept_for_evaluation_and_always_the_same(divide
     assert divide(images, max_eval_rows=7) == (train, held_out) != divide(images, seed=1, max_eval_rows=7)
 
 
-def test_a_run_of_an_earlier_version_that_held_out_other_rows_is_refused(recipe, tmp_path):
-    training = SimpleNamespace(output_dir=str(tmp_path), given={"seed": 0})
-    (tmp_path / "settings.yaml").write_text(f"# {recipe.__name__}.py\nseed: 0\n")
-    recipe.refuse_run_with_other_split(training)  # nothing was trained yet
-    (tmp_path / "checkpoint-8").mkdir()
-    with pytest.raises(SystemExit, match="holds a run of an earlier version, which held out other rows .* --output_dir"):
-        recipe.refuse_run_with_other_split(training)
-    recipe.write_settings(training)
-    recipe.refuse_run_with_other_split(training)
+def test_a_run_of_an_earlier_version_is_refused(recipe, begun, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("".join(line for line in settings.read_text().splitlines(keepends=True) if not line.startswith(recipe.ROWS_NOTE)))
+    with pytest.raises(SystemExit, match="holds a run of an earlier version, which held out or ordered rows differently.* --output_dir"):
+        recipe.require_same_settings(begun())
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def begun(recipe, tmp_path):
+    """Function: what differs -> the TrainingArguments of a run in tmp_path that was begun with 4 x 2 rows in a step."""
+
+    def make(**changes):
+        values = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1, "load_best_model_at_end": False}
+        values |= changes
+        given = {name: values.get(name, default) for name, default in GIVEN.items()}
+        return SimpleNamespace(output_dir=str(tmp_path), as_given=given, **values)
+
+    recipe.write_settings(make())
+    return make
+
+
+GIVEN = {"gradient_accumulation_steps": 4, "learning_rate": 1e-4, "max_eval_rows": 8, "per_device_eval_batch_size": 4, "sample_rows": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sample_rows": 0}, {"max_eval_rows": 2}, {"world_size": 2, "gradient_accumulation_steps": 2}])
+def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, changes):
+    recipe.require_same_settings(begun(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rate": 2e-4}, r"learning_rate 0.0001 -> 0.0002"),
+        ({"world_size": 2}, "rows in a step 8 -> 16: --gradient_accumulation_steps makes up for another number of GPUs"),
+        ({"gradient_accumulation_steps": 2}, "rows in a step 8 -> 4"),
+        ({"load_best_model_at_end": True, "max_eval_rows": 2}, "max_eval_rows 8 -> 2"),  # the best would be compared on other rows
+        ({"load_best_model_at_end": True, "per_device_eval_batch_size": 1}, "per_device_eval_batch_size 4 -> 1"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_run(recipe, begun, changes, message):
+    with pytest.raises(SystemExit, match=f"^error: .* holds a run with other settings .*{message}.*--output_dir"):
+        recipe.require_same_settings(begun(**changes))
 
 
 # ---------------------------------------------------------------------------------------------------------- LoRA targets
@@ -116,7 +152,7 @@ def test_lora_targets_are_names_in_the_language_model_or_one_regex(recipe, model
         (["q_proj", "qproj"], "--lora_target_modules qproj: no such linear layer"),
         (["embed_tokens"], "embed_tokens: no such linear layer"),
         ([r".*\.nothing"], "nothing: no such linear layer"),
-        (["(q_proj"], r"'\(q_proj' is no regular expression"),
+        (["(q_proj"], r"'\(q_proj' is not a valid regular expression"),
         ([r".*\.q_proj"], r"--lora_target_modules: \['model.vision_tower.*q_proj'\] is in vision_tower, which is frozen"),
     ],
 )
@@ -142,7 +178,7 @@ def test_lora_targets_in_the_code_are_checked_like_those_of_the_flag(recipe, mod
         ("a.json", '[{"a": 1, "a": 2}]', "a key appears twice"),
         ("a.json", '{"a": 1}', "must be a list of rows"),
         ("a.json", "[]", "it is empty"),
-        ("a.json", '[{"a": "\\ud83d"}]', r"half a character .* in rows \[0\]"),
+        ("a.json", '[{"a": "\\ud83d"}]', r"row 0 has invalid Unicode"),
     ],
 )
 def test_json_files_that_cannot_be_read(recipe, name, text, message, tmp_path):

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe, put_on, start, underscored  # noqa: E402
+from tools.generate import fail, load, load_recipe, own_rows, put_on, start, underscored, user_turn  # noqa: E402
 
 MAX_QUESTION = 4000  # characters
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
@@ -157,13 +157,13 @@ def examples(run, most):
     """-> [(PIL image, question, reference)] of at most so many rows that the run held out. Rows that the page has no place for (a system
     message, several pictures or none before the first answer) are passed over; without its data a run has no examples."""
     try:
-        rows = run.recipe.load_data(run.settings, run.training)[1]
+        rows = own_rows(run.recipe, run.path, run.settings, run.training, run.collator)
     except SystemExit as e:  # the data need not be where they were: the page works without
         rows = print(f"note: no examples of {run.label}, its data cannot be read: {str(e.code).removeprefix('error: ')}", file=sys.stderr)
     found = []
     for row in rows or ():
         with contextlib.suppress(run.recipe.BadRow):
-            asked, *answers = run.collator.read(row)
+            asked, *answers = run.collator.messages_of(row)
             pictures = [part["image"] for part in asked["content"] if part["type"] == "image"]
             words = any(part["type"] == "text" for part in asked["content"])
             if asked["role"] == "user" and len(pictures) == 1 and words:
@@ -233,7 +233,7 @@ class Answers:
         if typed := [token for token in run.collator.control_tokens if token in question]:
             raise Refused(f"`{typed[0]}` in the question would become a real control token: take it out. Pictures need no mark.")
         try:
-            turn = run.collator.ask(question.strip(), [run.recipe.load_image(path)] if path else [])
+            turn = user_turn(run.collator, question.strip(), [run.recipe.load_image(path)] if path else [])
         except run.recipe.BadRow as e:  # uploads have names of their own, which say nothing
             raise Refused(f"This cannot be asked: {str(e).replace(str(path), 'the picture').split('; repair it')[0]}.") from e
         batch = run.collator.tokenize([[turn]], prompt=True)

@@ -41,7 +41,28 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 # Image tokens that a model makes of one picture at most, of those that the recipes train: LLaVA-NeXT's five views.
 MOST_OF_A_PICTURE = 5 * 576 + 100
 # What a recipe must have to be asked.
-CONTRACT = "parse check load_processor load_data read_rows load_model load_image text_of BadRow Settings Collator.ask Collator.read Collator.tokenize"
+CONTRACT = "parse check load_processor load_data load_model load_image text_of BadRow Settings Collator.messages_of Collator.tokenize"
+
+
+def rows_of(recipe, name, split, settings):
+    """The rows of a data set, as the recipe reads them: by a function of its own, where its rows have a form of their own."""
+    return (recipe.read_rows if hasattr(recipe, "read_rows") else recipe.read_dataset)(name, split, settings)
+
+
+def own_rows(recipe, run, settings, training, collator):
+    """The rows that a run was evaluated on. Raises SystemExit for a run of an earlier version, which may have held out others."""
+    config = home(run) / "settings.yaml"
+    if config.exists() and recipe.ROWS_NOTE not in config.read_text(encoding="utf-8"):
+        fail(f"{run} is of an earlier version of {Path(recipe.__file__).name}, which may have held out other rows: name the rows, by --dataset_name or --data_path")
+    return recipe.load_data(settings, training, collator)[1]
+
+
+def user_turn(collator, question, pictures):
+    """A question about PIL images as the turn of a user: in the recipe's form, where it has one of its own."""
+    if hasattr(collator, "user_turn"):
+        return collator.user_turn(question, pictures)
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
 def fail(message):
@@ -235,7 +256,7 @@ def add(text, message):
 def questions(recipe, collator, row, more=None):
     """A row, and a text to add to every question -> [(messages up to a question, turn, question, reference)], one for each turn
     of the assistant, and one more, without a reference, where the last turn is the user's. Raises the recipe's BadRow."""
-    messages = [add(more, message) for message in collator.read(row)]
+    messages = [add(more, message) for message in collator.messages_of(row)]
     said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
     found = [(messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n])) for turn, n in enumerate(turns)]
@@ -357,7 +378,7 @@ def main(argv=None):
             fail(f"{typed[0]} in {flag} would become a real control token; take it out (pictures are given by --image)")
     if args.question is not None:
         try:
-            turn = collator.ask(args.question, [recipe.load_image(path) for path in args.image])
+            turn = user_turn(collator, args.question, [recipe.load_image(path) for path in args.image])
         except recipe.BadRow as e:
             fail(e)
         system = [{"role": "system", "content": [{"type": "text", "text": args.system}]}] if args.system else []
@@ -374,7 +395,7 @@ def main(argv=None):
                 if about_data and field.name not in given:
                     setattr(settings, field.name, field.default)
         source = (settings.data_path, None) if hasattr(settings, "data_path") else (settings.dataset_name, settings.dataset_train_split)
-        rows = recipe.load_data(settings, training)[1] if own else recipe.read_rows(*source, settings)
+        rows = own_rows(recipe, args.run, settings, training, collator) if own else rows_of(recipe, *source, settings)
         if rows is None:
             fail(f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}")
         rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip", reads(settings), args.append)

@@ -53,7 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.generate import fail, load_recipe, start, underscored  # noqa: E402
 
-CONTRACT = "Settings Training parse check load_processor load_data check_rows BadRow load_image Collator load_model main"
+CONTRACT = "Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator load_model main"
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
 CARDS = (16, 24, 40, 80)
 # Of a card's memory: CUDA's own context, and what its allocator cannot use because it is in pieces.
@@ -103,13 +103,13 @@ def read_flags(recipe, rest, gpus):
     cpu, bf16, fp16 = (asked_for(flag, rest) for flag in ("use_cpu", "bf16", "fp16"))
     half = bf16 or fp16 or not cpu and bf16 is None
     with contextlib.ExitStack() as stack:
-        if by_stage := getattr(recipe, "by_stage", None):  # makes up its step of the number of processes
+        if fill_defaults := getattr(recipe, "fill_defaults", None):  # makes up its step of the number of processes
 
             def for_these_gpus(given):
                 with patch.dict(os.environ, {"WORLD_SIZE": str(gpus)}):
-                    return by_stage(given)
+                    return fill_defaults(given)
 
-            stack.enter_context(patch.object(recipe, "by_stage", for_these_gpus))
+            stack.enter_context(patch.object(recipe, "fill_defaults", for_these_gpus))
         settings, training = recipe.parse([*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"])
         recipe.check(settings, training)
     training.bf16, training.for_gpu = bool(half), not cpu  # fp16 has the same sizes, but no CPU runs it
@@ -173,7 +173,7 @@ def _run_job(n):
 
 
 class Data:
-    """Stands in for a recipe's check_rows: the same rows are left over, but nothing stops at a bad one, and what is seen is kept in `looked`,
+    """Stands in for a recipe's check_and_measure_rows: the same rows are left over, but nothing stops at a bad one, and what is seen is kept in `looked`,
     [(name, row numbers, what look_at found)], one for the training rows and one for others."""
 
     def __init__(self, recipe, most):
@@ -722,14 +722,14 @@ def inspect(recipe, args, rest):
     settings, training, dtype = read_flags(recipe, rest, args.gpus)
     data, batch = Data(recipe, args.rows), training.per_device_train_batch_size
     asked_to_evaluate, train, held_out = training.eval_strategy != "no", None, None
-    with patch.object(recipe, "check_rows", data), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Seen):
-        train, held_out = recipe.load_data(settings, training)
+    processor = recipe.load_processor(settings)
+    collator = recipe.Collator(processor, settings, training)
+    with patch.object(recipe, "check_and_measure_rows", data), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Seen):
+        train, held_out = recipe.load_data(settings, training, collator)
     report = {"recipe": str(args.recipe), "model": settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}", "precision": str(dtype).removeprefix("torch.")}
     report["data"] = [about_data(one, max_length(settings, training), 1) for one in data.looked]
     if train is None:
         return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
-    processor = recipe.load_processor(settings)
-    collator = recipe.Collator(processor, settings, training)
     few = min(args.examples, len(train))
     chosen = sorted((train[n * len(train) // few] for n in range(few)), key=lambda row: row["row"])
     report["examples"] = [{"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen]
@@ -755,7 +755,7 @@ def inspect(recipe, args, rest):
             report["odd"].append(f"{most[now] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
     if report["memory"]["fixed"][args.strategy] is None:
         report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
-    refused = {*getattr(recipe, "REFUSED", ()), *getattr(recipe, "UNUSED_FLAGS", ())}
+    refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
     if hasattr(recipe, "check_shares"):  # it has DeepSpeed from its launcher
         refused.discard("deepspeed")
     if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in refused:

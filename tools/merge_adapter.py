@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, home, load, load_recipe, put_on, start, underscored  # noqa: E402
+from tools.generate import fail, home, load, load_recipe, put_on, rows_of, start, underscored, user_turn  # noqa: E402
 
 # How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -80,18 +80,18 @@ def example(recipe, collator, settings):
         try:
             with patch.object(datasets.config, "HF_HUB_OFFLINE", True), patch.object(constants, "HF_HUB_OFFLINE", True), open(os.devnull, "w") as quiet, \
                     patch.object(sys, "stderr", quiet):
-                rows = recipe.read_rows(name, split, settings) if name else []
+                rows = rows_of(recipe, name, split, settings) if name else []
         except (SystemExit, OSError, ValueError):
             continue
         for n in range(min(20, len(rows))):
             try:
-                messages = collator.read(rows[n])
+                messages = collator.messages_of(rows[n])
             except recipe.BadRow:
                 continue
             if any(part["type"] == "image" for message in messages for part in message["content"]):
                 return messages, messages[-1]["role"] == "user", f"row {rows[n]['row']} of {name}"
     picture = Image.effect_mandelbrot((336, 336), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    return [collator.ask("What is in the picture?", [picture])], True, "a made-up picture and question (the run's data are not here)"
+    return [user_turn(collator, "What is in the picture?", [picture])], True, "a made-up picture and question (the run's data are not here)"
 
 
 def inputs(collator, messages, prompt):

@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ["sft_llava.py", "idefics2_docvqa.py", "dpo_idefics2.py", "finetune_minicpm_lora.py", "llava_two_stage.py"]
 LINE = "# " + "=" * 117
 MARKER = f"""{LINE}
-# The workbench: flags, files, rows, checkpoints. The same in every recipe; which tokens and weights are trained is
-# decided above. In your own copy edit anything. In this repository: edit workbench/workbench.py, then `make sync`.
+# The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
+# Its last three sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
+# train_and_save, and above this line.
+# In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 {LINE}
 """
 
@@ -65,14 +67,23 @@ def synced(text):
     recipe = blocks(above)
     needed = reachable(recipe, workbench)
     imports = [ast.unparse(n) for n, _ in needed if isinstance(n, (ast.Import, ast.ImportFrom))]
-    rest = [block for node, block in needed if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    rest = [(node, block) for node, block in needed if not isinstance(node, (ast.Import, ast.ImportFrom))]
     first = next(node for node, _ in recipe if isinstance(node, (ast.Import, ast.ImportFrom)))
     lines = above.splitlines()
     head, tail = lines[: first.lineno - 1], lines[first.lineno - 1 :]
     end = '\n\nif __name__ == "__main__":\n    main()\n'
-    whole = "\n".join(head + imports + tail) + "\n\n\n" + MARKER + "\n" + "\n\n\n".join(rest) + "\n" + end
+    whole = "\n".join(head + imports + tail) + "\n\n\n" + MARKER + "\n" + joined(rest) + "\n" + end
     whole = ruff(whole, "check", "--fix", "--select", "I,F401,F811")  # sorts imports, removes those not used
     return ruff(whole, "format")
+
+
+def joined(parts):
+    """[(node, its lines)] -> one text. A constant without a comment of its own stands close to the one before it."""
+    text = parts[0][1]
+    for (before, _), (node, lines) in zip(parts, parts[1:], strict=False):
+        is_close = isinstance(before, ast.Assign) and isinstance(node, ast.Assign) and not lines.startswith("#")
+        text += ("\n" if is_close else "\n\n\n") + lines
+    return text
 
 
 def ruff(text, *command):
