@@ -216,11 +216,8 @@ def padded(order, lengths, batch):
 def samplers(module, lengths, step, batch):
     """{name: order of rows} of the three ways, at steps of so many rows."""
     random_order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(SEED)).tolist()
-    if step == batch:
-        alike = random_order  # the recipes leave it at that
-    elif not hasattr(module, "ByModalityAndLength"):
-        alike = random_order  # the Trainer's own sampler
-    else:
+    alike = random_order  # the Trainer's own sampler, and where a step is one batch
+    if step != batch and hasattr(module, "ByModalityAndLength"):
         alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, lambda: torch.Generator().manual_seed(SEED)))
     grouped = LengthGroupedSampler(step, lengths=lengths, generator=torch.Generator().manual_seed(SEED))
     return {"random": random_order, "steps by length": alike, "group_by_length": list(grouped)}

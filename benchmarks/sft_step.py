@@ -78,6 +78,7 @@ from PIL import Image  # noqa: E402
 import finetune_minicpm_lora  # noqa: E402
 import sft_llava  # noqa: E402
 from tiny import minicpm  # noqa: E402
+from tools.generate import user_turn  # noqa: E402
 
 RECIPES = {"sft_llava": sft_llava, "finetune_minicpm_lora": finetune_minicpm_lora}
 # MiniCPM-V-4.6, by its config.json. Hidden, intermediate, layers, heads; language model: and key-value heads, then linear attention's heads
@@ -175,7 +176,6 @@ def make_rows(n, name, collator, sizes, folder, picture, seed, spread=1):
         collator, "render", lambda messages, prompt: processor.apply_chat_template(messages, add_generation_prompt=prompt)
     )
     count = lambda text: len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-    asks = lambda text, image: {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
 
     def digits(middle, tokens_of=count):
         """Digits, added one by one until they make as many tokens as are drawn."""
@@ -187,7 +187,7 @@ def make_rows(n, name, collator, sizes, folder, picture, seed, spread=1):
     side = tuple(round(length / sizes["by"] ** 0.5) for length in picture)
     for row in range(n):
         image = Image.frombytes("RGB", side, noise.randbytes(3 * side[0] * side[1]))
-        prompt = lambda text, image=image: count(render([asks(text, image)], True)) - 1
+        prompt = lambda text, image=image: count(render([user_turn(collator, text, [image])], True)) - 1
         question, answer, file = digits(PROMPT, prompt), digits(ANSWER), str(Path(folder) / f"{row}.png")
         image.save(file)
         said = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": answer}]

@@ -18,6 +18,8 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
+from tools.generate import rows_of
+
 RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
 VALUES = {  # of a refused setting, where "x" would not be read at all
     "pad_to_multiple_of": "8",
@@ -80,7 +82,7 @@ def test_a_key_that_stands_twice_is_not_passed_over(recipe, name, tmp_path):
     flag = "data_path" if "data_path" in every_name(recipe) else "dataset_name"
     settings, training = recipe.parse(["--use_cpu", f"--{flag}", str(tmp_path / name), *(["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else [])])
     with pytest.raises(SystemExit) as end:
-        (recipe.read_rows if hasattr(recipe, "read_rows") else recipe.read_dataset)(str(tmp_path / name), "train", settings)
+        rows_of(recipe, str(tmp_path / name), "train", settings)
     assert re.search(rf"^error: cannot read {tmp_path / name}: (line 1: )?a key appears twice in .*(two|why\?)", end.value.code)
 
 

@@ -434,6 +434,7 @@ def test_steps_of_several_gpus(tiny_parts, tmp_path, report, uncounted):
     for gpus in (1, 8):
         found = report(llava_two_stage, flags, "--gpus", str(gpus), "--strategy", "zero3")
         assert found["plan"]["effective_batch"] == 128 and found["memory"]["strategy"] == "zero3"
+        assert not [one for one in found["odd"] if "takes no" in one]  # its launcher gives it DeepSpeed
 
 
 def test_joined_parts_with_adapters(tiny_parts, tmp_path, report):

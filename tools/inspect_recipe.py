@@ -296,8 +296,7 @@ def build(recipe, settings, training, train, held_out):
         "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training, *args: None,
         "load_data": lambda *args: (train, held_out),
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
-        "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
-        "warn_if_untrained": lambda *args: None}  # there are no weights to look at
+        "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder)}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
         training.output_dir, training.report_to, training.push_to_hub = out, [], False
         training.logging_dir = out
@@ -756,7 +755,7 @@ def inspect(recipe, args, rest):
     if report["memory"]["fixed"][args.strategy] is None:
         report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
     refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
-    if hasattr(recipe, "check_shares"):  # it has DeepSpeed from its launcher
+    if hasattr(recipe, "check_processes"):  # it has DeepSpeed from its launcher
         refused.discard("deepspeed")
     if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in refused:
         report["odd"].append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
