@@ -25,7 +25,7 @@ TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --g
 
 # The rules of the recipes and of what they share.
 RECIPES := sft_llava.py idefics2_docvqa.py dpo_idefics2.py finetune_minicpm_lora.py llava_two_stage.py
-READABLE := --line-length 119 --extend-select E501,C4,SIM,N,RET,PLR0915,C901 --ignore SIM905,N818 --config 'lint.mccabe.max-complexity=12'
+READABLE := --extend-select E501,C4,SIM,N,RET,PLR0915,C901 --ignore SIM905,N818 --config 'lint.mccabe.max-complexity=12'
 
 .PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test sync clean
 
@@ -118,7 +118,7 @@ demo-llava_two_stage: .venv/done
 test: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff check $(READABLE) $(RECIPES) workbench
-	.venv/bin/ruff format --check --line-length 119 $(RECIPES) workbench
+	.venv/bin/ruff format --check .
 	$(PY) workbench/sync.py --check
 	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one
 

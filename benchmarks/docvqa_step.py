@@ -69,7 +69,12 @@ PARTS = {
 }
 # hidden, intermediate, layers, heads; language model: and key-value heads; perceiver: heads, head width, key-value heads
 SHAPES = {
-    "idefics2-8b": {"page": 980, "vision": (1152, 4304, 27, 16), "text": (4096, 14336, 32, 32, 8), "perceiver": (16, 96, 4)},
+    "idefics2-8b": {
+        "page": 980,
+        "vision": (1152, 4304, 27, 16),
+        "text": (4096, 14336, 32, 32, 8),
+        "perceiver": (16, 96, 4),
+    },
     "scaled": {"page": 980, "vision": (192, 718, 2, 3), "text": (256, 896, 32, 8, 2), "perceiver": (4, 32, 1)},
     "tiny": {"page": 140, "vision": (64, 128, 2, 2), "text": (64, 128, 2, 2, 1), "perceiver": (2, 32, 1)},
 }
@@ -91,7 +96,12 @@ def configuration(shape, image_token_id):
             "resampler_depth": 3,
         }
         | resampler,
-        text_config={"model_type": "mistral", "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5}
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+        }
         | text,
         image_token_id=image_token_id,
     )
@@ -101,7 +111,9 @@ def adapted(config, settings, device, dtype):
     """The frozen base as the recipe's `load_model` leaves it, with random weights, and the recipe's LoRA. lora_B is random,
     too: at its initial 0 every gradient of lora_A would be 0, and equal for nothing."""
     with torch.device(device):
-        base = modeling_idefics2.Idefics2ForConditionalGeneration._from_config(config, dtype=dtype).requires_grad_(False)
+        base = modeling_idefics2.Idefics2ForConditionalGeneration._from_config(config, dtype=dtype).requires_grad_(
+            False
+        )
     with warnings.catch_warnings(action="ignore"):
         model = get_peft_model(base, recipe.lora_config(settings))
     for name, weight in model.named_parameters():
@@ -256,7 +268,9 @@ def measure(args, checkpointing, folder, report):
         dtype = dtype or (torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32)
         model = adapted(configuration(SHAPES[shape], processor.image_token_id), settings, training.device, dtype)
         both = trainers(model, collator, rows[: args.batch_size], settings, training)
-        both["recipe"].remove_callback(recipe.FrozenWithoutGraph)  # the tower stays without a graph, for what is measured then
+        both["recipe"].remove_callback(
+            recipe.FrozenWithoutGraph
+        )  # the tower stays without a graph, for what is measured then
         for trainer in both.values():
             trainer.train()  # a step at learning rate 0: checkpointing and autocast are set up as for a user, kernels are warm
         return both, batches, collator, rows, settings, training
@@ -287,11 +301,17 @@ def measure(args, checkpointing, folder, report):
 
     report(
         line(
-            "time", found["seconds"], "s", 1, f"median of {args.steps}, alternating; slowest / fastest of one side {spread:.2f}"
+            "time",
+            found["seconds"],
+            "s",
+            1,
+            f"median of {args.steps}, alternating; slowest / fastest of one side {spread:.2f}",
         )
     )
     report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
-    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
+    report(
+        line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights")
+    )
     if name == "scaled" and training.device.type == "cpu":
         found["flops_8b"], found["shares"]["idefics2-8b"] = flops_without_storage(
             SHAPES["idefics2-8b"], collator, rows[: args.batch_size], settings, training
@@ -307,7 +327,10 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=int, default=2, help="Rows of a step.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, pages and texts.")
     parser.add_argument(
-        "--checkpointing", choices=["both", "on", "off"], default="both", help="Activation checkpointing, of both sides."
+        "--checkpointing",
+        choices=["both", "on", "off"],
+        default="both",
+        help="Activation checkpointing, of both sides.",
     )
     parser.add_argument("--json", type=Path, help="Write all figures to this file.")
     size = parser.add_mutually_exclusive_group()
@@ -321,10 +344,15 @@ def main(argv=None):
     torch.set_num_threads(1)
 
     report = lambda text: print(text, flush=True)
-    report(f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; {args.batch_size} rows a step" + f"\n{SMALL}" * args.tiny)
+    report(
+        f"{device}; torch {torch.__version__}, transformers {transformers.__version__}; {args.batch_size} rows a step"
+        + f"\n{SMALL}" * args.tiny
+    )
     with tempfile.TemporaryDirectory() as folder:
         found = [
-            measure(args, on, folder, report) for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")
+            measure(args, on, folder, report)
+            for on in (True, False)
+            if args.checkpointing in ("both", "on" if on else "off")
         ]
     write(args, device, found)
     if not all(setting["equal"] for setting in found):

@@ -150,7 +150,10 @@ def configuration(arch, sizes, tokenizer):
     resampler |= {"resampler_n_heads": heads, "resampler_head_dim": 96, "num_key_value_heads": max(1, heads // 4)}
     resampler |= {"resampler_depth": max(1, round(3 * sizes["depth"]))}
     return transformers.Idefics2Config(
-        vision_config=vision, perceiver_config=resampler, text_config={**text, "model_type": "mistral"}, image_token_id=image
+        vision_config=vision,
+        perceiver_config=resampler,
+        text_config={**text, "model_type": "mistral"},
+        image_token_id=image,
     )
 
 
@@ -167,7 +170,9 @@ def make_model(config, sizes, device, dtype):
                 seen, round(inner * sizes["depth"]), width, config.text_config.hidden_act
             )
             model.model.connector.modality_projection = projection
-        if config.model_type == "idefics2":  # at their initial 1 all image tokens are the same, and gradients rounding errors
+        if (
+            config.model_type == "idefics2"
+        ):  # at their initial 1 all image tokens are the same, and gradients rounding errors
             model.model.connector.perceiver_resampler.latents.data.normal_(std=0.5)
     return model.to(dtype).requires_grad_(False)
 
@@ -221,7 +226,9 @@ def trainers(base, collator, rows, settings, training):
             peft_config=recipe.lora_config(settings),
         )
         sides[name].remove_callback(transformers.PrinterCallback)
-        sides[name].remove_callback(recipe.ReplacedForwards)  # prompts stay shared after train(), for what is measured then
+        sides[name].remove_callback(
+            recipe.ReplacedForwards
+        )  # prompts stay shared after train(), for what is measured then
         transformers.set_seed(training.seed)
         for part, weight in sides[name].model.named_parameters():
             if weight.requires_grad:
@@ -277,7 +284,9 @@ def flops_by_part(trainer, batch):
 
     def give(*args, **kwargs):
         leaf = lambda t: torch.zeros_like(t, requires_grad=t.requires_grad)
-        return transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=pytree.tree_map(leaf, kept.pop(0)))
+        return transformers.modeling_outputs.BaseModelOutputWithPooling(
+            pooler_output=pytree.tree_map(leaf, kept.pop(0))
+        )
 
     found = []
     try:
@@ -291,7 +300,11 @@ def flops_by_part(trainer, batch):
 
 def flops_of_image(trainer, batch):
     """FLOPs to see each image of the batch once: vision tower and connector, forward."""
-    images = {name: batch[name][: len(batch[name]) // 2] for name in ("pixel_values", "pixel_attention_mask") if name in batch}
+    images = {
+        name: batch[name][: len(batch[name]) // 2]
+        for name in ("pixel_values", "pixel_attention_mask")
+        if name in batch
+    }
     with counter() as counted, torch.no_grad():
         trainer.model.get_base_model().model.get_image_features(
             **{key: value.to(trainer.args.device) for key, value in images.items()}
@@ -334,7 +347,9 @@ def prepare(args, checkpointing, folder, size, side=None, spread=1, **more):
     }
     settings, training = recipe.parse([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-    rows = make_rows(args.batch_size * args.steps, collator, sizes, side or (sizes["side"], sizes["side"]), args.seed, spread)
+    rows = make_rows(
+        args.batch_size * args.steps, collator, sizes, side or (sizes["side"], sizes["side"]), args.seed, spread
+    )
     return settings, training, collator, rows, sizes, config
 
 
@@ -353,7 +368,9 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
 
 def counted_sides(args, checkpointing, folder, size, side=None, spread=0):
     """FLOPs of both sides (see flops_by_part) and of seeing the images, on the CPU, without weights."""
-    settings, training, collator, rows, sizes, config = prepare(args, checkpointing, folder, size, side, spread, use_cpu=True)
+    settings, training, collator, rows, sizes, config = prepare(
+        args, checkpointing, folder, size, side, spread, use_cpu=True
+    )
     batch, found = collator(rows[: args.batch_size]), {}
     with mock.patch.object(transformers.Trainer, "_move_model_to_device"):  # weights without storage cannot be moved
         base = make_model(config, sizes, "meta", torch.float32)
@@ -411,7 +428,9 @@ def measure(args, checkpointing, folder, report):
     if args.device == "cuda":
         both, batches = measured_sides(args, checkpointing, folder, size)
     counted = {side: flops_by_part(trainer, batches[0]) for side, trainer in both.items()}
-    found |= costs(both, dict.fromkeys(both, batches), report, {side: counts["all"] for side, counts in counted.items()})
+    found |= costs(
+        both, dict.fromkeys(both, batches), report, {side: counts["all"] for side, counts in counted.items()}
+    )
     found["flops_by_part"] = counted | {"image": flops_of_image(both["stock"], batches[0])}
     report(parts(found["flops_by_part"], args.batch_size, 1e9, "GFLOP"))
     if size == "scaled" and checkpointing:
@@ -422,7 +441,9 @@ def measure(args, checkpointing, folder, report):
 def main(argv=None):
     """Flags -> exit status: 1 where the two sides are not equal, or a threshold is missed."""
     parser = flag_parser(__doc__)
-    parser.add_argument("--arch", choices=list(REAL), default="idefics2", help="Idefics2-8b's proportions or LLaVA-1.5-7b's.")
+    parser.add_argument(
+        "--arch", choices=list(REAL), default="idefics2", help="Idefics2-8b's proportions or LLaVA-1.5-7b's."
+    )
     parser.add_argument("--adapters", choices=["language", "all"], default="all", help="As in the recipe.")
     add_flags(parser, steps=5, rows="Pairs")
     args = parser.parse_args(argv)
@@ -433,7 +454,8 @@ def main(argv=None):
     report(
         f"{device}; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n{args.arch}, adapters: "
         f"{args.adapters}, {args.batch_size} pair(s) a step; both sides score label positions only, as TRL does on a GPU"
-        + f"\n{SMALL}" * args.tiny
+        + f"\n{SMALL}"
+        * args.tiny
     )
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]
     with tempfile.TemporaryDirectory() as folder, label_positions_only():
@@ -446,7 +468,9 @@ def main(argv=None):
         report("\nwithout checkpointing, as a share of what it takes with it:")
         for side in ("stock", "recipe"):
             share = {what: found[1][what][side] / found[0][what][side] for what in ("seconds", "flops", "peak_bytes")}
-            report(f"  {side:7s}time {share['seconds']:.2f}, FLOPs {share['flops']:.2f}, memory {share['peak_bytes']:.2f}")
+            report(
+                f"  {side:7s}time {share['seconds']:.2f}, FLOPs {share['flops']:.2f}, memory {share['peak_bytes']:.2f}"
+            )
     if missed(args, found, report):
         return 1
     return 0

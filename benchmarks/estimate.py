@@ -46,8 +46,15 @@ KINDS = ("with_checkpointing", "without_checkpointing")
 def flags_of(run, bits, path, scratch, batch, more):
     """The recipe's flags for an entry of RUNS in one of its precisions."""
     _, model, data, own_batch, own, precisions = RUNS[run]
-    flags = {"model_name_or_path": scratch / model, data: path, "output_dir": scratch / "run", "per_device_train_batch_size": batch or own_batch}
-    return [part for name, value in (flags | own | precisions[bits] | more).items() for part in (f"--{name}", str(value))]
+    flags = {
+        "model_name_or_path": scratch / model,
+        data: path,
+        "output_dir": scratch / "run",
+        "per_device_train_batch_size": batch or own_batch,
+    }
+    return [
+        part for name, value in (flags | own | precisions[bits] | more).items() for part in (f"--{name}", str(value))
+    ]
 
 
 def reckon(run, bits, rows, small, scratch, batch=None, more=None):
@@ -57,11 +64,26 @@ def reckon(run, bits, rows, small, scratch, batch=None, more=None):
     if not (scratch / model).exists():
         processor.save_pretrained(scratch / model)
         configuration(model, small, processor.tokenizer).save_pretrained(scratch / model)
-        save_file({}, scratch / model / "model.safetensors")  # llava_two_stage.py looks whether there are weights; nobody loads them
+        save_file(
+            {}, scratch / model / "model.safetensors"
+        )  # llava_two_stage.py looks whether there are weights; nobody loads them
     path = make_rows(recipe, rows, processor.tokenizer, scratch / "rows")
     flags = flags_of(run, bits, path, scratch, batch, ({"use_cpu": True} if small else {}) | (more or {}))
-    command = [sys.executable, ROOT / "tools/inspect_recipe.py", ROOT / f"{recipe}.py", "--json", "--examples", "0", *flags]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ | {"HF_DATASETS_CACHE": str(scratch / "cache")})
+    command = [
+        sys.executable,
+        ROOT / "tools/inspect_recipe.py",
+        ROOT / f"{recipe}.py",
+        "--json",
+        "--examples",
+        "0",
+        *flags,
+    ]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_DATASETS_CACHE": str(scratch / "cache")},
+    )
     if done.returncode:
         sys.exit(f"error: {run}, {bits} bits: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
@@ -74,9 +96,15 @@ def measure(run, bits, rows, small, scratch, batch=None):
     write_weights(model, small, scratch / model)
     more = {"use_cpu": True, "bf16": True, "dataloader_num_workers": 0, "report_to": "none"}
     report = reckon(run, bits, rows, small, scratch, batch, more)["memory"]
-    trainer = trainer_of(importlib.import_module(name), flags_of(run, bits, scratch / "rows" / f"{name}.json", scratch, batch, more))
+    trainer = trainer_of(
+        importlib.import_module(name), flags_of(run, bits, scratch / "rows" / f"{name}.json", scratch, batch, more)
+    )
     begin = time.perf_counter()
-    found = {"measured": activations(trainer), "seconds": time.perf_counter() - begin, "batch": trainer.args.per_device_train_batch_size}
+    found = {
+        "measured": activations(trainer),
+        "seconds": time.perf_counter() - begin,
+        "batch": trainer.args.per_device_train_batch_size,
+    }
     return found | {"foretold": report["activations"][KINDS[0]]["bytes"], "tokens": report["longest"]}
 
 
@@ -101,11 +129,17 @@ def main(argv=None):
     """Flags -> a table."""
     parser = flag_parser(__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Default: all of {', '.join(RECIPES)}.")
-    parser.add_argument("--rows", type=int, default=32, help="Rows that are made up; the longest are reckoned with (default 32).")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="Rows that are made up; the longest are reckoned with (default 32)."
+    )
     parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
     parser.add_argument("--batch_size", type=int, help="With --measure: rows of the step. Default: the recipe's own.")
     parser.add_argument("--measure", action="store_true", help="Take a step of each on this CPU, and compare.")
-    parser.add_argument("--scratch", type=Path, help="With --measure: a folder for the weights, which stay there. Default: a temporary one.")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="With --measure: a folder for the weights, which stay there. Default: a temporary one.",
+    )
     parser.add_argument("--small", action="store_true", help="Small models, in MB: for the tests.")
     parser.add_argument("--json", type=Path, help="Write the reports to this file.")
     args = parser.parse_args(argv)
@@ -119,12 +153,35 @@ def main(argv=None):
         parser.error("--batch_size: at least 1")
     check_json(parser, args.json)
     unit, scale, found = "MB" if args.small else "GB", 1e6 if args.small else GB, {}
-    head = ["recipe", "weights in", "batch", "tokens", f"weights, {unit}", "trained, gradients, optimizer", "activations, checkpointing", "without"]
+    head = [
+        "recipe",
+        "weights in",
+        "batch",
+        "tokens",
+        f"weights, {unit}",
+        "trained, gradients, optimizer",
+        "activations, checkpointing",
+        "without",
+    ]
     head += [f"fits {card} GB" for card in CARDS]
     if args.measure:
-        head = ["recipe", "weights in", "batch", "tokens", f"foretold, {unit}", "measured", "difference", "seconds a step"]
-    wanted = [(run, bits) for run, (recipe, *_, precisions) in RUNS.items() if recipe in (args.recipes or RECIPES)
-              for bits in precisions if args.bits in ("both", bits)]
+        head = [
+            "recipe",
+            "weights in",
+            "batch",
+            "tokens",
+            f"foretold, {unit}",
+            "measured",
+            "difference",
+            "seconds a step",
+        ]
+    wanted = [
+        (run, bits)
+        for run, (recipe, *_, precisions) in RUNS.items()
+        if recipe in (args.recipes or RECIPES)
+        for bits in precisions
+        if args.bits in ("both", bits)
+    ]
     with contextlib.ExitStack() as stack:
         scratch = args.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.measure:
@@ -134,7 +191,9 @@ def main(argv=None):
         print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         for run, bits in wanted:
             if args.measure:
-                found[f"{run}, {bits} bits"] = one = measure(run, bits, args.rows, args.small, scratch, args.batch_size)
+                found[f"{run}, {bits} bits"] = one = measure(
+                    run, bits, args.rows, args.small, scratch, args.batch_size
+                )
                 cells = measured_line(run, bits, one, scale)
             else:
                 found[f"{run}, {bits} bits"] = one = reckon(run, bits, args.rows, args.small, scratch)
@@ -149,11 +208,15 @@ def check_room(parser, scratch, models, small):
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     for name, bits in sorted(models):
         if not small and free < (need := least_memory(name, bits)):
-            parser.error(f"--measure: the weights of {name} in {bits} bits alone take {need / GB:.3g} GB of memory, {free / GB:.3g} GB are free")
+            parser.error(
+                f"--measure: the weights of {name} in {bits} bits alone take {need / GB:.3g} GB of memory, {free / GB:.3g} GB are free"
+            )
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(scratch).free) < (need := missing({name for name, _ in models}, scratch, small)):
-            parser.error(f"{need / GB:.3g} GB are needed in {scratch} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a larger disk")
+            parser.error(
+                f"{need / GB:.3g} GB are needed in {scratch} for the weights, {free / GB:.3g} GB are free: --scratch FOLDER on a larger disk"
+            )
     except OSError as e:
         parser.error(f"--scratch {scratch}: {e.strerror}")
 

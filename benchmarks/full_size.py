@@ -88,7 +88,11 @@ SPARE = 3e9  # bytes on the disk beside the weights: rows, their cache, logs
 
 def peaks(cuda):
     """Most bytes given out and reserved by PyTorch's allocator since `tidy`; None on a CPU."""
-    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()} if cuda else None
+    return (
+        {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        if cuda
+        else None
+    )
 
 
 def outside(cuda):
@@ -148,7 +152,10 @@ class Watch(transformers.TrainerCallback):
         try:
             with counter() as self.counter:
                 loss = compute(dict(inputs))
-            self.flops = {"hardware": self.counter.get_total_flops(), "model": self.counter.get_total_flops() - self.recomputed}
+            self.flops = {
+                "hardware": self.counter.get_total_flops(),
+                "model": self.counter.get_total_flops() - self.recomputed,
+            }
             return loss
         except Exception as e:  # a kernel that the counter does not get along with is no reason to measure nothing
             if ran_out(e):
@@ -162,7 +169,12 @@ class Watch(transformers.TrainerCallback):
         """What was measured after the warm-up, one value a step."""
         seconds = [end - start for start, end in itertools.pairwise(self.ends)][self.warm_up - 1 :]
         tokens, last = [int(n) for n in self.tokens], slice(self.warm_up, len(self.ends))
-        return {"seconds": seconds, "waits": self.waits[last], "tokens": tokens[last], "tokens_counted": tokens[self.warm_up - 1]}
+        return {
+            "seconds": seconds,
+            "waits": self.waits[last],
+            "tokens": tokens[last],
+            "tokens_counted": tokens[self.warm_up - 1],
+        }
 
 
 @contextlib.contextmanager
@@ -173,8 +185,15 @@ def watching(watch):
 
     def watched_train(self, *args, **kwargs):
         self.add_callback(watch)
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # TRL still reads the second, by its old name
-            setattr(self.args, name, {"use_reentrant": False, **(getattr(self.args, name, None) or {}), "context_fn": contexts})
+        for name in (
+            "activation_checkpointing_kwargs",
+            "gradient_checkpointing_kwargs",
+        ):  # TRL still reads the second, by its old name
+            setattr(
+                self.args,
+                name,
+                {"use_reentrant": False, **(getattr(self.args, name, None) or {}), "context_fn": contexts},
+            )
         return train(self, *args, **kwargs)
 
     def watched_batches(self, loader, *args, **kwargs):
@@ -239,15 +258,31 @@ def stock(recipe, flags, path):
 def ran_out(error):
     """Whether an exception says that there was not enough memory."""
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in said for one in ("out of memory", "alloc_failed", "cannot allocate memory"))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        one in said for one in ("out of memory", "alloc_failed", "cannot allocate memory")
+    )
 
 
 def flags_of(cell, job, path, out):
     """A configuration -> the recipe's flags."""
     recipe, model, data, _, own, bits = RUNS[cell["run"]]
-    flags = {"model_name_or_path": Path(job["weights"]) / model, data: path, "output_dir": out, "max_steps": job["warm_up"] + job["steps"]}
-    flags |= {"per_device_train_batch_size": cell["batch"], "gradient_accumulation_steps": 1, "dataloader_num_workers": cell["workers"]}
-    flags |= {"activation_checkpointing": cell["checkpointing"], "seed": job["seed"], "report_to": "none", "disable_tqdm": True}
+    flags = {
+        "model_name_or_path": Path(job["weights"]) / model,
+        data: path,
+        "output_dir": out,
+        "max_steps": job["warm_up"] + job["steps"],
+    }
+    flags |= {
+        "per_device_train_batch_size": cell["batch"],
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": cell["workers"],
+    }
+    flags |= {
+        "activation_checkpointing": cell["checkpointing"],
+        "seed": job["seed"],
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     flags |= {f"{what}_strategy": "no" for what in ("eval", "save", "logging")} | own | bits[cell["bits"]]
     flags |= {} if job["cuda"] else {"use_cpu": True}
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
@@ -272,7 +307,12 @@ def one_run(side, cell, job, path, loaded):
             status = "out of memory" if ran_out(e) else f"failed: {e}"
         except Exception as e:
             status = "out of memory" if ran_out(e) else f"failed: {type(e).__name__}: {e}"
-    found = {"status": status.split("\n")[0][:300], "memory": peaks(job["cuda"]), "flops": watch.flops, "uncounted": watch.uncounted}
+    found = {
+        "status": status.split("\n")[0][:300],
+        "memory": peaks(job["cuda"]),
+        "flops": watch.flops,
+        "uncounted": watch.uncounted,
+    }
     if found["memory"] and loaded.get("loading"):
         found["memory"] = {kind: max(value, loaded["loading"][kind]) for kind, value in found["memory"].items()}
     loaded.setdefault("outside", outside(job["cuda"]))  # once: paged optimizers leave theirs behind in the process
@@ -283,7 +323,9 @@ def measure(cell, job, path, loaded):
     """A configuration, all of its runs -> the configuration with what was found, {"recipe": {...}, "stock": {...}}."""
     found = {}
     for n in range(job["rounds"] if len(cell["sides"]) > 1 else 1):
-        for side in cell["sides"] if n % 2 == 0 else cell["sides"][::-1]:  # whoever is first may find the caches otherwise
+        for side in (
+            cell["sides"] if n % 2 == 0 else cell["sides"][::-1]
+        ):  # whoever is first may find the caches otherwise
             if side in found and found[side]["status"] != "ok":
                 continue
             one = one_run(side, cell, job, path, loaded)
@@ -299,7 +341,9 @@ def measure(cell, job, path, loaded):
             one["rows_per_second"] = cell["batch"] / one["median"]
             one["tokens_per_second"] = statistics.mean(one["tokens"]) / one["median"]
             if one["flops"]:
-                one["flops_per_second"] = {kind: n / one["tokens_counted"] * one["tokens_per_second"] for kind, n in one["flops"].items()}
+                one["flops_per_second"] = {
+                    kind: n / one["tokens_counted"] * one["tokens_per_second"] for kind, n in one["flops"].items()
+                }
     return {**cell, "status": found["recipe"]["status"], "outside": loaded.get("outside"), **found}
 
 
@@ -311,7 +355,13 @@ def peak_flops(name, device, side=8192):
     for pattern, peak in PEAKS.items():
         if re.search(rf"\b{pattern}\b(?! (D|Ti)\b)(?!.*(Laptop|Max-Q|MIG))", name):
             return peak, "data sheet"
-    half = torch.float32 if device == "cpu" else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    half = (
+        torch.float32
+        if device == "cpu"
+        else torch.bfloat16
+        if torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float16
+    )
     a, times = torch.ones(side, side, device=device, dtype=half), []
     for _ in range(8):
         start = time.perf_counter()
@@ -325,7 +375,14 @@ def describe(cuda):
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak, source = peak_flops(name, "cuda") if cuda else peak_flops(name, "cpu", 512)
     free, whole = torch.cuda.mem_get_info() if cuda else (None, None)
-    return {"kind": "device", "name": name, "memory": whole, "free": free, "peak_flops": peak, "peak_flops_from": source}
+    return {
+        "kind": "device",
+        "name": name,
+        "memory": whole,
+        "free": free,
+        "peak_flops": peak,
+        "peak_flops_from": source,
+    }
 
 
 def work(job):
@@ -372,7 +429,11 @@ def apart(job):
     (folder / "job.json").write_text(json.dumps(job))
     # What a process that is killed leaves, the loader's sockets, goes with this folder; not in --scratch, whose path may be too long for a socket.
     temporary = tempfile.TemporaryDirectory(prefix="full-size-", ignore_cleanup_errors=True)
-    environment = os.environ | {"HF_DATASETS_CACHE": f"{job['scratch']}/datasets", "CUDA_VISIBLE_DEVICES": first_gpu(), "TMPDIR": temporary.name}
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": f"{job['scratch']}/datasets",
+        "CUDA_VISIBLE_DEVICES": first_gpu(),
+        "TMPDIR": temporary.name,
+    }
     with open(job["log"], "a") as log:
         command = [sys.executable, __file__, "--worker", str(folder)]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -399,7 +460,11 @@ def apart(job):
 
 def last_words(log):
     """The last line of a log that says something."""
-    lines = [line.strip() for line in Path(log).read_text(errors="replace").splitlines() if line.strip()] if Path(log).exists() else []
+    lines = (
+        [line.strip() for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
+        if Path(log).exists()
+        else []
+    )
     return lines[-1][:300] if lines else "nothing was said"
 
 
@@ -415,7 +480,11 @@ def plan(args):
             continue
         batches = args.batch_sizes or sorted({own, 1, 2, 4, 8})
         main = own if own in batches else batches[0]
-        shown = [checkpointing for checkpointing in (True, False) if args.checkpointing in ("both", "on" if checkpointing else "off")]
+        shown = [
+            checkpointing
+            for checkpointing in (True, False)
+            if args.checkpointing in ("both", "on" if checkpointing else "off")
+        ]
         for n, precision in enumerate(bits):
             if args.bits not in ("both", precision):
                 continue
@@ -423,7 +492,13 @@ def plan(args):
             for checkpointing in shown:
                 for batch in (main, *(other for other in batches if other != main)):
                     stock = args.stock == "all" or args.stock == "default" and batch == main
-                    cell = {"run": run, "bits": precision, "checkpointing": checkpointing, "batch": batch, "workers": args.workers[0]}
+                    cell = {
+                        "run": run,
+                        "bits": precision,
+                        "checkpointing": checkpointing,
+                        "batch": batch,
+                        "workers": args.workers[0],
+                    }
                     cells.append({**cell, "sides": ["recipe", "stock"] if stock else ["recipe"]})
                     if len(cells) == 1 and n == 0:
                         cells += [{**cell, "workers": workers, "sides": ["recipe"]} for workers in args.workers[1:]]
@@ -454,9 +529,14 @@ def fits(results, memory):
                 table.setdefault(key, {}).setdefault(kind, {})[one["batch"]] = peak + one["outside"]
     shown = {key: {} for key in table}
     for key, card in itertools.product(table, CARDS):
-        sure, tight = (max((n for n, peak in table[key][kind].items() if peak <= card * GB), default=0) for kind in ("reserved", "allocated"))
+        sure, tight = (
+            max((n for n, peak in table[key][kind].items() if peak <= card * GB), default=0)
+            for kind in ("reserved", "allocated")
+        )
         more = "+" if tight == max(table[key]["allocated"]) and not (key in out and card * GB <= memory) else ""
-        shown[key][card] = f"{sure}{more}" if sure and sure == tight else f"{sure or 'none'} ({tight}{more})" if tight else "none"
+        shown[key][card] = (
+            f"{sure}{more}" if sure and sure == tight else f"{sure or 'none'} ({tight}{more})" if tight else "none"
+        )
     return shown
 
 
@@ -465,8 +545,13 @@ def fits(results, memory):
 
 def named(one, *more):
     """A configuration in words; with more, that differ in the batch only."""
-    batches, checkpointing = ", ".join(str(each["batch"]) for each in (one, *more)), "on" if one["checkpointing"] else "off"
-    return f"{one['run']}, {one['bits']} bits, checkpointing {checkpointing}, {one['workers']} workers, batch {batches}"
+    batches, checkpointing = (
+        ", ".join(str(each["batch"]) for each in (one, *more)),
+        "on" if one["checkpointing"] else "off",
+    )
+    return (
+        f"{one['run']}, {one['bits']} bits, checkpointing {checkpointing}, {one['workers']} workers, batch {batches}"
+    )
 
 
 def show(results, device, console):
@@ -478,7 +563,13 @@ def show(results, device, console):
     gigabytes = lambda one, kind: f"{one['memory'][kind] / GB:.1f}" if one["memory"] else "-"
     for one in (one for one in results if "recipe" in one):
         mine, other = one["recipe"], one.get("stock")
-        cells = [one["run"], one["bits"], "on" if one["checkpointing"] else "off", str(one["batch"]), str(one["workers"])]
+        cells = [
+            one["run"],
+            one["bits"],
+            "on" if one["checkpointing"] else "off",
+            str(one["batch"]),
+            str(one["workers"]),
+        ]
         if mine["status"] == "ok":
             cells += [f"{mine['median']:.3f}", f"{mine['rows_per_second']:.2f}", f"{mine['tokens_per_second']:,.0f}"]
             cells += [f"{1e5 / mine['rows_per_second'] / 3600:.1f}"]
@@ -495,7 +586,9 @@ def show(results, device, console):
     if table.row_count:
         console.print(table)
     if shown := fits(results, device.get("memory")):
-        table = Table("recipe", "bits", "ckpt", *(f"{card} GB" for card in CARDS), title="Largest batch measured that fits")
+        table = Table(
+            "recipe", "bits", "ckpt", *(f"{card} GB" for card in CARDS), title="Largest batch measured that fits"
+        )
         for (run, bits, checkpointing), cards in shown.items():
             table.add_row(run, bits, "on" if checkpointing else "off", *cards.values())
         console.print(table)
@@ -514,8 +607,17 @@ def show(results, device, console):
 def machine(cuda):
     """GPU, driver and versions."""
     try:
-        command = ["nvidia-smi", f"--id={first_gpu()}", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        gpu = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines() if cuda else []
+        command = [
+            "nvidia-smi",
+            f"--id={first_gpu()}",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
+        gpu = (
+            subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
+            if cuda
+            else []
+        )
     except (OSError, subprocess.SubprocessError):
         gpu = []
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -527,25 +629,50 @@ def parse(argv=None):
     """Flags, checked. Raises SystemExit with one line."""
     parser = flag_parser(__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Default: all of {', '.join(RECIPES)}.")
-    parser.add_argument("--minutes", type=float, help="Start nothing that would not be done by then; what was not run is listed.")
+    parser.add_argument(
+        "--minutes", type=float, help="Start nothing that would not be done by then; what was not run is listed."
+    )
     parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
-    parser.add_argument("--checkpointing", choices=["on", "off", "both"], default="both", help="Activation checkpointing.")
+    parser.add_argument(
+        "--checkpointing", choices=["on", "off", "both"], default="both", help="Activation checkpointing."
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="Default: the recipe's own, 1, 2, 4 and 8.")
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 0], help="Loader processes; all but the first for the defaults only.")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[4, 0],
+        help="Loader processes; all but the first for the defaults only.",
+    )
     parser.add_argument("--steps", type=int, default=5, help="Measured steps of a run.")
     parser.add_argument("--warm_up", type=int, default=2, help="Steps before them; FLOPs are counted in the last.")
     parser.add_argument("--rounds", type=int, default=2, help="Runs of each side, alternating.")
-    parser.add_argument("--stock", choices=["default", "all", "none"], default="default", help="Measure the stock trainer: for one batch, for all, never.")
+    parser.add_argument(
+        "--stock",
+        choices=["default", "all", "none"],
+        default="default",
+        help="Measure the stock trainer: for one batch, for all, never.",
+    )
     parser.add_argument("--scratch", type=Path, help="Folder for weights and rows. Default: a temporary one.")
     parser.add_argument("--keep", action="store_true", help="Leave the weights there for another run.")
-    parser.add_argument("--small", action="store_true", help="The small copy that a machine without GPU gets, on a GPU.")
+    parser.add_argument(
+        "--small", action="store_true", help="The small copy that a machine without GPU gets, on a GPU."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of rows and adapters.")
-    parser.add_argument("--json", type=Path, help="Write everything to this file, again after all configurations of a recipe in one precision.")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="Write everything to this file, again after all configurations of a recipe in one precision.",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if unknown := [name for name in args.recipes if name not in RECIPES]:
         parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    if min(args.steps, args.warm_up, args.rounds, *(args.batch_sizes or [1])) < 1 or min(args.workers) < 0 or args.seed < 0:
+    if (
+        min(args.steps, args.warm_up, args.rounds, *(args.batch_sizes or [1])) < 1
+        or min(args.workers) < 0
+        or args.seed < 0
+    ):
         parser.error("--steps, --warm_up, --rounds, --batch_sizes: at least 1; --workers, --seed: at least 0")
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes: above 0")
@@ -596,7 +723,13 @@ def run_all(args, groups, until, scratch, weights):
     about, results, device = machine(args.cuda), [], {}
     say(f"{about['gpu'] or 'no GPU found: a small copy of everything, on the CPU, in float32 for 16 bits'}; "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))  # fmt: skip
-    job = {"scratch": str(scratch), "weights": str(weights), "log": str(scratch / "log.txt"), "until": until, "cuda": args.cuda}
+    job = {
+        "scratch": str(scratch),
+        "weights": str(weights),
+        "log": str(scratch / "log.txt"),
+        "until": until,
+        "cuda": args.cuda,
+    }
     job |= {name: getattr(args, name) for name in ("small", "steps", "warm_up", "rounds", "seed")}
     stopped = False
     for cells in groups:
@@ -613,18 +746,29 @@ def run_all(args, groups, until, scratch, weights):
                 say(f"  {named(one)}: {', '.join(sides) or one['status']}")
             if not stopped:
                 over = until and time.time() > until
-                why = "not run: time is up" if over else f"failed: its process ended early, exit status {end}: {last_words(job['log'])}"
+                why = (
+                    "not run: time is up"
+                    if over
+                    else f"failed: its process ended early, exit status {end}: {last_words(job['log'])}"
+                )
         except KeyboardInterrupt:
             stopped = True
         results += [{**cell, "status": why} for cell in cells[ran:]]
         if args.json:
             given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-            fit = [{"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards} for (run, bits, on), cards in fits(results, device.get("memory")).items()]
+            fit = [
+                {"run": run, "bits": bits, "checkpointing": on, "largest_batch": cards}
+                for (run, bits, on), cards in fits(results, device.get("memory")).items()
+            ]
             everything = {"arguments": given, "machine": about, "device": device, "results": results, "fits": fit}
             args.json.write_text(json.dumps(everything, indent=1))
     if device:
         say(f"peak for MFU: {device['peak_flops'] / 1e12:.3g} TFLOP/s ({device['peak_flops_from']})")
-    show(results, {**device, "real": not args.small}, Console(width=None if sys.stdout.isatty() else 190, highlight=False))
+    show(
+        results,
+        {**device, "real": not args.small},
+        Console(width=None if sys.stdout.isatty() else 190, highlight=False),
+    )
     if args.keep:
         say(f"the weights are kept in {weights}")
     return 0 if not stopped and any(one.get("recipe", {}).get("status") == "ok" for one in results) else 1

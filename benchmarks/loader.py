@@ -85,7 +85,10 @@ def minicpm_processor(tiny):
 
 
 def talk(question, answers, image):
-    messages = [("user", [{"type": "image"}, {"type": "text", "text": question}]), ("assistant", [{"type": "text", "text": answers[0]}])]
+    messages = [
+        ("user", [{"type": "image"}, {"type": "text", "text": question}]),
+        ("assistant", [{"type": "text", "text": answers[0]}]),
+    ]
     return {"messages": [{"role": role, "content": content} for role, content in messages], "images": [image]}
 
 
@@ -108,7 +111,10 @@ def llava_json(question, answers, image):
 
 
 def trl_talk(question, answers, image):
-    return {"images": [image], "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]}
+    return {
+        "images": [image],
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}],
+    }
 
 
 def trl_pair(question, answers, image):
@@ -123,7 +129,14 @@ RECIPES = {
     "llava_two_stage": (llava_processor, llava_json, LONG, SFT, "data_path", ["--stage", "instruct"]),
     "dpo_idefics2": (idefics2_processor, pair, LONG, DPO, "dataset_name", []),
     "idefics2_docvqa": (idefics2_processor, page, SHORT, SFT, "dataset_name", []),
-    "finetune_minicpm_lora": (minicpm_processor, official, LONG, None, "data_path", []),  # TRL's asks for what its processor lacks
+    "finetune_minicpm_lora": (
+        minicpm_processor,
+        official,
+        LONG,
+        None,
+        "data_path",
+        [],
+    ),  # TRL's asks for what its processor lacks
 }
 
 
@@ -148,7 +161,10 @@ def make_rows(n, tokenizer, bounds, images):
     """n times (question, [answer, another one], the name of its image)."""
     draw, tokens = random.Random(SEED), lambda text: tokenizer(text, add_special_tokens=False).input_ids
     counts = {word: len(tokens(f"on {word}")) - len(tokens("on")) for word in WORDS}
-    return [(text(draw, counts, QUESTION) + "?", [text(draw, counts, bounds) for _ in range(2)], images[row]) for row in range(n)]
+    return [
+        (text(draw, counts, QUESTION) + "?", [text(draw, counts, bounds) for _ in range(2)], images[row])
+        for row in range(n)
+    ]
 
 
 # ---------------------------------------------------------------- loaders
@@ -164,12 +180,24 @@ class Loaders:
         make(args.tiny).save_pretrained(folder / "model")
         rows = make_rows(args.rows, make(args.tiny).tokenizer, bounds, images)
         (folder / "rows.jsonl").write_text("\n".join(json.dumps(row(*one)) for one in rows))
-        given = {"model_name_or_path": folder / "model", flag: folder / "rows.jsonl", "image_folder": folder.parent, "output_dir": folder / "out"}
-        given |= {"eval_strategy": "no", "report_to": "none", "per_device_train_batch_size": args.batch_size, "gradient_accumulation_steps": 1}
+        given = {
+            "model_name_or_path": folder / "model",
+            flag: folder / "rows.jsonl",
+            "image_folder": folder.parent,
+            "output_dir": folder / "out",
+        }
+        given |= {
+            "eval_strategy": "no",
+            "report_to": "none",
+            "per_device_train_batch_size": args.batch_size,
+            "gradient_accumulation_steps": 1,
+        }
         self.flags = ["--use_cpu", *(str(part) for key, value in given.items() for part in (f"--{key}", value)), *more]
         self.settings, training = self.parse()
         self.processor = self.module.load_processor(self.settings)
-        self.rows, _ = self.module.load_data(self.settings, training, self.module.Collator(self.processor, self.settings, training))
+        self.rows, _ = self.module.load_data(
+            self.settings, training, self.module.Collator(self.processor, self.settings, training)
+        )
         if other:
             described = datasets.Dataset.from_list([other[0](*one[:2], str(folder.parent / one[2])) for one in rows])
             self.other_rows, self.other = described.cast_column("images", datasets.List(datasets.Image())), other[1]
@@ -182,7 +210,11 @@ class Loaders:
         """The DataLoader that a Trainer makes of the rows of a side, in their order; its workers outlive a pass."""
         settings, training = self.parse(workers)
         training.train_sampling_strategy, training.dataloader_persistent_workers = "sequential", workers > 0
-        collator = self.module.Collator(self.processor, settings, training) if side == "recipe" else self.other(self.processor)
+        collator = (
+            self.module.Collator(self.processor, settings, training)
+            if side == "recipe"
+            else self.other(self.processor)
+        )
         rows = self.rows if side == "recipe" else self.other_rows
         return transformers.Trainer(torch.nn.Linear(1, 1), training, collator, rows).get_train_dataloader()
 
@@ -218,7 +250,9 @@ def samplers(module, lengths, step, batch):
     random_order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(SEED)).tolist()
     alike = random_order  # the Trainer's own sampler, and where a step is one batch
     if step != batch and hasattr(module, "ByModalityAndLength"):
-        alike = list(module.ByModalityAndLength(lengths, [1] * len(lengths), step, lambda: torch.Generator().manual_seed(SEED)))
+        alike = list(
+            module.ByModalityAndLength(lengths, [1] * len(lengths), step, lambda: torch.Generator().manual_seed(SEED))
+        )
     grouped = LengthGroupedSampler(step, lengths=lengths, generator=torch.Generator().manual_seed(SEED))
     return {"random": random_order, "steps by length": alike, "group_by_length": list(grouped)}
 
@@ -229,7 +263,9 @@ def padding(module, lengths, step):
     for batch in BATCHES:
         orders = samplers(module, drawn, max(step, batch), batch)
         counts = {name: padded(order, drawn, batch) for name, order in orders.items()}
-        found[batch] = {name: {"share": pad / every, "tokens": every / len(drawn)} for name, (pad, every) in counts.items()}
+        found[batch] = {
+            name: {"share": pad / every, "tokens": every / len(drawn)} for name, (pad, every) in counts.items()
+        }
     return found
 
 
@@ -247,20 +283,35 @@ def measure(name, args, folder, images, report):
         for setting in list(settings)[:: 1 if n % 2 == 0 else -1]:  # whoever is first may find the caches otherwise
             timed[setting].append(seconds(settings[setting]))
     each = {setting: [args.rows / wall for wall, _ in passes] for setting, passes in timed.items()}
-    rates = {side: {workers: statistics.median(each[side, workers]) for workers in args.workers} for side in loaders.sides}
-    cpu = {side: 1000 * statistics.median(used for _, used in timed[side, 0]) / args.rows for side in loaders.sides if 0 in args.workers}
+    rates = {
+        side: {workers: statistics.median(each[side, workers]) for workers in args.workers} for side in loaders.sides
+    }
+    cpu = {
+        side: 1000 * statistics.median(used for _, used in timed[side, 0]) / args.rows
+        for side in loaders.sides
+        if 0 in args.workers
+    }
     lengths, step = list(loaders.rows["length"]), loaders.step()
-    found = {"rows_per_second": rates, "rows_per_second_each": {f"{s} {w}": values for (s, w), values in each.items()}, "cpu_ms_a_row": cpu}
+    found = {
+        "rows_per_second": rates,
+        "rows_per_second_each": {f"{s} {w}": values for (s, w), values in each.items()},
+        "cpu_ms_a_row": cpu,
+    }
     found |= {"lengths": lengths, "step": step, "padding": padding(loaders.module, lengths, step)}
 
     report(f"\n{name}: rows of {min(lengths)}-{max(lengths)} tokens, steps of {step}")
     against = lambda pair, unit: "   ".join(f"{side} {value:6.1f} {unit}" for side, value in pair.items())
     for workers in args.workers:
         pair = {side: rates[side][workers] for side in rates}
-        line = f"  {workers:2d} workers    {against(pair, 'rows/s')}" + f"   {pair['recipe'] / pair.get('trl', 1):.2f}x" * ("trl" in pair)
+        line = (
+            f"  {workers:2d} workers    {against(pair, 'rows/s')}"
+            + f"   {pair['recipe'] / pair.get('trl', 1):.2f}x" * ("trl" in pair)
+        )
         report(line + f"   {against(cpu, 'ms of CPU a row')}" * (workers == 0))
     for batch, orders in found["padding"].items():
-        shown = "   ".join(f"{order} {one['share']:6.2%}, {one['tokens']:.1f} tokens a row" for order, one in orders.items())
+        shown = "   ".join(
+            f"{order} {one['share']:6.2%}, {one['tokens']:.1f} tokens a row" for order, one in orders.items()
+        )
         report(f"  batches of {batch}  padding: {shown}")
     return found
 
@@ -272,9 +323,13 @@ def arguments(argv=None):
     parser.add_argument("--rows", type=int, help="Rows a pass. Default: 32.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="Numbers of loader processes.")
     parser.add_argument("--batch_size", type=int, default=4, help="Rows of a batch.")
-    parser.add_argument("--rounds", type=int, default=3, help="Passes of each setting, of which the median is shown; with --tiny 1.")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Passes of each setting, of which the median is shown; with --tiny 1."
+    )
     parser.add_argument("--json", type=Path, help="Write all figures to this file.")
-    parser.add_argument("--tiny", action="store_true", help="Small pictures and few rows, of no meaning, for the tests.")
+    parser.add_argument(
+        "--tiny", action="store_true", help="Small pictures and few rows, of no meaning, for the tests."
+    )
     args = parser.parse_args(argv)
     args.recipes = [Path(name).stem if name.endswith(".py") else name for name in args.recipes] or list(RECIPES)
     if unknown := [name for name in args.recipes if name not in RECIPES]:
@@ -305,16 +360,23 @@ def main(argv=None):
             report(
                 f"{cores} CPU cores; torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; {args.rows} rows "
                 f"with a JPEG of {size[0]} x {size[1]} pixels, {large:.0f} kB; batches of {args.batch_size}; median of {args.rounds}, wall time"
-                + f"\n{SMALL}" * args.tiny
+                + f"\n{SMALL}"
+                * args.tiny
             )
             found = {name: measure(name, args, folder, images, report) for name in args.recipes}
             if args.json:
                 given = {**vars(args), "json": str(args.json)}
-                args.json.write_text(json.dumps({"arguments": given, "cores": cores, "torch": torch.__version__, "recipes": found}, indent=1))
+                args.json.write_text(
+                    json.dumps(
+                        {"arguments": given, "cores": cores, "torch": torch.__version__, "recipes": found}, indent=1
+                    )
+                )
     except (OSError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "shared memory" not in str(e):  # what workers hand over batches in
             raise
-        sys.exit(f"error: no scratch space: {' '.join(str(e).split())}; give TMPDIR a folder with {args.rows // 2 + 10} MB free, or less --rows, --workers")
+        sys.exit(
+            f"error: no scratch space: {' '.join(str(e).split())}; give TMPDIR a folder with {args.rows // 2 + 10} MB free, or less --rows, --workers"
+        )
     return 0
 
 

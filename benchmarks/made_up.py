@@ -16,7 +16,14 @@ from tiny import idefics2, llava
 
 # The published configurations as far as they decide on sizes, and as many parameters as they make. MiniCPM-V 4.6: its card says 1.3B
 # (SigLIP2-400M, Qwen3.5-0.8B), its file of weights 1,300,428,016. `small` is put over it where there is no GPU.
-SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 980, "patch_size": 14}
+SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 980,
+    "patch_size": 14,
+}
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
     "llava-1.5-7b": {
@@ -110,11 +117,16 @@ def filled(tokenizer, size):
 
 def configuration(name, small, tokenizer):
     """-> LlavaConfig, Idefics2Config or MiniCPMV4_6Config."""
-    model, ids = sizes_of(name, small), {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    model, ids = (
+        sizes_of(name, small),
+        {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")},
+    )
     model["text_config"] |= ids
     if name == "minicpm-v-4.6":
         image = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
-        return transformers.MiniCPMV4_6Config(**model, **image, insert_layer_id=0 if small else 6, tie_word_embeddings=True)
+        return transformers.MiniCPMV4_6Config(
+            **model, **image, insert_layer_id=0 if small else 6, tie_word_embeddings=True
+        )
     image = tokenizer.convert_tokens_to_ids("<image>")
     if name == "idefics2-8b":
         return transformers.Idefics2Config(**model, image_token_id=image)
@@ -141,7 +153,9 @@ def make_weights(name, small, folder, cuda):
     transformers.set_seed(0)
     for device in ("cuda", "cpu") if roomy else ("cpu",):
         with contextlib.suppress(RuntimeError) if device == "cuda" else contextlib.nullcontext(), torch.device(device):
-            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+            model = transformers.AutoModelForImageTextToText.from_config(
+                config, dtype=torch.bfloat16 if cuda else torch.float32
+            )
             break
     model.save_pretrained(folder, max_shard_size="4GB")
     processor.save_pretrained(folder)
@@ -192,7 +206,9 @@ def make_rows(recipe, count, tokenizer, folder, seed=0):
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(8):
-        picture = Image.effect_noise((100, 80), 90).resize((1000, 800)).convert("RGB")  # as large a file as a photograph's, about
+        picture = (
+            Image.effect_noise((100, 80), 90).resize((1000, 800)).convert("RGB")
+        )  # as large a file as a photograph's, about
         picture.save(folder / f"{n}.jpg", quality=90)
     words = sorted(token[1:] for token in tokenizer.get_vocab() if re.fullmatch("[\u2581\u0120][a-z]{2,}", token))
 
@@ -207,11 +223,19 @@ def make_rows(recipe, count, tokenizer, folder, seed=0):
     for n in range(count):
         row, question = {"id": str(n), "image": f"{n % 8}.jpg"}, text(12, 30)
         if recipe == "dpo_idefics2":
-            row |= {"question": question, "chosen": text(60, 150), "rejected": f"{text(60, 149)} {words[n % len(words)]}"}
+            row |= {
+                "question": question,
+                "chosen": text(60, 150),
+                "rejected": f"{text(60, 149)} {words[n % len(words)]}",
+            }
         elif recipe == "idefics2_docvqa":
             row |= {"question": question, "answers": [text(3, 15)]}
         else:
-            names = ("role", "content", "user", "assistant") if recipe == "finetune_minicpm_lora" else ("from", "value", "human", "gpt")
+            names = (
+                ("role", "content", "user", "assistant")
+                if recipe == "finetune_minicpm_lora"
+                else ("from", "value", "human", "gpt")
+            )
             turns = zip(names[2:], (f"<image>\n{question}", text(60, 150)))
             row["conversations"] = [{names[0]: who, names[1]: what} for who, what in turns]
         rows.append(row)
@@ -227,7 +251,11 @@ def for_trl(recipe, path):
     for row in json.loads(path.read_text()):
         new = {"images": [str(path.parent / row["image"])]}
         if recipe == "dpo_idefics2":
-            new |= {"prompt": turn("user", row["question"]), "chosen": turn("assistant", row["chosen"]), "rejected": turn("assistant", row["rejected"])}
+            new |= {
+                "prompt": turn("user", row["question"]),
+                "chosen": turn("assistant", row["chosen"]),
+                "rejected": turn("assistant", row["rejected"]),
+            }
         else:
             asked, said = (part["value"] for part in row["conversations"])
             new["messages"] = turn("user", asked.removeprefix("<image>\n")) + turn("assistant", said)

@@ -34,7 +34,9 @@ def start(main):
 
 def flag_parser(doc):
     """A parser of flags, with `doc` as its help; a mistake in them ends the program with one line and exit status 1, as in recipes and tools."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = generate.fail
     return parser
 
@@ -66,7 +68,9 @@ def apart(stock, other):
     pairs = [(g, other[name]) for name, g in stock.items()]
     return {
         "adapters": len(pairs),
-        "gradient_max": torch.stack([(g - h).abs().max() / g.abs().max() for g, h in pairs]).max().item(),  # a NaN stays one
+        "gradient_max": torch.stack([(g - h).abs().max() / g.abs().max() for g, h in pairs])
+        .max()
+        .item(),  # a NaN stays one
         "gradient_norm": torch.stack([(g - h).norm() / g.norm() for g, h in pairs]).max().item(),
     }
 
@@ -93,7 +97,9 @@ def counter():
     return flop_counter.FlopCounterMode(
         display=False,
         custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
+                q, k, v
+            ),
             aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
                 flop_counter.sdpa_backward_flop_count(g, q, k, v)
             ),
@@ -227,13 +233,18 @@ def costs(sides, batches, report, counted=None):
     note = f"median of {len(ratios)}, alternating; ratios from {min(ratios):.2f} to {max(ratios):.2f}"
     report(line("time", found["seconds"], "s", 1, note, found["ratios"]["time"]))
     report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
-    report(line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights"))
+    report(
+        line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights")
+    )
     return found
 
 
 def held(found, thresholds, report, when=""):
     """A result of `costs`, {what: least ratio} -> the same with whether they hold; reports it."""
-    found |= {"thresholds": thresholds, "held": {what: found["ratios"][what] >= least for what, least in thresholds.items()}}
+    found |= {
+        "thresholds": thresholds,
+        "held": {what: found["ratios"][what] >= least for what, least in thresholds.items()},
+    }
     for what, least in thresholds.items():
         report(f"  {what} at least {least}x{when}: {'holds' if found['held'][what] else 'MISSED'}")
 
@@ -246,7 +257,9 @@ def add_flags(parser, steps, rows):
     parser.add_argument(
         "--checkpointing", choices=["on", "off", "both"], default="on", help="Activation checkpointing, of both sides."
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check.")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check."
+    )
     parser.add_argument("--report_only", action="store_true", help="Exit status 0 although a threshold is missed.")
     parser.add_argument("--json", type=Path, help="Write all figures to this file.")
     size = parser.add_mutually_exclusive_group()

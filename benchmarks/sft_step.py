@@ -173,7 +173,9 @@ def make_rows(n, name, collator, sizes, folder, picture, seed, spread=1):
     answer of 20; of 36-44 and 16-24 with `spread`. All divided by `by`, as near as the chat template allows."""
     draw, noise, rows, processor = random.Random(seed), random.Random(seed), [], collator.processor
     render = getattr(
-        collator, "render", lambda messages, prompt: processor.apply_chat_template(messages, add_generation_prompt=prompt)
+        collator,
+        "render",
+        lambda messages, prompt: processor.apply_chat_template(messages, add_generation_prompt=prompt),
     )
     count = lambda text: len(processor.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -288,7 +290,9 @@ def difference(sides, batch):
 def equal(found):
     """Whether a result of `difference` is within TOLERANCE. NaN is not."""
     stock, mine = found["loss"]["stock"], found["loss"]["recipe"]
-    return all(value <= TOLERANCE for value in (abs(stock - mine) / abs(stock), found["gradient_max"], found["gradient_norm"]))
+    return all(
+        value <= TOLERANCE for value in (abs(stock - mine) / abs(stock), found["gradient_max"], found["gradient_norm"])
+    )
 
 
 def flops_of_image(trainer, batch):
@@ -305,7 +309,11 @@ def trained_positions(collate, rows, image, prompt):
     found = {"image": 0, "prompt": 0, "answer": 0}
     for row in rows:
         batch = collate([row])
-        labelled, ids, answered = batch["labels"][0] != -100, batch["input_ids"][0], torch.arange(batch["labels"].shape[1])
+        labelled, ids, answered = (
+            batch["labels"][0] != -100,
+            batch["input_ids"][0],
+            torch.arange(batch["labels"].shape[1]),
+        )
         answered = answered >= prompt(row)
         found["image"] += int((labelled & (ids == image)).sum())
         found["answer"] += int((labelled & answered).sum())
@@ -364,11 +372,17 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
     """-> (the two trainers, warm; batches; the third, of TRL by itself, and its batches, for sft_llava with checkpointing; what is
     trained in its batches and in the recipe's)."""
     settings, training, collator, rows, sizes, config = prepare(args, checkpointing, folder, size, **more)
-    split = lambda collate, rows: [collate(rows[n : n + args.batch_size]) for n in range(0, len(rows), args.batch_size)]
+    split = lambda collate, rows: [
+        collate(rows[n : n + args.batch_size]) for n in range(0, len(rows), args.batch_size)
+    ]
     dtype = dtype or (torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32)
     transformers.set_seed(args.seed)
     base, alone = make_model(config, sizes, training.device, dtype), None
-    extra = copy.deepcopy(base, {id(p): p for p in base.parameters()}) if args.recipe == "sft_llava" and checkpointing else None
+    extra = (
+        copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        if args.recipe == "sft_llava" and checkpointing
+        else None
+    )
     both = trainers(args.recipe, base, collator, rows[: args.batch_size], settings, training)
     if extra is not None:
         trainer = by_itself(extra, rows[: args.batch_size], settings, folder, args)
@@ -378,7 +392,9 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
         start = lambda row: before[next(n for n, other in enumerate(own) if other is row)]
         image = collator.processor.image_token_id
         trained = {
-            "stock": trained_positions(lambda some: trainer.data_collator([dict(row) for row in some]), own, image, start),
+            "stock": trained_positions(
+                lambda some: trainer.data_collator([dict(row) for row in some]), own, image, start
+            ),
             "recipe": trained_positions(collator, rows, image, lambda row: before[row["row"]]),
         }
         alone = trainer, split(trainer.data_collator, own), trained
@@ -400,7 +416,9 @@ def counted_sides(args, checkpointing, folder, size, picture=None, spread=0):
     batch, found = collator(rows[: args.batch_size]), {}
     with mock.patch.object(transformers.Trainer, "_move_model_to_device"):  # weights without storage cannot be moved
         base = make_model(config, sizes, "meta", torch.float32)
-        for name, trainer in trainers(args.recipe, base, collator, rows[: args.batch_size], settings, training).items():
+        for name, trainer in trainers(
+            args.recipe, base, collator, rows[: args.batch_size], settings, training
+        ).items():
             without_storage(trainer.model)
             trainer.current_gradient_accumulation_steps = 1  # what `train` does first
             if checkpointing:
@@ -475,7 +493,11 @@ def main(argv=None):
         + f", trl {trl.__version__}" * trl_too
         + "\n"
         f"{args.recipe}, {args.batch_size} row(s) a step; "
-        + ("SFTTrainer scores label positions only, as on a GPU" if trl_too else "MiniCPM-V 4.6, against transformers.Trainer")
+        + (
+            "SFTTrainer scores label positions only, as on a GPU"
+            if trl_too
+            else "MiniCPM-V 4.6, against transformers.Trainer"
+        )
         + f"\n{SMALL}" * args.tiny
     )
     wanted = [on for on in (True, False) if args.checkpointing in ("both", "on" if on else "off")]

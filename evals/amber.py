@@ -32,9 +32,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-TYPES = {"discriminative-hallucination": "existence", "discriminative-attribute-state": "state",
-         "discriminative-attribute-number": "number", "discriminative-attribute-action": "action",
-         "discriminative-relation": "relation", "relation": "relation"}  # fmt: skip  (the latter where the right answer is no)
+TYPES = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}  # fmt: skip  (the latter where the right answer is no)
 ATTRIBUTES = ("state", "number", "action")
 KINDS = {"all": tuple(sorted(set(TYPES.values()))), "existence": ("existence",), "attribute": ATTRIBUTES,
          **{kind: (kind,) for kind in ATTRIBUTES}, "relation": ("relation",)}  # fmt: skip
@@ -51,7 +56,9 @@ def fail(message):
 def some(ids):
     """Ids -> text: how the first ten are named in a message."""
     ids = sorted(ids)
-    return f"id{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:10]))}" + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+    return f"id{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:10]))}" + (
+        f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+    )
 
 
 def read(path, names, needed):
@@ -75,7 +82,13 @@ def read(path, names, needed):
             if not isinstance(row[there[0]], str):
                 raise ValueError(f"{there[0]} {row[there[0]]!r} must be a text")
         except (ValueError, KeyError, TypeError) as e:
-            what = "no id" if isinstance(e, KeyError) else e if isinstance(e, ValueError) else f"{row!r} is no row in braces"
+            what = (
+                "no id"
+                if isinstance(e, KeyError)
+                else e
+                if isinstance(e, ValueError)
+                else f"{row!r} is no row in braces"
+            )
             fail(f"{path}, {f'row {number} (they count from 0)' if listed else f'line {number}'}: {what}; {needed}")
         twice |= {row["id"]} & rows.keys()
         rows[row["id"]] = row
@@ -98,22 +111,34 @@ def questions(annotations, queries=None):
         one = "needed is one of AMBER's query_discriminative files"
         asked = read(queries, ["query"], one)
         if strange := asked.keys() - found.keys():
-            fail(f"{queries} asks {len(strange)} questions to which {annotations} has no yes or no: {some(strange)}; {one}")
-        found = {number: {**found[number], "query": row["query"], "image": str(row.get("image", ""))} for number, row in asked.items()}
+            fail(
+                f"{queries} asks {len(strange)} questions to which {annotations} has no yes or no: {some(strange)}; {one}"
+            )
+        found = {
+            number: {**found[number], "query": row["query"], "image": str(row.get("image", ""))}
+            for number, row in asked.items()
+        }
     return found or fail(f"{annotations} has no question of the discriminative task; {own}")
 
 
 def answers(path, asked, answered_only=False):
     """A predictions file -> {id: {"said": the answer, "question": as it was asked, where the file says}}, for the ids in `asked`.
     Raises SystemExit for other ids and, unless only what is answered counts, for ids that are missing."""
-    rows = read(path, ["prediction", "response"], 'needed is what tools/generate.py writes, or a list of {"id": 1005, "response": "No"}')
+    rows = read(
+        path,
+        ["prediction", "response"],
+        'needed is what tools/generate.py writes, or a list of {"id": 1005, "response": "No"}',
+    )
     if strange := rows.keys() - asked.keys():
         fail(f"{path} answers {len(strange)} questions that are not asked: {some(strange)}; scored are yes-or-no questions (from 1005 on), "
              "those of --questions where it is given")  # fmt: skip
     if (missing := asked.keys() - rows.keys()) and not answered_only:
         fail(f"{path} lacks answers to {len(missing)} of {len(asked)} questions: {some(missing)}; answer them, or name the query file "
              "that was asked (--questions), or score what there is: --answered_only")  # fmt: skip
-    return {n: {"said": row.get("prediction", row.get("response")), "question": str(row.get("question", ""))} for n, row in rows.items()}
+    return {
+        n: {"said": row.get("prediction", row.get("response")), "question": str(row.get("question", ""))}
+        for n, row in rows.items()
+    }
 
 
 def exact(said):
@@ -159,7 +184,10 @@ def score(asked, given, reading):
 def columns(lines, left=1):
     """Lines of cells -> text, the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = ([cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths))] for line in lines)
+    aligned = (
+        [cell.ljust(w) if n < left else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths))]
+        for line in lines
+    )
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
@@ -182,24 +210,51 @@ def worst(asked, given, reading, most):
     lines = [["kind", "id", "image", "question", "right", *(given if len(given) > 1 else ["answer"])]]
     for *_, n in sorted(wrong)[: most if most >= 0 else None]:
         row, said = asked[n], [own[n]["said"] for own in given.values()]
-        cells = [row["kind"], str(n), row.get("image", ""), row.get("query", given["after"][n]["question"]), row["truth"], *said]
+        cells = [
+            row["kind"],
+            str(n),
+            row.get("image", ""),
+            row.get("query", given["after"][n]["question"]),
+            row["truth"],
+            *said,
+        ]
         cells = [" ".join(cell.split()) for cell in cells]
         lines.append([cell if len(cell) <= 48 else cell[:47] + "…" for cell in cells])
-    keep = [n for n, column in enumerate(zip(*lines[1:])) if n > 3 or any(column)]  # without a query file there is no image
+    keep = [
+        n for n, column in enumerate(zip(*lines[1:])) if n > 3 or any(column)
+    ]  # without a query file there is no image
     return columns([[line[n] for n in keep] for line in lines], left=len(keep)) if wrong else ""
 
 
 def main(argv=None):
     """Parse, score, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="what tools/generate.py wrote, or AMBER's own form")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "predictions", type=Path, metavar="PREDICTIONS", help="what tools/generate.py wrote, or AMBER's own form"
+    )
     parser.add_argument("--annotations", type=Path, required=True, help="AMBER's annotations.json")
-    parser.add_argument("--questions", type=Path, help="the query file that was asked (default: every question of the annotations)")
-    parser.add_argument("--compare", type=Path, metavar="BEFORE", help="answers of another model to the same questions, shown beside")
-    parser.add_argument("--first_word", action="store_true", help="read an answer by its first word, in any case; AMBER's own way is exact")
-    parser.add_argument("--answered_only", action="store_true", help="score the questions that are answered (with --compare: in both files)")
+    parser.add_argument(
+        "--questions", type=Path, help="the query file that was asked (default: every question of the annotations)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="BEFORE", help="answers of another model to the same questions, shown beside"
+    )
+    parser.add_argument(
+        "--first_word",
+        action="store_true",
+        help="read an answer by its first word, in any case; AMBER's own way is exact",
+    )
+    parser.add_argument(
+        "--answered_only",
+        action="store_true",
+        help="score the questions that are answered (with --compare: in both files)",
+    )
     parser.add_argument("--worst", type=int, default=20, help="show so many wrong answers (default 20; -1: all)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead: both readings, every score")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead: both readings, every score"
+    )
     parser.error = fail
     args = parser.parse_args(argv)
     asked = questions(args.annotations, args.questions)
@@ -211,14 +266,29 @@ def main(argv=None):
     if not asked:
         fail(f"{args.predictions} and {args.compare} answer no question in common")
     full = Counter((row["kind"], row["truth"]) for row in asked.values()) == FULL
-    found = {name: {way: score(asked, own, reading) for way, reading in READINGS.items()} for name, own in given.items()}
+    found = {
+        name: {way: score(asked, own, reading) for way, reading in READINGS.items()} for name, own in given.items()
+    }
     floor = score(asked, dict.fromkeys(asked, {"said": "No"}), exact)
     way, changed = "first_word" if args.first_word else "exact", None
     if args.compare:
-        right = {name: {n for n in asked if READINGS[way](own[n]["said"]) == asked[n]["truth"]} for name, own in given.items()}
-        changed = {"to_right": len(right["after"] - right["before"]), "to_wrong": len(right["before"] - right["after"])}
+        right = {
+            name: {n for n in asked if READINGS[way](own[n]["said"]) == asked[n]["truth"]}
+            for name, own in given.items()
+        }
+        changed = {
+            "to_right": len(right["after"] - right["before"]),
+            "to_wrong": len(right["before"] - right["after"]),
+        }
     if args.json:
-        whole = {"questions": len(asked), "left_out": len(missing), "full": full, "reading": way, **found, "changed": changed}
+        whole = {
+            "questions": len(asked),
+            "left_out": len(missing),
+            "full": full,
+            "reading": way,
+            **found,
+            "changed": changed,
+        }
         return print(json.dumps({**whole, "always_no": floor, "published": PUBLISHED if full else None}, indent=1))
     if args.worst and (shown := worst(asked, given, READINGS[way], args.worst)):
         print(shown, end="\n\n")
@@ -227,8 +297,18 @@ def main(argv=None):
     named = [(f"{path}: {WORDS[way]}", found[name][way]) for name, path in files.items() for way in READINGS]
     for name, own in [*named, ('always "No"', floor)]:
         scores = own["scores"]["all"]
-        lines.append([name, str(scores["accuracy"]), str(scores["f1"]), str(own["neither"]), f"{own['no'] / len(asked) * 100:.1f}"])
-    lines += [[f"published: {name}", str(own["accuracy"]), str(own["f1"]), "", ""] for name, own in PUBLISHED.items() if full]
+        lines.append(
+            [
+                name,
+                str(scores["accuracy"]),
+                str(scores["f1"]),
+                str(own["neither"]),
+                f"{own['no'] / len(asked) * 100:.1f}",
+            ]
+        )
+    lines += [
+        [f"published: {name}", str(own["accuracy"]), str(own["f1"]), "", ""] for name, own in PUBLISHED.items() if full
+    ]
     print(columns(lines), end="\n\n")
     whose = "." if args.first_word else ", as AMBER reads answers (otherwise: --first_word)."
     print(f"Each kind: {'before -> after, ' if changed else ''}{WORDS[way]}{whose}")

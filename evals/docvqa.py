@@ -35,7 +35,9 @@ def anls(prediction, references):
     accepted answer is blank or there is none."""
     if not references or not all(reference.strip() for reference in references):
         raise ValueError(f"accepted answers {references!r}: at least one is needed, and none may be blank")
-    distance = min(Levenshtein.distance(plain(prediction), plain(r)) / max(len(prediction), len(r)) for r in references)
+    distance = min(
+        Levenshtein.distance(plain(prediction), plain(r)) / max(len(prediction), len(r)) for r in references
+    )
     return 1 - distance if distance <= 0.5 else 0.0
 
 
@@ -54,12 +56,25 @@ def score(path):
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # half a character could not be printed
             references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
-            if not isinstance(references, list) or not all(isinstance(said, str) for said in [row["prediction"], *references]):
-                raise ValueError(f"prediction {row['prediction']!r} must be a text, reference {row['reference']!r} a text or a list of texts")
+            if not isinstance(references, list) or not all(
+                isinstance(said, str) for said in [row["prediction"], *references]
+            ):
+                raise ValueError(
+                    f"prediction {row['prediction']!r} must be a text, reference {row['reference']!r} a text or a list of texts"
+                )
             exact = plain(row["prediction"]) in [plain(reference) for reference in references]
-            scored.append({**row, "references": references, "anls": anls(row["prediction"], references), "exact_match": int(exact)})
+            scored.append(
+                {
+                    **row,
+                    "references": references,
+                    "anls": anls(row["prediction"], references),
+                    "exact_match": int(exact),
+                }
+            )
         except (ValueError, KeyError, TypeError) as e:
-            fail(f"{path}, line {number}: {f'no {e}' if isinstance(e, KeyError) else e}; tools/generate.py shows the form")
+            fail(
+                f"{path}, line {number}: {f'no {e}' if isinstance(e, KeyError) else e}; tools/generate.py shows the form"
+            )
     if not scored:
         fail(f"{path} is empty: there is nothing to score")
     return sorted(scored, key=lambda row: row["anls"])
@@ -67,9 +82,13 @@ def score(path):
 
 def main(argv=None):
     """Parse, score, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what tools/generate.py wrote")
-    parser.add_argument("--worst", type=int, default=20, help="show so many questions, the worst first (default 20; -1: all)")
+    parser.add_argument(
+        "--worst", type=int, default=20, help="show so many questions, the worst first (default 20; -1: all)"
+    )
     parser.add_argument("--csv", type=Path, help="write every question, the worst first, into this table")
     parser.add_argument("--overwrite", action="store_true", help="replace CSV where it exists")
     parser.error = fail
@@ -77,8 +96,17 @@ def main(argv=None):
     if args.csv and args.csv.exists() and not args.overwrite:
         fail(f"{args.csv} exists: choose another --csv, or --overwrite it")
     rows = score(args.predictions)
-    table = [[f"{row['anls']:.3f}", str(row["exact_match"]), str(row.get("id") if row.get("id") is not None else row.get("row", "")),
-              str(row.get("question", "")), row["prediction"], " / ".join(row["references"])] for row in rows]
+    table = [
+        [
+            f"{row['anls']:.3f}",
+            str(row["exact_match"]),
+            str(row.get("id") if row.get("id") is not None else row.get("row", "")),
+            str(row.get("question", "")),
+            row["prediction"],
+            " / ".join(row["references"]),
+        ]
+        for row in rows
+    ]
     names = ["ANLS", "exact", "id", "question", "prediction", "accepted"]
     if args.csv:
         try:
@@ -90,9 +118,14 @@ def main(argv=None):
     if shown:
         shown = [[cell if len(cell) <= 40 else cell[:39] + "…" for cell in line] for line in [names, *shown]]
         widths = [max(map(len, column)) for column in zip(*shown)]
-        print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in shown), end="\n\n")
-    print(f"ANLS {sum(row['anls'] for row in rows) / len(rows):.4f}   exact match {sum(row['exact_match'] for row in rows) / len(rows):.4f}   "
-          f"questions {len(rows)}" + (f"   table: {args.csv}" if args.csv else ""))
+        print(
+            "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in shown),
+            end="\n\n",
+        )
+    print(
+        f"ANLS {sum(row['anls'] for row in rows) / len(rows):.4f}   exact match {sum(row['exact_match'] for row in rows) / len(rows):.4f}   "
+        f"questions {len(rows)}" + (f"   table: {args.csv}" if args.csv else "")
+    )
 
 
 if __name__ == "__main__":

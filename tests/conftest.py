@@ -13,7 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = tempfile.mkdtemp(prefix="datasets-")  # nothing is left in the user's own cache, nothing is taken from it
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, HF_MODULES_CACHE=f"{CACHE}/modules", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, HF_MODULES_CACHE=f"{CACHE}/modules", TOKENIZERS_PARALLELISM="false"
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
 sys.path.insert(0, str(ROOT))
 
@@ -107,9 +109,17 @@ def paligemma(out, text="gemma"):
     bpe = json.loads(bpe.to_str())["model"]
     images = SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     images.image_seq_length = 16
-    processor = PaliGemmaProcessor(images, GemmaTokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]]))
+    processor = PaliGemmaProcessor(
+        images, GemmaTokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
+    )
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "projection_dim": 128, "vision_use_head": False}
+    vision = {
+        "model_type": "siglip_vision_model",
+        "image_size": 56,
+        "patch_size": 14,
+        "projection_dim": 128,
+        "vision_use_head": False,
+    }
     words = {"model_type": text, "vocab_size": len(processor.tokenizer), "num_key_value_heads": 1, "head_dim": 32}
     words |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "max_position_embeddings": 1024}
     config = PaliGemmaConfig(
@@ -194,7 +204,9 @@ def tiny_parts(tmp_path_factory):
     two_stage.save(out, two_stage.vision(), tokenizer, two_stage.language(tokenizer))
     for name, n in (("train", 96), ("test", 24)):
         two_stage.write_data(out, name, two_stage.make_rows(0, train=name == "train", n=n))
-        two_stage.write_data(out, "captions" + "-test" * (name == "test"), two_stage.make_captions(0, train=name == "train", n=n))
+        two_stage.write_data(
+            out, "captions" + "-test" * (name == "test"), two_stage.make_captions(0, train=name == "train", n=n)
+        )
     llava_two_stage.main(two_stage_run(out, out / "align", max_steps=3, eval_fraction=0, save_strategy="no"))
     return out
 
@@ -216,10 +228,32 @@ def learnt(tiny_forms, tmp_path_factory):
     rows = json.loads((tiny_forms / "json" / "train.json").read_text())[:19]
     for name, some in (("train", rows[:16]), ("held_out", rows)):
         (out / f"{name}.json").write_text(json.dumps(some))
-    settings = {"model_name_or_path": out / "model", "dataset_name": out / "train.json", "image_folder": out / "images"}
-    settings |= {"eval_dataset_name": out / "held_out.json", "output_dir": out / "run", "load_in_4bit": False, "report_to": "none"}
-    settings |= {"max_steps": 70, "eval_steps": 10, "save_steps": 10, "logging_steps": 10, "warmup_steps": 5, "lora_r": 32}
-    settings |= {"lora_alpha": 32, "lora_dropout": 0, "learning_rate": 5e-3, "dataloader_num_workers": 0, "use_cpu": True}
+    settings = {
+        "model_name_or_path": out / "model",
+        "dataset_name": out / "train.json",
+        "image_folder": out / "images",
+    }
+    settings |= {
+        "eval_dataset_name": out / "held_out.json",
+        "output_dir": out / "run",
+        "load_in_4bit": False,
+        "report_to": "none",
+    }
+    settings |= {
+        "max_steps": 70,
+        "eval_steps": 10,
+        "save_steps": 10,
+        "logging_steps": 10,
+        "warmup_steps": 5,
+        "lora_r": 32,
+    }
+    settings |= {
+        "lora_alpha": 32,
+        "lora_dropout": 0,
+        "learning_rate": 5e-3,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
     settings |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8, "gradient_accumulation_steps": 1}
     settings |= {"activation_checkpointing": False, "max_new_tokens": 8, "sample_rows": 19}
     idefics2_docvqa.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
@@ -231,7 +265,11 @@ def short_run(folder, out, data=("dataset_name", "data"), **settings):
     `data`: the flag that names the data, and where they are."""
     own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, data[0]: folder / data[1]}
     settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
-    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items() if value is not None}
+    lists = {
+        name: value if isinstance(value, list | tuple) else [value]
+        for name, value in settings.items()
+        if value is not None
+    }
     return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
 
 
@@ -315,7 +353,12 @@ def two_stage_run(folder, out, stage="align", **settings):
     """The list of flags for a run of llava_two_stage.py on the CPU: of the two parts in align, of align/ in instruct unless parts are named."""
     joined = stage == "align" and "model_name_or_path" not in settings or "pretrain_mm_mlp_adapter" in settings
     parts = {"vision_tower": folder / "vision", "language_model": folder / "language"} if joined else {}
-    own = {"stage": stage, "model_name_or_path": None if joined else folder / "align", **parts, "image_folder": folder / "json" / "images"}
+    own = {
+        "stage": stage,
+        "model_name_or_path": None if joined else folder / "align",
+        **parts,
+        "image_folder": folder / "json" / "images",
+    }
     own |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     data = "json/captions.json" if stage == "align" else "json/train.json"
     return short_run(folder, out, ("data_path", data), **{**own, **settings})
@@ -395,7 +438,14 @@ def odd_images(images, tmp_path):
     for name, value in (("nan", math.nan), ("inf", math.inf), ("negative", -1)):
         Image.new("F", (64, 64), value).save(tmp_path / f"{name}.tiff")
     os.mkfifo(tmp_path / "pipe")
-    for name, size in (("wide", (1000, 49)), ("high", (49, 1000)), ("dot", (1, 1)), ("line", (20, 1)), ("column", (1, 20)), ("large", (64, 64))):
+    for name, size in (
+        ("wide", (1000, 49)),
+        ("high", (49, 1000)),
+        ("dot", (1, 1)),
+        ("line", (20, 1)),
+        ("column", (1, 20)),
+        ("large", (64, 64)),
+    ):
         Image.new("RGB", size, "white").save(tmp_path / f"{name}.png")
 
 
@@ -476,7 +526,11 @@ def said(*turns, image=None, **more):
 
 def chat(*turns, images=(), **more):
     """(role, content) pairs -> a row of messages and images."""
-    return {**more, "messages": [{"role": role, "content": content} for role, content in turns], "images": list(images)}
+    return {
+        **more,
+        "messages": [{"role": role, "content": content} for role, content in turns],
+        "images": list(images),
+    }
 
 
 def asks(question, *answers, image="red.png", **more):

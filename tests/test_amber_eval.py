@@ -23,10 +23,20 @@ def annotated(*asked):
     that is not there has a type of its own."""
     rows = [{"id": n, "type": "generative", "truth": ["sky"], "hallu": ["cloud"]} for n in range(1, 1005)]
     types = ("relation" if (kind, truth) == ("relation", "no") else TYPE[kind] for kind, truth in asked)
-    return rows + [{"id": n, "type": own, "truth": truth} for n, (own, (_, truth)) in enumerate(zip(types, asked), 1005)]
+    return rows + [
+        {"id": n, "type": own, "truth": truth} for n, (own, (_, truth)) in enumerate(zip(types, asked), 1005)
+    ]
 
 
-SMALL = [("existence", "no"), ("state", "yes"), ("state", "no"), ("number", "yes"), ("action", "no"), ("relation", "yes"), ("relation", "no")]
+SMALL = [
+    ("existence", "no"),
+    ("state", "yes"),
+    ("state", "no"),
+    ("number", "yes"),
+    ("action", "no"),
+    ("relation", "yes"),
+    ("relation", "no"),
+]
 
 
 @pytest.fixture
@@ -35,8 +45,17 @@ def files(write):
     generate.py writes them]."""
 
     def make(asked, *told):
-        lines = [[{"row": n, "id": 1005 + n, "question": f"Q{n}?", "reference": None, "prediction": said} for n, said in enumerate(own)] for own in told]
-        return [write(annotated(*asked), "annotations.json"), *(write(own, f"{'abc'[n]}.jsonl") for n, own in enumerate(lines))]
+        lines = [
+            [
+                {"row": n, "id": 1005 + n, "question": f"Q{n}?", "reference": None, "prediction": said}
+                for n, said in enumerate(own)
+            ]
+            for own in told
+        ]
+        return [
+            write(annotated(*asked), "annotations.json"),
+            *(write(own, f"{'abc'[n]}.jsonl") for n, own in enumerate(lines)),
+        ]
 
     return make
 
@@ -92,7 +111,13 @@ def test_scores_by_hand(right, said, expected):
 def test_the_constants_of_existence_and_of_the_attributes_together():
     """The former's F1 has 0.001 in its denominator, in place of 0.0001; the latter have three denominators' 0.001."""
     rows = [("existence", "no", "no" if n < 17 else "yes") for n in range(20)]
-    assert amber.measure(rows, "existence") == {"questions": 20, "accuracy": 85.0, "precision": 100.0, "recall": 85.0, "f1": 91.8}
+    assert amber.measure(rows, "existence") == {
+        "questions": 20,
+        "accuracy": 85.0,
+        "precision": 100.0,
+        "recall": 85.0,
+        "f1": 91.8,
+    }
     assert amber.measure(rows)["f1"] == 91.9
     rows = [("state", "no", "no"), ("relation", "no", "no")]
     assert amber.measure(rows, "attribute")["recall"] == 99.7 and amber.measure(rows, "state")["recall"] == 99.9
@@ -100,7 +125,12 @@ def test_the_constants_of_existence_and_of_the_attributes_together():
 
 def test_always_no_on_all_of_amber():
     rows = [(kind, truth, "no") for kind, truth, count in FULL for _ in range(count)]
-    assert [amber.measure(rows, kind)["questions"] for kind in ("all", "existence", "attribute", "relation")] == [14216, 4924, 7628, 1664]
+    assert [amber.measure(rows, kind)["questions"] for kind in ("all", "existence", "attribute", "relation")] == [
+        14216,
+        4924,
+        7628,
+        1664,
+    ]
     assert sum(truth == "no" for _, truth, _ in rows) == 9427  # 66.3 %
     found = amber.measure(rows)
     assert (found["accuracy"], found["precision"], found["recall"], found["f1"]) == (66.3, 66.3, 100.0, 79.7)
@@ -132,10 +162,22 @@ def test_a_second_implementation_agrees():
 
 def test_as_ambers_own_script_scored_them(files, run):
     """All 14,216 questions, answered by rule; the values are what inference.py printed of the same answers."""
-    asked = [(kind, truth) for kind, truth, count in sorted(FULL, key=lambda x: (x[0] != "existence", FULL.index(x))) for _ in range(count)]
+    asked = [
+        (kind, truth)
+        for kind, truth, count in sorted(FULL, key=lambda x: (x[0] != "existence", FULL.index(x)))
+        for _ in range(count)
+    ]
     wrong, told = {"yes": "No", "no": "Yes"}, []
     for n, (_, truth) in enumerate(asked, 1005):
-        told.append("No. It is not." if n % 11 == 0 else "yes" if n % 13 == 0 else wrong[truth] if n % 7 == 0 else truth.capitalize())
+        told.append(
+            "No. It is not."
+            if n % 11 == 0
+            else "yes"
+            if n % 13 == 0
+            else wrong[truth]
+            if n % 7 == 0
+            else truth.capitalize()
+        )
     annotations, answers = files(asked, told)
     whole = run(answers, annotations, "--json")
     scores = whole["after"]["exact"]["scores"]
@@ -143,11 +185,28 @@ def test_as_ambers_own_script_scored_them(files, run):
         "all": [71.9, 92.2, 72.0, 80.9], "existence": [71.9, 100.0, 71.9, 83.6], "attribute": [71.9, 85.6, 72.0, 78.2],
         "state": [71.9, 85.6, 71.9, 78.1], "number": [72.0, 85.7, 72.0, 78.2], "action": [71.8, 85.4, 72.2, 78.2],
         "relation": [71.9, 80.9, 72.0, 76.2]}  # fmt: skip
-    assert values(whole["always_no"]["scores"]) == [66.3, 66.3, 100.0, 79.7] and values(whole["always_no"]["scores"], "existence") == [100.0] * 4
+    assert (
+        values(whole["always_no"]["scores"]) == [66.3, 66.3, 100.0, 79.7]
+        and values(whole["always_no"]["scores"], "existence") == [100.0] * 4
+    )
     assert whole["full"] and whole["published"]["Idefics2 + DPO"] == {"accuracy": 85.9, "f1": 89.4}
     shown = [line.split() for line in run(answers, annotations, "--worst", 0).splitlines()]
-    assert ["all", "14216", "71.9", "92.2", "72.0", "80.9"] in shown and ['always', '"No"', "66.3", "79.7", "0", "100.0"] in shown
-    assert ["published:", "Idefics2", "85.8", "89.1"] in shown and ["published:", "Idefics2", "+", "DPO", "85.9", "89.4"] in shown
+    assert ["all", "14216", "71.9", "92.2", "72.0", "80.9"] in shown and [
+        "always",
+        '"No"',
+        "66.3",
+        "79.7",
+        "0",
+        "100.0",
+    ] in shown
+    assert ["published:", "Idefics2", "85.8", "89.1"] in shown and [
+        "published:",
+        "Idefics2",
+        "+",
+        "DPO",
+        "85.9",
+        "89.4",
+    ] in shown
 
 
 @pytest.mark.parametrize(
@@ -180,10 +239,24 @@ def test_both_readings_are_shown_and_one_is_the_table(files, run):
     annotations, answers = files(SMALL, ["No", "Yes.", "No, it is not", "Yes", "Maybe", "No", "No"])
     plain, free = (run(answers, annotations, *flags) for flags in ([], ["--first_word"]))
     for text in (plain, free):
-        assert any(line.startswith(f"{answers}: exactly Yes or No ") and line.split()[-4:] == ["42.9", "57.1", "3", "42.9"] for line in text.splitlines())
-        assert any(line.startswith(f"{answers}: by the first word ") and line.split()[-4:] == ["71.4", "75.0", "1", "57.1"] for line in text.splitlines())
-    row = lambda text, kind: next(line.split()[1:] for line in text.splitlines() if line.split()[:1] == [kind] and "?" not in line)
-    assert row(plain, "all") == ["7", "42.9", "66.6", "50.0", "57.1"] and row(free, "all") == ["7", "71.4", "75.0", "75.0", "75.0"]
+        assert any(
+            line.startswith(f"{answers}: exactly Yes or No ") and line.split()[-4:] == ["42.9", "57.1", "3", "42.9"]
+            for line in text.splitlines()
+        )
+        assert any(
+            line.startswith(f"{answers}: by the first word ") and line.split()[-4:] == ["71.4", "75.0", "1", "57.1"]
+            for line in text.splitlines()
+        )
+    row = lambda text, kind: next(
+        line.split()[1:] for line in text.splitlines() if line.split()[:1] == [kind] and "?" not in line
+    )
+    assert row(plain, "all") == ["7", "42.9", "66.6", "50.0", "57.1"] and row(free, "all") == [
+        "7",
+        "71.4",
+        "75.0",
+        "75.0",
+        "75.0",
+    ]
     assert row(plain, "attribute")[:2] == ["4", "25.0"] and row(free, "attribute")[:2] == ["4", "74.9"]
     assert "as AMBER reads answers (otherwise: --first_word)" in plain and "Each kind: by the first word." in free
 
@@ -191,7 +264,11 @@ def test_both_readings_are_shown_and_one_is_the_table(files, run):
 def test_published_values_are_those_of_all_questions_only(files, run):
     annotations, answers = files(SMALL, ["No"] * 7)
     text = run(answers, annotations)
-    assert "not of these 7" in text and "published:" not in text and run(answers, annotations, "--json")["published"] is None
+    assert (
+        "not of these 7" in text
+        and "published:" not in text
+        and run(answers, annotations, "--json")["published"] is None
+    )
     annotations, answers = files([("state", "no")] * 14216, ["No"] * 14216)
     assert "these are not they" in run(answers, annotations)
 
@@ -200,25 +277,49 @@ def test_kinds_that_are_not_asked_about_are_not_shown(files, run, write):
     annotations, answers = files([("existence", "no")] * 3, ["No", "Yes", "No"])
     assert [*run(answers, annotations, "--json")["after"]["exact"]["scores"]] == ["all", "existence"]
     annotations, answers = files(SMALL, ["No"] * 7)
-    queries = write([{"id": n, "image": "AMBER_1.jpg", "query": "Is it so?"} for n in (1010, 1011)], "query_discriminative-relation.json")
+    queries = write(
+        [{"id": n, "image": "AMBER_1.jpg", "query": "Is it so?"} for n in (1010, 1011)],
+        "query_discriminative-relation.json",
+    )
     some = write([{"id": n, "response": "No"} for n in (1011, 1010)], "some.json")
     whole = run(some, annotations, "--questions", queries, "--json")
-    assert whole["questions"] == 2 and [*whole["after"]["exact"]["scores"]] == ["all", "relation"] and whole["left_out"] == 0
+    assert (
+        whole["questions"] == 2
+        and [*whole["after"]["exact"]["scores"]] == ["all", "relation"]
+        and whole["left_out"] == 0
+    )
 
 
 def test_before_and_after(files, run):
-    annotations, before, after = files(SMALL, ["Yes", "Yes", "Yes", "Yes", "No", "No", "No"], ["No", "Yes", "No", "No", "No", "Yes", "no"])
+    annotations, before, after = files(
+        SMALL, ["Yes", "Yes", "Yes", "Yes", "No", "No", "No"], ["No", "Yes", "No", "No", "No", "Yes", "no"]
+    )
     whole = run(after, annotations, "--compare", before, "--json")
     assert whole["changed"] == {"to_right": 3, "to_wrong": 2}
     assert [values(whole[name]["exact"]["scores"])[0] for name in ("before", "after")] == [57.1, 71.4]
-    assert whole["after"] == run(after, annotations, "--json")["after"] and whole["before"] == run(before, annotations, "--json")["after"]
+    assert (
+        whole["after"] == run(after, annotations, "--json")["after"]
+        and whole["before"] == run(before, annotations, "--json")["after"]
+    )
     text = run(after, annotations, "--compare", before)
-    assert "57.1 -> 71.4" in text and "3 answers became right, 2 wrong." in text and "Each kind: before -> after" in text
+    assert (
+        "57.1 -> 71.4" in text and "3 answers became right, 2 wrong." in text and "Each kind: before -> after" in text
+    )
     assert text.count(f"{before}: ") == text.count(f"{after}: ") == 2
     head, unread, wrong = (line.split() for line in text.splitlines()[:3])
     assert head == ["kind", "id", "question", "right", "before", "after"]
-    assert unread == ["relation", "1011", "Q6?", "no", "No", "no"] and wrong == ["number", "1008", "Q3?", "yes", "Yes", "No"]
-    assert run(after, annotations, "--compare", before, "--first_word", "--json")["changed"] == {"to_right": 3, "to_wrong": 1}
+    assert unread == ["relation", "1011", "Q6?", "no", "No", "no"] and wrong == [
+        "number",
+        "1008",
+        "Q3?",
+        "yes",
+        "Yes",
+        "No",
+    ]
+    assert run(after, annotations, "--compare", before, "--first_word", "--json")["changed"] == {
+        "to_right": 3,
+        "to_wrong": 1,
+    }
 
 
 def test_wrong_answers_are_shown_by_turns_of_their_kinds(files, run, write):
@@ -227,7 +328,11 @@ def test_wrong_answers_are_shown_by_turns_of_their_kinds(files, run, write):
     shown = lambda *flags: run(answers, annotations, *flags).split("\n\n")[0].splitlines()
     assert [line.split()[:2] for line in shown("--worst", 4)] == [
         ["kind", "id"], ["state", "1037"], ["relation", "1035"], ["state", "1005"], ["relation", "1036"]]  # fmt: skip
-    assert len(shown()) == 21 and len(shown("--worst", -1)) == 34 and shown("--worst", 0)[0].split()[:2] == ["kind", "questions"]
+    assert (
+        len(shown()) == 21
+        and len(shown("--worst", -1)) == 34
+        and shown("--worst", 0)[0].split()[:2] == ["kind", "questions"]
+    )
     assert "Hm m long" in shown()[1] and shown()[1].endswith("…") and max(map(len, shown())) < 150
     queries = write([{"id": n, "image": f"{n}.jpg", "query": "Is it?"} for n in range(1005, 1038)], "queries.json")
     assert shown("--questions", queries)[0].split() == ["kind", "id", "image", "question", "right", "answer"]
@@ -249,25 +354,43 @@ def test_the_forms_of_a_predictions_file(files, run, write):
 
 def test_some_questions_are_not_answered(files, run, refused, write):
     annotations, answers = files(SMALL, ["No"] * 7)
-    some, other = (write([{"id": n, "response": "No"} for n in ids], name) for ids, name in (((1006, 1007, 1008), "x.json"), ((1008, 1005), "y.json")))
+    some, other = (
+        write([{"id": n, "response": "No"} for n in ids], name)
+        for ids, name in (((1006, 1007, 1008), "x.json"), ((1008, 1005), "y.json"))
+    )
     message = refused(some, annotations)
-    assert message.startswith("error: FILE lacks answers to 4 of 7 questions: ids 1005, 1009, 1010, 1011; ") and "--answered_only" in message
+    assert (
+        message.startswith("error: FILE lacks answers to 4 of 7 questions: ids 1005, 1009, 1010, 1011; ")
+        and "--answered_only" in message
+    )
     whole = run(some, annotations, "--answered_only", "--json")
-    assert (whole["questions"], whole["left_out"]) == (3, 4) and whole["after"]["exact"]["scores"]["all"]["questions"] == 3
+    assert (whole["questions"], whole["left_out"]) == (3, 4) and whole["after"]["exact"]["scores"]["all"][
+        "questions"
+    ] == 3
     assert "4 questions are not answered and left out." in run(some, annotations, "--answered_only")
     assert "lacks answers to 5 of 7" in refused(answers, annotations, "--compare", other)
     both = run(some, annotations, "--compare", other, "--answered_only", "--json")
     assert (both["questions"], both["left_out"], both["before"]["exact"]["no"]) == (1, 6, 1)
     none = write([{"id": 1011, "response": "No"}], "z.json")
     assert "answer no question in common" in refused(none, annotations, "--compare", other, "--answered_only")
-    assert "left out" not in run(answers, annotations) and run(answers, annotations, "--answered_only", "--json")["left_out"] == 0
+    assert (
+        "left out" not in run(answers, annotations)
+        and run(answers, annotations, "--answered_only", "--json")["left_out"] == 0
+    )
 
 
 def test_long_lists_of_ids_are_cut(files, refused, write):
     annotations, _ = files(SMALL * 3, ["No"] * 21)
-    assert amber.some({3, 1}) == "ids 1, 3" and amber.some(range(11)).endswith("8, 9 and 1 more") and amber.some(range(10)).endswith("8, 9")
+    assert (
+        amber.some({3, 1}) == "ids 1, 3"
+        and amber.some(range(11)).endswith("8, 9 and 1 more")
+        and amber.some(range(10)).endswith("8, 9")
+    )
     message = refused(write([{"id": 1005, "response": "No"}], "x.json"), annotations)
-    assert "lacks answers to 20 of 21 questions: ids 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 1015 and 10 more; " in message
+    assert (
+        "lacks answers to 20 of 21 questions: ids 1006, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 1015 and 10 more; "
+        in message
+    )
 
 
 def row(n=1005, **more):
@@ -312,16 +435,40 @@ def test_a_bad_row_is_named(files, refused, write, rows, words):
         ("FILE", " \n", ["FILE is empty"]),
         ("FILE", b"[\xff]", ["cannot read FILE", "utf-8"]),
         ("ANNOTATIONS", "{", ["ANNOTATIONS, line 1", "AMBER's own annotations.json"]),
-        ("ANNOTATIONS", '[{"id": 1005, "image": "a.jpg", "query": "Is it?"}]', ["ANNOTATIONS, row 0", "no type", "AMBER's own annotations.json"]),
-        ("ANNOTATIONS", '[{"id": 1, "type": "generative"}]', ["ANNOTATIONS has no question of the discriminative task"]),
-        ("ANNOTATIONS", '[{"id": 7, "type": "discriminative", "truth": "no"}]', ["ANNOTATIONS, id 7: type 'discriminative', truth 'no'"]),
+        (
+            "ANNOTATIONS",
+            '[{"id": 1005, "image": "a.jpg", "query": "Is it?"}]',
+            ["ANNOTATIONS, row 0", "no type", "AMBER's own annotations.json"],
+        ),
+        (
+            "ANNOTATIONS",
+            '[{"id": 1, "type": "generative"}]',
+            ["ANNOTATIONS has no question of the discriminative task"],
+        ),
+        (
+            "ANNOTATIONS",
+            '[{"id": 7, "type": "discriminative", "truth": "no"}]',
+            ["ANNOTATIONS, id 7: type 'discriminative', truth 'no'"],
+        ),
         ("ANNOTATIONS", '[{"id": 7, "type": "relation", "truth": "No"}]', ["id 7", "truth 'No'"]),
         ("ANNOTATIONS", '[{"id": 7, "type": "relation", "truth": []}]', ["id 7", "truth []"]),
         ("ANNOTATIONS", '[{"id": 7, "type": "relation"}]', ["id 7", "truth None"]),
         ("QUERIES", '[{"id": 1005}]', ["QUERIES, row 0", "no query", "query_discriminative files"]),
-        ("QUERIES", '[{"id": 1, "query": "Describe it."}, {"id": 1005, "query": "Is it?"}]', ["QUERIES asks 1 questions", "id 1;"]),
-        ("QUERIES", '[{"id": 1005, "query": "a"}, {"id": 1005, "query": "a"}]', ["QUERIES has more than one row for id 1005"]),
-        ("QUERIES", '[{"id": 1005, "query": "a"}]', ["answers 6 questions that are not asked: ids 1006,", "--questions"]),
+        (
+            "QUERIES",
+            '[{"id": 1, "query": "Describe it."}, {"id": 1005, "query": "Is it?"}]',
+            ["QUERIES asks 1 questions", "id 1;"],
+        ),
+        (
+            "QUERIES",
+            '[{"id": 1005, "query": "a"}, {"id": 1005, "query": "a"}]',
+            ["QUERIES has more than one row for id 1005"],
+        ),
+        (
+            "QUERIES",
+            '[{"id": 1005, "query": "a"}]',
+            ["answers 6 questions that are not asked: ids 1006,", "--questions"],
+        ),
     ],
 )
 def test_a_bad_file_is_named(files, refused, tmp_path, name, text, words):
@@ -360,4 +507,6 @@ def test_as_a_program(files, tmp_path):
     runs = [[answers, "--annotations", annotations], [annotations, "--annotations", annotations]]
     good, bad = (subprocess.run([*program, *argv], capture_output=True, text=True, cwd=tmp_path) for argv in runs)
     assert good.returncode == 0 and good.stderr == "" and 'always "No"' in good.stdout
-    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 1 and bad.stdout == "" and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    )

@@ -50,7 +50,9 @@ def test_exit_status_1_where_they_differ(monkeypatch, capsys, wrong):
 
 
 def test_nan_is_not_equal():
-    assert not docvqa_step.equal({"loss": {"stock": 1.0, "recipe": 1.0}, "gradient_max": float("nan"), "gradient_norm": 0.0})
+    assert not docvqa_step.equal(
+        {"loss": {"stock": 1.0, "recipe": 1.0}, "gradient_max": float("nan"), "gradient_norm": 0.0}
+    )
 
 
 def test_weights_without_storage_cost_as_many_flops(tmp_path):
@@ -62,7 +64,9 @@ def test_weights_without_storage_cost_as_many_flops(tmp_path):
     rows = docvqa_step.make_rows(2, shape, processor.tokenizer, 0)
     counted, shares = docvqa_step.flops_without_storage(shape, collator, rows, settings, training)
     assert sum(shares.values()) == pytest.approx(1)
-    model = docvqa_step.adapted(docvqa_step.configuration(shape, processor.image_token_id), settings, training.device, None)
+    model = docvqa_step.adapted(
+        docvqa_step.configuration(shape, processor.image_token_id), settings, training.device, None
+    )
     for side, trainer in docvqa_step.trainers(model, collator, rows, settings, training).items():
         trainer.model.activation_checkpointing_enable()
         assert docvqa_step.flops(trainer, collator(rows)) == counted[side]
@@ -91,15 +95,25 @@ def tiny_dpo(arch, adapters, *more):
 
 def dpo_arguments(**more):
     """Flags, as dpo_step's functions take them."""
-    return argparse.Namespace(**{"arch": "idefics2", "adapters": "all", "steps": 1, "batch_size": 1, "seed": 0, "device": "cpu"} | more)
+    return argparse.Namespace(
+        **{"arch": "idefics2", "adapters": "all", "steps": 1, "batch_size": 1, "seed": 0, "device": "cpu"} | more
+    )
 
 
 @pytest.mark.parametrize("adapters", ["language", "all"])
 @pytest.mark.parametrize("arch", ["idefics2", "llava"])
 def test_dpo_reports_costs_and_equality(tmp_path, capsys, arch, adapters):
-    assert tiny_dpo(arch, adapters, "--batch_size", "2", "--checkpointing", "both", "--json", str(tmp_path / "step.json")) == 0
+    assert (
+        tiny_dpo(arch, adapters, "--batch_size", "2", "--checkpointing", "both", "--json", str(tmp_path / "step.json"))
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert printed.count(": equal") == 2 and "NOT EQUAL" not in printed and "MISSED" not in printed and dpo_step.SMALL in printed
+    assert (
+        printed.count(": equal") == 2
+        and "NOT EQUAL" not in printed
+        and "MISSED" not in printed
+        and dpo_step.SMALL in printed
+    )
     found = json.loads((tmp_path / "step.json").read_text())["settings"]
     assert [setting["checkpointing"] for setting in found] == [True, False]
     for setting in found:
@@ -142,7 +156,11 @@ def test_dpo_exit_status_1_where_they_differ(monkeypatch, capsys, wrong):
 @pytest.mark.parametrize("what", ["log_probabilities", "gradient_max", "gradient_norm"])
 def test_dpo_nan_is_not_equal(what):
     same = {"loss": {"stock": 1.0, "recipe": 1.0}, "log_probabilities": 0.0, "gradient_max": 0.0, "gradient_norm": 0.0}
-    assert dpo_step.equal(same) and not dpo_step.equal(same | {what: float("nan")}) and not dpo_step.equal(same | {what: 2e-5})
+    assert (
+        dpo_step.equal(same)
+        and not dpo_step.equal(same | {what: float("nan")})
+        and not dpo_step.equal(same | {what: 2e-5})
+    )
 
 
 @pytest.mark.parametrize("arch", ["idefics2", "llava"])
@@ -171,7 +189,11 @@ def test_dpo_exit_status_1_where_a_threshold_is_missed(monkeypatch, capsys):
     flags = ["--arch", "llava", "--adapters", "language", "--steps", "1"]
     assert dpo_step.main(flags) == 1
     printed = capsys.readouterr().out
-    assert "time at least 0.01x: holds" in printed and "FLOPs at least 100x: MISSED" in printed and "error: FLOPs below" in printed
+    assert (
+        "time at least 0.01x: holds" in printed
+        and "FLOPs at least 100x: MISSED" in printed
+        and "error: FLOPs below" in printed
+    )
     assert dpo_step.main([*flags, "--report_only"]) == 0
     assert dpo_step.main([*flags, "--checkpointing", "off"]) == 0  # thresholds are for steps with it
 
@@ -199,7 +221,9 @@ def test_dpo_scaled_model_keeps_the_proportions(arch):
 @pytest.mark.parametrize("arch", ["idefics2", "llava"])
 @pytest.mark.parametrize("size, by", [("real", 1), ("scaled", 4)])
 def test_dpo_texts_have_the_stated_lengths(tmp_path, arch, size, by):
-    *_, collator, rows, sizes, _ = dpo_step.prepare(dpo_arguments(arch=arch, steps=8), True, tmp_path, size, side=(56, 56))
+    *_, collator, rows, sizes, _ = dpo_step.prepare(
+        dpo_arguments(arch=arch, steps=8), True, tmp_path, size, side=(56, 56)
+    )
     for row in rows:
         batch = collator([row])
         answers = batch["completion_mask"].sum(1)

@@ -25,7 +25,9 @@ import finetune_minicpm_lora
 import llava_two_stage
 from tools import compare, generate, merge_adapter
 
-CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if path), None)
+CHROMIUM = next(
+    (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if path), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def asked(loaded, run, side, example, tmp_path):
     """What is yielded for an example of a run."""
     image, question, _ = example
     image.save(tmp_path / "asked.png")
-    return list(loaded.stream(run, side, loaded.prepare(run, str(tmp_path / "asked.png"), question), threading.Event()))
+    return list(
+        loaded.stream(run, side, loaded.prepare(run, str(tmp_path / "asked.png"), question), threading.Event())
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ answers
@@ -72,9 +76,13 @@ def test_answers_are_those_of_generate_whatever_was_asked_before(runs, loaded, t
     want = {}
     for run in loaded[0]:
         for side, flags in ((compare.TUNED, []), (compare.BASE, ["--base_only"])):
-            generate.main([run.path, "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"), "--overwrite", *flags])
+            generate.main(
+                [run.path, "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"), "--overwrite", *flags]
+            )
             want[run.name, side] = {
-                (line["question"], line["reference"]): line["prediction"] for line in lines(tmp_path / "out.jsonl") if line["turn"] == 0
+                (line["question"], line["reference"]): line["prediction"]
+                for line in lines(tmp_path / "out.jsonl")
+                if line["turn"] == 0
             }
     order = [
         (lora, compare.TUNED),
@@ -120,7 +128,9 @@ def test_answers_are_streamed_and_can_be_stopped(loaded, runs, tmp_path):
 def test_two_tabs_do_not_switch_the_adapter_under_each_other(loaded, tmp_path):
     found, answers = loaded
     jobs = [(run, side) for run in found for side in (compare.BASE, compare.TUNED)]
-    ask = lambda run, side: list(answers.stream(run, side, answers.prepare(run, None, "Is three odd?"), threading.Event()))[-1]
+    ask = lambda run, side: list(
+        answers.stream(run, side, answers.prepare(run, None, "Is three odd?"), threading.Event())
+    )[-1]
     want, got = [ask(*job) for job in jobs], {}
     threads = [threading.Thread(target=lambda n=n: got.update({n: ask(*jobs[n % 4])})) for n in range(12)]
     for thread in threads:
@@ -162,13 +172,33 @@ def test_minicpm_26_is_shown_at_once(tiny_minicpm26, tmp_path):
 
 def test_a_run_that_holds_its_own_base_can_be_moved(tiny_parts, tmp_path):
     """Joined from two parts by the recipe itself, so that no model of that name is anywhere else."""
-    settings = {"pretrain_mm_mlp_adapter": tiny_parts / "align", "lora_r": 4, "max_steps": 1, "learning_rate": 1e-2, "eval_fraction": 0.1}
-    llava_two_stage.main(two_stage_run(tiny_parts, tmp_path / "run", "instruct", **settings, load_in_4bit=False, sample_rows=0))
+    settings = {
+        "pretrain_mm_mlp_adapter": tiny_parts / "align",
+        "lora_r": 4,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "eval_fraction": 0.1,
+    }
+    llava_two_stage.main(
+        two_stage_run(tiny_parts, tmp_path / "run", "instruct", **settings, load_in_4bit=False, sample_rows=0)
+    )
     shutil.move(tmp_path / "run", tmp_path / "moved")
     (run,), answers = load(tmp_path / "moved", "--max_new_tokens", 6)
     assert run.base == str(tmp_path / "moved" / "base") and run.label == "moved" and run.examples
     for side, flags in ((compare.TUNED, []), (compare.BASE, ["--base_only"])):
-        generate.main([run.path, "--question", "Is three odd?", "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"), "--overwrite", *flags])
+        generate.main(
+            [
+                run.path,
+                "--question",
+                "Is three odd?",
+                "--max_new_tokens",
+                "6",
+                "--output",
+                str(tmp_path / "out.jsonl"),
+                "--overwrite",
+                *flags,
+            ]
+        )
         said = list(answers.stream(run, side, answers.prepare(run, None, "Is three odd?"), threading.Event()))[-1]
         assert said == lines(tmp_path / "out.jsonl")[0]["prediction"]
 
@@ -197,13 +227,20 @@ def test_a_whole_model_stands_beside_its_base(tiny_parts, tmp_path, kind):
         found.examples[0][0].save(picture := tmp_path / "asked.png")
         generate.main([str(run), "--question", question, "--image", str(picture), "--max_new_tokens", "6", "--output", str(tmp_path / "out.jsonl"),
                        "--overwrite", *flags])  # fmt: skip
-        said[side] = list(answers.stream(found, side, answers.prepare(found, str(picture), question), threading.Event()))[-1]
+        said[side] = list(
+            answers.stream(found, side, answers.prepare(found, str(picture), question), threading.Event())
+        )[-1]
         assert said[side] == lines(tmp_path / "out.jsonl")[0]["prediction"]
     assert said[compare.BASE] != said[compare.TUNED]
-    shared = lambda part: {a.data_ptr() == b.data_ptr() for a, b in zip(*(m.get_submodule(part).parameters() for m in (answers.base, answers.model)))}
+    shared = lambda part: {
+        a.data_ptr() == b.data_ptr()
+        for a, b in zip(*(m.get_submodule(part).parameters() for m in (answers.base, answers.model)))
+    }
     assert shared("model.vision_tower") == {True}
     assert shared("model.multi_modal_projector") == {False} or kind == "merged"
-    assert shared("model.language_model.layers") == {"instruct": {False}, "align": {True}, "merged": {True, False}}[kind]
+    assert (
+        shared("model.language_model.layers") == {"instruct": {False}, "align": {True}, "merged": {True, False}}[kind]
+    )
     assert not (tmp_path / "adapter").exists()  # nothing is written beside the page's own files
 
 
@@ -251,12 +288,17 @@ def test_votes_are_pairs_that_dpo_reads(tmp_path, pair_parse):
     path, picture = tmp_path / "votes.jsonl", Image.effect_noise((64, 64), 90).convert("RGB")
     for n, better in enumerate([compare.TUNED, compare.BASE, compare.TUNED]):
         votes = compare.Votes(path)  # as after a restart
-        votes.add(picture if n < 2 else picture.rotate(90), f"What is thís, {n}?", SAID, better, run="out/lora", base="tiny")
+        votes.add(
+            picture if n < 2 else picture.rotate(90), f"What is thís, {n}?", SAID, better, run="out/lora", base="tiny"
+        )
     assert len(list((tmp_path / "votes-images").iterdir())) == 2  # one picture was asked about twice
     text, last = votes.summary()
     assert "**3 votes**" in text and "| lora | 2 | 1 |" in text and last == lines(path)[-1]
     for n, row in enumerate(load_data(dpo_idefics2, *pair_parse(dataset_name=path, eval_strategy="no"))[0]):
-        assert (row["question"], row["chosen"], row["rejected"]) == (f"What is thís, {n}?", *list(SAID.values())[:: 1 if n == 1 else -1])
+        assert (row["question"], row["chosen"], row["rejected"]) == (
+            f"What is thís, {n}?",
+            *list(SAID.values())[:: 1 if n == 1 else -1],
+        )
         image = dpo_idefics2.load_image(*dpo_idefics2.as_image_list(row["image"], row["folder"]))
         assert image.tobytes() == (picture if n < 2 else picture.rotate(90)).tobytes()
 
@@ -299,7 +341,10 @@ def test_a_file_is_gone_on_with(tmp_path):
         (["UNFINISHED"], "but checkpoints: the same"),
         (["WHOLE", "--use_cpu"], "is a whole model, and what it was trained from is not said"),
         (["WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE"], "or is itself: give --model_name_or_path BASE"),
-        (["RUN", "WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE2"], "is a whole model, no adapter: start the page for it alone"),
+        (
+            ["RUN", "WHOLE", "--use_cpu", "--model_name_or_path", "WHOLE2"],
+            "is a whole model, no adapter: start the page for it alone",
+        ),
         (["BARE"], "holds no processor (processor_config.json)"),
         (["LIGHT"], "without its weights"),
         (["DAMAGED"], "adapter_config.json is damaged"),
@@ -328,7 +373,10 @@ def test_a_file_is_gone_on_with(tmp_path):
 def test_mistakes_get_one_message(runs, tiny_llava, tmp_path, argv, message):
     run, paths = (
         runs / "lora",
-        {name: tmp_path / name for name in "NOWHERE EMPTY UNFINISHED BARE LIGHT DAMAGED FOREIGN OTHER QUANTIZED FOLDER.jsonl".split()},
+        {
+            name: tmp_path / name
+            for name in "NOWHERE EMPTY UNFINISHED BARE LIGHT DAMAGED FOREIGN OTHER QUANTIZED FOLDER.jsonl".split()
+        },
     )
     paths |= {"RUN": run, "WHOLE": tiny_llava / "model", "WHOLE2": tmp_path / "WHOLE2"} | {
         name.split(".")[0]: tmp_path / name for name in ("FOLDER.jsonl", "PREDICTIONS.jsonl", "TEXT.jsonl")
@@ -365,14 +413,19 @@ def test_mistakes_get_one_message(runs, tiny_llava, tmp_path, argv, message):
         words = [str(taken.getsockname()[1]) if word == "TAKEN" else str(paths.get(word, word)) for word in argv]
         compare.main([*words, *more, "--examples", "0"])
     assert str(e.value.code).startswith("error: ") and message in e.value.code
-    named = {"OTHER": [run, paths["OTHER"], tiny_llava / "model", paths["WHOLE2"]], "FOREIGN": [paths["FOREIGN"], tiny_llava / "model"]}
+    named = {
+        "OTHER": [run, paths["OTHER"], tiny_llava / "model", paths["WHOLE2"]],
+        "FOREIGN": [paths["FOREIGN"], tiny_llava / "model"],
+    }
     assert all(str(name) in e.value.code for word in argv for name in named.get(word, ()))
 
 
 def test_an_adapter_that_does_not_fit_is_named(runs, learnt, tiny_llava, tmp_path, capsys):
     other = copy(learnt / "run", tmp_path / "other")
     config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "", "target_modules": ["no_such_layer"]}))
+    (other / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "", "target_modules": ["no_such_layer"]})
+    )
     with pytest.raises(SystemExit, match=rf"^error: the adapter in {other} does not fit {learnt / 'model'}: "):
         load(other, "--examples", 0)
     load(
@@ -386,7 +439,9 @@ def test_an_adapter_that_does_not_fit_is_named(runs, learnt, tiny_llava, tmp_pat
 
 
 def test_without_its_data_a_run_has_no_examples(runs, tmp_path, capsys):
-    args, rest = compare.parse([str(runs / "lora"), "--port", str(free_port()), "--dataset_name", str(tmp_path / "gone.json")])
+    args, rest = compare.parse(
+        [str(runs / "lora"), "--port", str(free_port()), "--dataset_name", str(tmp_path / "gone.json")]
+    )
     assert compare.load_runs(args, rest)[0].examples == [] and "note: no examples of lora" in capsys.readouterr().err
 
 
@@ -424,7 +479,9 @@ def served(learnt, tmp_path_factory):
         1,
     ]
     with open(out / "log", "w") as log:
-        program = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(out / "tmp")})
+        program = subprocess.Popen(
+            [*map(str, command)], stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(out / "tmp")}
+        )
     until = time.monotonic() + 300
     while "open http" not in (out / "log").read_text():
         assert program.poll() is None and time.monotonic() < until, (out / "log").read_text()[-3000:]
@@ -462,8 +519,14 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
     page.locator("#ask").click()
     expect(page.locator("#status")).to_contain_text("There is no question yet")
 
-    rows = {row["question"]: row["answers"] for row in json.loads((learnt / "held_out.json").read_text())[:16]}  # those it knows
-    known = next(n for n, text in enumerate(page.locator("#examples tbody tr").all_inner_texts()) if any(q in text for q in rows))
+    rows = {
+        row["question"]: row["answers"] for row in json.loads((learnt / "held_out.json").read_text())[:16]
+    }  # those it knows
+    known = next(
+        n
+        for n, text in enumerate(page.locator("#examples tbody tr").all_inner_texts())
+        if any(q in text for q in rows)
+    )
     page.locator("#examples tbody tr").nth(known).click()
     expect(box("question")).not_to_have_value("")
     expect(page.locator("#picture img")).to_be_visible()
@@ -502,7 +565,10 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
     expect(page.locator("#votes")).to_contain_text("2 votes in votes.jsonl")
     vote = lines(served.votes)[1]
     assert vote["blind"] and vote["chosen"] == value("left") == answers[vote["preferred"]] and "reference" not in vote
-    names = {"base": f"Base: {learnt.name}/model", "fine-tuned": "Fine-tuned: run"}  # both sides: which is left is shuffled
+    names = {
+        "base": f"Base: {learnt.name}/model",
+        "fine-tuned": "Fine-tuned: run",
+    }  # both sides: which is left is shuffled
     expect(page.locator("#left")).to_contain_text(names.pop(vote["preferred"]))
     expect(page.locator("#right")).to_contain_text(*names.values())
 
@@ -537,4 +603,6 @@ def test_in_a_browser(browser, served, learnt, pair_parse, tmp_path):
 
     with contextlib.redirect_stdout(io.StringIO()):
         pairs = load_data(dpo_idefics2, *pair_parse(dataset_name=served.votes, eval_strategy="no"))[0]
-    assert [(row["chosen"], row["rejected"]) for row in pairs] == [(vote["chosen"], vote["rejected"]) for vote in lines(served.votes)]
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [
+        (vote["chosen"], vote["rejected"]) for vote in lines(served.votes)
+    ]

@@ -14,7 +14,15 @@ from evals import docvqa
 
 
 def line(prediction, reference, **more):
-    return {"row": 0, "id": None, "turn": 0, "images": 1, "question": "?", "reference": reference, "prediction": prediction} | more
+    return {
+        "row": 0,
+        "id": None,
+        "turn": 0,
+        "images": 1,
+        "question": "?",
+        "reference": reference,
+        "prediction": prediction,
+    } | more
 
 
 @pytest.fixture
@@ -141,7 +149,12 @@ LINES = [
 def test_the_worst_come_first(score):
     head, *shown, empty, end = score(*LINES)
     assert head.split() == ["ANLS", "exact", "id", "question", "prediction", "accepted"] and empty == ""
-    assert [row.split()[:3] for row in shown] == [["0.000", "0", "b"], ["0.500", "0", "7"], ["0.667", "0", "c"], ["1.000", "1", "a"]]
+    assert [row.split()[:3] for row in shown] == [
+        ["0.000", "0", "b"],
+        ["0.500", "0", "7"],
+        ["0.667", "0", "c"],
+        ["1.000", "1", "a"],
+    ]
     assert "How many are there?" in shown[2] and shown[-1].endswith("Rome / rome")
     mean = (0 + 0.5 + 2 / 3 + 1) / 4
     assert end.split() == ["ANLS", f"{mean:.4f}", "exact", "match", "0.2500", "questions", "4"]
@@ -237,4 +250,6 @@ def test_as_a_program(predictions, tmp_path):
     runs = [[predictions(*LINES), "--worst", "1"], [predictions("{", name="bad.jsonl")]]
     good, bad = (subprocess.run([*program, *argv], capture_output=True, text=True, cwd=tmp_path) for argv in runs)
     assert good.returncode == 0 and good.stderr == "" and "Oslo" in good.stdout and "ANLS 0.5417" in good.stdout
-    assert bad.returncode == 1 and bad.stdout == "" and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 1 and bad.stdout == "" and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    )

@@ -50,7 +50,11 @@ def pictures(images):
 def models(tiny_pairs, tiny_next, tiny_paligemma, tmp_path_factory):
     """Name -> folder of a processor: of Idefics2, LLaVA-1.5 (whose template ends no answer), LLaVA-NeXT, PaliGemma (without a
     template), and of LLaVA-1.5 with a template that begins with BOS, or ends each turn with the tokenizer's own EOS."""
-    folders = {"idefics2": tiny_pairs / "model", "llava_next": tiny_next / "model", "paligemma": tiny_paligemma / "model"}
+    folders = {
+        "idefics2": tiny_pairs / "model",
+        "llava_next": tiny_next / "model",
+        "paligemma": tiny_paligemma / "model",
+    }
     for name, template in (("llava", llava.CHAT_TEMPLATE), ("bos", BOS_IN_TEMPLATE), ("chatml", CHATML)):
         processor = llava.processor()
         processor.chat_template = template
@@ -89,7 +93,9 @@ def test_learnt_are_the_answers_and_their_ends(side, pad, pair_collate, pictures
     collator = pair_collate(model_name_or_path=tmp_path / "model")
     tokenizer, batch = collator.processor.tokenizer, collator(ROWS)
     assert tokenizer.pad_token == (pad or "</s>")
-    assert learnt(batch, tokenizer) == [f" {answer}{END}" for answer in ANSWERS]  # nothing else: no image, no question, no newline
+    assert learnt(batch, tokenizer) == [
+        f" {answer}{END}" for answer in ANSWERS
+    ]  # nothing else: no image, no question, no newline
     assert {key: len(values) for key, values in batch.items()} == dict.fromkeys(batch, 2 * len(ROWS))
     assert batch.keys() == {"input_ids", "attention_mask", "completion_mask", "pixel_values", "pixel_attention_mask"}
     padded = batch["attention_mask"] == 0
@@ -117,9 +123,15 @@ def test_a_pair_is_the_same_alone_as_in_company(model, models, pair_collate, pic
             for key in per_token:
                 assert torch.equal(alone[key][which][real[0]], batch[key][n + which * count][real[1]]), key
         if model == "idefics2":  # here images are padded, too
-            shown = [some["pixel_values"][at, 0] * some["pixel_attention_mask"][at] for some, at in ((alone, 0), (batch, n))]
+            shown = [
+                some["pixel_values"][at, 0] * some["pixel_attention_mask"][at] for some, at in ((alone, 0), (batch, n))
+            ]
             height, width = shown[0].shape[1:]
-            assert torch.equal(shown[0], shown[1][:, :height, :width]) and shown[0].any() and not shown[1][:, height:].any()
+            assert (
+                torch.equal(shown[0], shown[1][:, :height, :width])
+                and shown[0].any()
+                and not shown[1][:, height:].any()
+            )
         elif model != "llava_next":
             assert torch.equal(alone["pixel_values"][0], batch["pixel_values"][n])
     images = [key for key in batch if key not in per_token]
@@ -166,7 +178,9 @@ def test_a_row_is_how_the_chat_template_goes_on(model, models, pair_collate, pic
         batch, asked = collator([row]), collator.messages_of(row)[0]
         for which in ("chosen", "rejected"):
             answer = {"role": "assistant", "content": [{"type": "text", "text": row[which]}]}
-            whole = collator.processor.apply_chat_template([asked, answer], tokenize=True, return_dict=True)["input_ids"][0]
+            whole = collator.processor.apply_chat_template([asked, answer], tokenize=True, return_dict=True)[
+                "input_ids"
+            ][0]
             ids = unpadded(batch, int(which == "rejected"))
             assert whole[: len(ids)] == ids
             assert collator.processor.tokenizer.decode(whole[len(ids) :]) == "\n"
@@ -199,7 +213,10 @@ def test_what_a_template_puts_behind_the_first_end_is_not_learnt(pair_collate, p
 def test_white_space_around_texts_is_taken_off(pair_collate, pictures):
     collator = pair_collate()
     plain = collator([prefers("Which?", "a seven", "a\ntwo")])
-    for question, chosen, rejected in ((" Which?\n", "a seven ", "\ta\ntwo"), ("Which?", "\n\na seven\r\n", "\u00a0a\ntwo\u3000")):
+    for question, chosen, rejected in (
+        (" Which?\n", "a seven ", "\ta\ntwo"),
+        ("Which?", "\n\na seven\r\n", "\u00a0a\ntwo\u3000"),
+    ):
         assert same(collator([prefers(question, chosen, rejected)]), plain)
     assert learnt(plain, collator.processor.tokenizer) == [f" a seven{END}", f" a\ntwo{END}"]
 
@@ -239,9 +256,15 @@ def test_an_eos_that_is_not_special_ends_answers(models, pair_collate, pictures)
     """Of a tokenizer whose files do not mark it so."""
     collator = pair_collate(model_name_or_path=models["llava"])
     tokenizer = collator.processor.tokenizer
-    unmarked = [SimpleNamespace(content=token.content, special=token.content != "</s>") for token in tokenizer.added_tokens_decoder.values()]
+    unmarked = [
+        SimpleNamespace(content=token.content, special=token.content != "</s>")
+        for token in tokenizer.added_tokens_decoder.values()
+    ]
     decoder, settings = dict(enumerate(unmarked)), SimpleNamespace(image_folder=None, max_length=None)
-    fake = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder=decoder, eos_token="</s>", convert_tokens_to_ids=list), image_token="<image>")
+    fake = SimpleNamespace(
+        tokenizer=SimpleNamespace(added_tokens_decoder=decoder, eos_token="</s>", convert_tokens_to_ids=list),
+        image_token="<image>",
+    )
     made = recipe.Collator(fake, settings, settings)
     assert made.end_tokens == ["</s>"] and made.control_tokens == collator.control_tokens
 
@@ -252,11 +275,19 @@ def test_a_row_without_answers_is_a_question(pair_collate, pictures):
     row = {"image": "red.png", "question": " What? "}
     for some in (row, {**row, "chosen": None, "rejected": None}):
         [asked] = collator.messages_of(some)
-        assert (asked["role"], recipe.text_of(asked)) == ("user", "What?") and asked["content"][0]["image"].size == (112, 56)
+        assert (asked["role"], recipe.text_of(asked)) == ("user", "What?") and asked["content"][0]["image"].size == (
+            112,
+            56,
+        )
         with pytest.raises(recipe.BadRow, match=r"^no answers: .*--chosen_column and --rejected_column"):
             collator([some])
     asked, answered = collator.messages_of({**row, "chosen": "a ", "rejected": " b"})
-    assert (recipe.text_of(asked), answered["role"], recipe.text_of(answered), collator.read_pair({**row, "chosen": "a ", "rejected": " b"})[2]) == ("What?", "assistant", "a", "b")
+    assert (
+        recipe.text_of(asked),
+        answered["role"],
+        recipe.text_of(answered),
+        collator.read_pair({**row, "chosen": "a ", "rejected": " b"})[2],
+    ) == ("What?", "assistant", "a", "b")
     assert same(collator.tokenize([[asked]], prompt=True), collator.tokenize([collator.messages_of(row)], prompt=True))
 
 
@@ -269,12 +300,30 @@ def test_forms_of_one_row(pair_collate, images, tmp_path):
     """An image as path, list of one, absolute path, bytes, PIL image; texts as they are or as one message."""
     collator, [red] = pair_collate(), images(1, (112, 56))
     png = (tmp_path / red).read_bytes()
-    cells = [red, [red], str(tmp_path / red), png, [png], {"bytes": png}, {"bytes": png, "path": None}, {"bytes": None, "path": red}]
-    cells += [{"path": red}, [{"bytes": png, "path": "elsewhere.png"}], Image.open(io.BytesIO(png)), [Image.open(io.BytesIO(png))]]
+    cells = [
+        red,
+        [red],
+        str(tmp_path / red),
+        png,
+        [png],
+        {"bytes": png},
+        {"bytes": png, "path": None},
+        {"bytes": None, "path": red},
+    ]
+    cells += [
+        {"path": red},
+        [{"bytes": png, "path": "elsewhere.png"}],
+        Image.open(io.BytesIO(png)),
+        [Image.open(io.BytesIO(png))],
+    ]
     batches = [collator([prefers("What?", "two", "six", image=cell)]) for cell in cells]
     texts, image = [{"type": "text", "text": text} for text in ("What?", "two", "six")], {"type": "image"}
     batches += [collator([prefers(turn("user", "What?"), turn("assistant", "two"), turn("assistant", "six"))])]
-    for question in (turn("user", image, texts[0]), turn("user", texts[0], image), turn("user", {**image, "text": None}, texts[0])):
+    for question in (
+        turn("user", image, texts[0]),
+        turn("user", texts[0], image),
+        turn("user", {**image, "text": None}, texts[0]),
+    ):
         batches += [collator([prefers(question, turn("assistant", texts[1]), turn("assistant", texts[2]))])]
     batches += [collator([prefers([{"content": "What?"}], "two", turn("assistant", texts[2]), folder=str(tmp_path))])]
     assert all(same(batches[0], batch) for batch in batches)
@@ -316,7 +365,10 @@ def test_longest_edge_of_the_public_model(given, edge, pair_collate, pictures, t
     Image.new("RGB", (400, 380)).save(tmp_path / "small.png")
     Image.new("RGB", (1000, 600), "blue").save(tmp_path / "wide.png")
     collator = pair_collate(model_name_or_path=tmp_path / "model", **({"longest_edge": given} if given else {}))
-    sizes = {image: tuple(collator([prefers("What?", "a", "b", image=image)])["pixel_values"].shape) for image in ("large.png", "small.png")}
+    sizes = {
+        image: tuple(collator([prefers("What?", "a", "b", image=image)])["pixel_values"].shape)
+        for image in ("large.png", "small.png")
+    }
     assert sizes["large.png"] == (2, 1, 3, edge, edge)
     assert sizes["small.png"] == (2, 1, 3, 380 if edge > 400 else 378, min(edge, 400))
     collator.processor.save_pretrained(tmp_path / "saved")  # what is found beside the adapter
@@ -364,10 +416,26 @@ def to_trl(row, image):
     """A row as TRL's preference data have it."""
     part = lambda text: {"type": "text", "text": text}
     question = turn("user", {"type": "image", "text": None}, part(row["question"]))
-    return {"images": [image], "prompt": question, **{which: turn("assistant", part(text)) for which, text in answers(row).items()}}
+    return {
+        "images": [image],
+        "prompt": question,
+        **{which: turn("assistant", part(text)) for which, text in answers(row).items()},
+    }
 
 
-KINDS = ["parquet", "saved", "dict", "json", "jsonl", "json folder", "image folder", "TRL", "TRL saved", "TRL json", "TRL texts"]
+KINDS = [
+    "parquet",
+    "saved",
+    "dict",
+    "json",
+    "jsonl",
+    "json folder",
+    "image folder",
+    "TRL",
+    "TRL saved",
+    "TRL json",
+    "TRL texts",
+]
 
 
 @pytest.fixture
@@ -388,7 +456,9 @@ def rlaif(tiny_pairs, tmp_path):
         elif kind == "dict":
             datasets.DatasetDict(train=data).save_to_disk(path)
         elif kind == "image folder":
-            write_folder(path, [{**row, "id": f"pair{row['id'][-5:]}"} for row in own], images)  # a name with "test" makes a split
+            write_folder(
+                path, [{**row, "id": f"pair{row['id'][-5:]}"} for row in own], images
+            )  # a name with "test" makes a split
         elif kind == "json folder":
             path.mkdir()
             (path / "train.json").write_text(json.dumps(own))
@@ -410,16 +480,23 @@ def rlaif(tiny_pairs, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_schema_gives_the_same_batches(kind, rlaif, tiny_pairs, pair_parse):
-    settings, training = pair_parse(dataset_name=rlaif(kind), image_folder=tiny_pairs / "json" / "images", eval_fraction=0)
+    settings, training = pair_parse(
+        dataset_name=rlaif(kind), image_folder=tiny_pairs / "json" / "images", eval_fraction=0
+    )
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     train, held_out = load_data(recipe, settings, training)
     assert held_out is None and train["row"] == list(range(10))
     made = preferences.make_rows(0, train=False, n=24)[:10]
     for row, right in zip(train, made):
-        pair = prefers(*(right[part] for part in ("question", "chosen", "rejected")), image=Image.fromarray(right["picture"].numpy()))
+        pair = prefers(
+            *(right[part] for part in ("question", "chosen", "rejected")),
+            image=Image.fromarray(right["picture"].numpy()),
+        )
         batch = collator([row])
         assert same(batch, collator([pair])) and row["length"] == batch["input_ids"].shape[1]
-        assert learnt(batch, collator.processor.tokenizer) == [f" {right[which]}{END}" for which in ("chosen", "rejected")]
+        assert learnt(batch, collator.processor.tokenizer) == [
+            f" {right[which]}{END}" for which in ("chosen", "rejected")
+        ]
 
 
 @pytest.fixture
@@ -428,7 +505,9 @@ def saved(write, tmp_path):
     numbers = (range(20), range(100, 105))
     for n in (*numbers[0], *numbers[1]):
         Image.new("RGB", (56, 56), (n, n, n)).save(tmp_path / f"n{n:03d}.png")
-    train, test = ([prefers("q", str(n), "no", id=f"n{n:03d}", image=f"n{n:03d}.png") for n in some] for some in numbers)
+    train, test = (
+        [prefers("q", str(n), "no", id=f"n{n:03d}", image=f"n{n:03d}.png") for n in some] for some in numbers
+    )
     paths = {name: write(train, f"rows.{name}") for name in ("json", "jsonl", "parquet")}
     for name in ("folder", "json folder", "saved", "saved dict", "image folder"):
         paths[name] = tmp_path / name
@@ -443,7 +522,9 @@ def saved(write, tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "folder", "json folder", "saved", "saved dict", "image folder"])
+@pytest.mark.parametrize(
+    "kind", ["json", "jsonl", "parquet", "folder", "json folder", "saved", "saved dict", "image folder"]
+)
 def test_every_kind_of_data_set_is_read_and_divided(kind, saved, pair_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.2, "image_folder": tmp_path}
     (train, held_out), again, other = (load_data(recipe, *pair_parse(**options, seed=seed)) for seed in (5, 5, 6))
@@ -479,20 +560,34 @@ def test_what_is_evaluated_on_can_be_said(settings, expected, saved, pair_parse,
 
 
 def test_rows_trained_on_are_not_held_out_by_default(saved, pair_parse, tmp_path):
-    train, held_out = load_data(recipe, *pair_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
+    train, held_out = load_data(
+        recipe, *pair_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path)
+    )
     assert not set(answers_of(train)) & set(answers_of(held_out)) and len(train) + len(held_out) == 5
 
 
 def test_two_ways_to_write_a_path_are_one_image(images, write, pair_parse, tmp_path):
-    rows = [prefers(f"q{n}", str(n), "no", image=f"{'./' * (n % 2)}{name}") for n, name in enumerate([name for name in images(5) for _ in "ab"])]
-    train, held_out = load_data(recipe, *pair_parse(dataset_name=write(rows), eval_fraction=0.4, image_folder=tmp_path))
+    rows = [
+        prefers(f"q{n}", str(n), "no", image=f"{'./' * (n % 2)}{name}")
+        for n, name in enumerate([name for name in images(5) for _ in "ab"])
+    ]
+    train, held_out = load_data(
+        recipe, *pair_parse(dataset_name=write(rows), eval_fraction=0.4, image_folder=tmp_path)
+    )
     assert len(held_out) == 4 and not {n // 2 for n in train["row"]} & {n // 2 for n in held_out["row"]}
 
 
 def test_an_image_that_changes_under_a_parquet_of_paths_is_read_again(images, pair_parse, tmp_path):
     names = [str(tmp_path / name) for name in images(4)]
-    rows = {"image": [{"bytes": None, "path": name} for name in names], "question": ["q"] * 4, "chosen": ["a"] * 4, "rejected": ["b"] * 4}
-    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    rows = {
+        "image": [{"bytes": None, "path": name} for name in names],
+        "question": ["q"] * 4,
+        "chosen": ["a"] * 4,
+        "rejected": ["b"] * 4,
+    }
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(
+        tmp_path / "rows.parquet"
+    )
     settings = pair_parse(dataset_name=tmp_path / "rows.parquet", eval_fraction=0)
     assert len(load_data(recipe, *settings)[0]) == 4
     Path(names[2]).write_bytes(b"x")
@@ -510,7 +605,9 @@ def test_pairs_about_one_image_are_on_one_side(kind, pair_parse, tmp_path):
             image.save(tmp_path / f"{n}.png")
         path.write_text(json.dumps([{**row, "image": f"{n % 8}.png"} for n, row in enumerate(rows)]))
     else:
-        data = datasets.Dataset.from_list([{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows)
+        data = datasets.Dataset.from_list(
+            [{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows
+        )
         data.to_parquet(path) if path.suffix == ".parquet" else data.save_to_disk(path)
     train, held_out = load_data(recipe, *pair_parse(dataset_name=path, eval_fraction=0.25))
     there = [{n % 8 for n in answers_of(data)} for data in (train, held_out)]
@@ -565,7 +662,9 @@ COLUMNS = {  # columns of a row, flags
 @pytest.mark.parametrize("row, flags", COLUMNS.values(), ids=COLUMNS)
 def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, kind, pair_parse, write, images):
     images(1)
-    settings, training = pair_parse(dataset_name=write([{"image": "red.png", **row}] * 2, f"rows.{kind}"), eval_fraction=0, **flags)
+    settings, training = pair_parse(
+        dataset_name=write([{"image": "red.png", **row}] * 2, f"rows.{kind}"), eval_fraction=0, **flags
+    )
     train, _ = load_data(recipe, settings, training)
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     asked, said = collator.messages_of(train[0])
@@ -575,27 +674,74 @@ def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, kind, pa
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_columns_of_the_names_used_here_do_no_harm(kind, pair_parse, write, images):
     images(1)
-    mine = {"row": "mine", "folder": "/nowhere", "length": "long", "problem": "p", "prompt": 5, "input_ids": [1], "completion_mask": 3}
+    mine = {
+        "row": "mine",
+        "folder": "/nowhere",
+        "length": "long",
+        "problem": "p",
+        "prompt": 5,
+        "input_ids": [1],
+        "completion_mask": 3,
+    }
     rows = [{**mine, **prefers("q", f"a{n}", "b"), "id": n, "images": [], "pixel_values": [n]} for n in range(3)]
     train, _ = load_data(recipe, *pair_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0))
-    assert (train["row"], train["id"], train["chosen"]) == ([0, 1, 2], [0, 1, 2], ["a0", "a1", "a2"]) and train["length"][0] > 5
-    assert set(train.column_names) == {"id", "image", "question", "chosen", "rejected", "row", "folder", "length", "image_keys"}
+    assert (train["row"], train["id"], train["chosen"]) == ([0, 1, 2], [0, 1, 2], ["a0", "a1", "a2"]) and train[
+        "length"
+    ][0] > 5
+    assert set(train.column_names) == {
+        "id",
+        "image",
+        "question",
+        "chosen",
+        "rejected",
+        "row",
+        "folder",
+        "length",
+        "image_keys",
+    }
 
 
 def test_types_may_differ_between_rows_and_texts_stay_texts(pair_parse, write, images, tmp_path):
     images(2)
     os.rename(tmp_path / "lime.png", tmp_path / "7")
-    texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \r\n / \\", "[{'role': 'user'}]"]
-    rows = [prefers(text, text, turn("assistant", "no"), image=("7", ["red.png"])[n % 2], id=(n, text)[n % 2]) for n, text in enumerate(texts)]
-    rows += [prefers(turn("user", text), turn("assistant", {"type": "text", "text": text}), "no", image={"path": "7", "bytes": None}) for text in texts]
+    texts = [
+        "1",
+        "1e3",
+        "07",
+        "true",
+        "null",
+        '"quoted"',
+        '{"total": 6}',
+        "[1, 2]",
+        "é 😀 \r\n / \\",
+        "[{'role': 'user'}]",
+    ]
+    rows = [
+        prefers(text, text, turn("assistant", "no"), image=("7", ["red.png"])[n % 2], id=(n, text)[n % 2])
+        for n, text in enumerate(texts)
+    ]
+    rows += [
+        prefers(
+            turn("user", text),
+            turn("assistant", {"type": "text", "text": text}),
+            "no",
+            image={"path": "7", "bytes": None},
+        )
+        for text in texts
+    ]
     for name in ("x.json", "x.jsonl"):
         settings, training = pair_parse(dataset_name=write(rows, name), eval_fraction=0)
         train, _ = load_data(recipe, settings, training)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
         said = [collator.messages_of(row) for row in train]
-        assert [recipe.text_of(asked) for asked, _ in said] == [recipe.text_of(answer) for _, answer in said] == texts * 2
+        assert (
+            [recipe.text_of(asked) for asked, _ in said] == [recipe.text_of(answer) for _, answer in said] == texts * 2
+        )
         assert {collator.read_pair(row)[2] for row in train} == {"no"}
-        assert "".join(colours({"pixel_values": collator([row])["pixel_values"][:1, 0]}) for row in train) == "gr" * 5 + "g" * 10
+        assert (
+            "".join(colours({"pixel_values": collator([row])["pixel_values"][:1, 0]}) for row in train)
+            == "gr" * 5 + "g" * 10
+        )
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
@@ -608,10 +754,18 @@ def test_files_as_windows_writes_them(name, pair_parse, write, images):
 
 def test_the_hub_is_asked_for_what_the_flags_say(pair_parse, monkeypatch, images, tmp_path):
     seen, process = [], AutoProcessor.from_pretrained
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list([prefers("q", "a", "b", image=str(tmp_path / name)) for name in images(4)]))
+    data = datasets.DatasetDict(
+        train=datasets.Dataset.from_list([prefers("q", "a", "b", image=str(tmp_path / name)) for name in images(4)])
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [data, seen.append((args, kwargs))][0])
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0])
-    train, held_out = load_data(recipe, *pair_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))
+    monkeypatch.setattr(
+        AutoProcessor,
+        "from_pretrained",
+        lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0],
+    )
+    train, held_out = load_data(
+        recipe, *pair_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e")
+    )
     assert (len(train), len(held_out)) == (3, 1)
     assert seen == ["e", (("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"})]
 
@@ -634,7 +788,15 @@ def checked(pair_parse, monkeypatch):
 def test_the_check_is_cached_until_an_image_changes(checked, write, pictures, tmp_path):
     path = write([prefers("Which?", "two", "six", image=name) for name in ("red.png", "lime.png", "blue.png")])
     assert [checked(dataset_name=path), checked(dataset_name=path)] == [3, 0]
-    no_say = {"learning_rate": 1, "on_bad_rows": "skip", "lora_r": 3, "output_dir": "x", "beta": 0.2, "loss_type": "ipo", "seed": 7}
+    no_say = {
+        "learning_rate": 1,
+        "on_bad_rows": "skip",
+        "lora_r": 3,
+        "output_dir": "x",
+        "beta": 0.2,
+        "loss_type": "ipo",
+        "seed": 7,
+    }
     assert checked(dataset_name=path, **no_say) == 0  # settings that have no say in it
     assert checked(dataset_name=path, max_length=500) == 3
     Image.new("RGB", (9, 9)).save(tmp_path / "lime.png")
@@ -672,18 +834,32 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel(pair_parse, write, image
 
 def test_long_rows_are_dropped_or_refused_by_their_longer_answer(pair_parse, pair_collate, write, images, capsys):
     images(1)
-    rows = [prefers("q", "two", "six"), prefers("q", "two", "six and " * 9), prefers("q and " * 40, "two", "six"), prefers("q", "six and " * 20, "two")]
+    rows = [
+        prefers("q", "two", "six"),
+        prefers("q", "two", "six and " * 9),
+        prefers("q and " * 40, "two", "six"),
+        prefers("q", "six and " * 20, "two"),
+    ]
     settings, collator = {"dataset_name": write(rows), "eval_fraction": 0}, pair_collate()
     lengths = [collator([row])["input_ids"].shape[1] for row in rows]
-    assert [max(len(unpadded(collator([row]), n)) for n in (0, 1)) for row in rows] == lengths  # prompt and longer answer
+    assert [
+        max(len(unpadded(collator([row]), n)) for n in (0, 1)) for row in rows
+    ] == lengths  # prompt and longer answer
     assert lengths[0] < lengths[1] < lengths[3] < lengths[2]
-    for limit, kept in ((lengths[2], [0, 1, 2, 3]), (lengths[2] - 1, [0, 1, 3]), (lengths[3] - 1, [0, 1]), (lengths[1] - 1, [0])):
+    for limit, kept in (
+        (lengths[2], [0, 1, 2, 3]),
+        (lengths[2] - 1, [0, 1, 3]),
+        (lengths[3] - 1, [0, 1]),
+        (lengths[1] - 1, [0]),
+    ):
         train, _ = load_data(recipe, *pair_parse(**settings, max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
         assert (f"row 2: too long: {lengths[2]} tokens, --max_length is {limit}" in out) == (2 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
-    with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
+    with pytest.raises(
+        SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"
+    ):
         load_data(recipe, *pair_parse(**settings, max_length=limit, on_long_rows="stop"))
 
 
@@ -699,7 +875,12 @@ def test_max_length_may_be_none(pair_flags, write, images, tmp_path):
 
 
 def test_bad_rows_are_skipped_where_asked_for(pair_parse, write, pictures, capsys):
-    rows = [prefers("q", "a", "b"), prefers("q", "a", " a "), prefers("q", "a", "b", image="nowhere.png"), prefers("r", "a", "b")]
+    rows = [
+        prefers("q", "a", "b"),
+        prefers("q", "a", " a "),
+        prefers("q", "a", "b", image="nowhere.png"),
+        prefers("r", "a", "b"),
+    ]
     train, _ = load_data(recipe, *pair_parse(dataset_name=write(rows), eval_fraction=0, on_bad_rows="skip"))
     assert train["row"] == [0, 3] and train["question"] == ["q", "r"]
     out = capsys.readouterr().out

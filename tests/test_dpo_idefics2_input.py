@@ -18,7 +18,9 @@ from transformers import CLIPProcessor
 import dpo_idefics2 as recipe
 from tiny import idefics2, llava, preferences
 
-HALF = {"half a character": (*DOCVQA_FILES["half a character"][:2], r"row 0 has invalid Unicode .a lone surrogate.; fix")}
+HALF = {
+    "half a character": (*DOCVQA_FILES["half a character"][:2], r"row 0 has invalid Unicode .a lone surrogate.; fix")
+}
 FILES = DOCVQA_FILES | HALF
 GOOD = prefers("Which digit is this?", "It is a seven.", "It is a two.")
 END, FAKE = "<end_of_utterance>", "<fake_token_around_image>"
@@ -55,7 +57,10 @@ TEXTS = {  # of a question or an answer: a cell, what the message says behind it
     "a list of a text": (["x"], NO_TEXT + r"\['x'\]"),
     "a list of null": ([None], NO_TEXT + r"\[None\]"),
     "a list of lists": ([["x"]], NO_TEXT + r"\[\['x'\]\]"),
-    "several messages": ([*message("x", "user"), *message("y", "assistant")], NO_TEXT + ".*'y'.*; make it .* one message"),
+    "several messages": (
+        [*message("x", "user"), *message("y", "assistant")],
+        NO_TEXT + ".*'y'.*; make it .* one message",
+    ),
     "a message without content": ([{"role": None}], NO_TEXT + r"\[{'role': None}\]"),
     "a message of null": (message(None), NO_TEXT + ".*None"),
     "a message of a number": (message(5), NO_TEXT + ".*5"),
@@ -65,12 +70,20 @@ TEXTS = {  # of a question or an answer: a cell, what the message says behind it
     "a message of an image": (message([{"type": "image"}]), NO_TEXT),
     "a message of bare texts": (message(["x"]), NO_TEXT + r".*\['x'\]"),
     "a message of null and a part": (message([None, {"type": "text", "text": "x"}]), NO_TEXT),
-    "a message of two texts": (message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), NO_TEXT + ".*'x'.*'y'.*; make it .* with one text"),
+    "a message of two texts": (
+        message([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
+        NO_TEXT + ".*'x'.*'y'.*; make it .* with one text",
+    ),
     "a message of a part of null": (message([{"type": "text", "text": None}]), NO_TEXT + ".*None"),
     "a message of a part without text": (message([{"type": "text"}]), NO_TEXT),
     "a message of the system": (message("x", "system"), NO_TEXT + ".*'system'.* one message of the (user|assistant)"),
 }
-BLANKS = {"empty": "", "blank": " \r\n\t", "a no-break space": "\u00a0", "a message of blanks": message([{"type": "text", "text": " "}])}
+BLANKS = {
+    "empty": "",
+    "blank": " \r\n\t",
+    "a no-break space": "\u00a0",
+    "a message of blanks": message([{"type": "text", "text": " "}]),
+}
 TOKENS = ["<image>", FAKE, END, "<s>", "</s>", "<unk>"]
 BAD_ROWS = {  # what is wrong: the row, what the message says
     **{f"{which} {kind}": (with_text(which, cell), f"{which} {expected}")
@@ -131,7 +144,9 @@ def test_bad_rows_are_named_with_a_remedy(stops, write, odd_images):
     for start in range(0, len(BAD_ROWS), 20):  # so many are listed
         some = list(BAD_ROWS.items())[start : start + 20]
         lines = stops(dataset_name=write([GOOD, *(row for _, (row, _) in some), GOOD])).splitlines()
-        assert lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2, lines
+        assert (
+            lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2
+        ), lines
         assert lines[-1] == "Fix these rows (counted from 0), or train without them: --on_bad_rows skip"
         for n, (line, (name, (_, expected))) in enumerate(zip(lines[1:], some), 1):
             assert re.match(rf"  row {n}: {expected}", line), (name, line)
@@ -161,11 +176,16 @@ def test_bad_rows_of_other_files_and_with_ids(name, stops, write, odd_images):
     rows = [{**shows(image), "id": f"n{n}"} for n, image in enumerate(["red.png", "text.png", "nowhere.png"])]
     rows += [{**GOOD, "rejected": GOOD["chosen"], "id": ""}, {**GOOD, "question": " ", "id": None}]
     message = stops(dataset_name=write(rows, name))
-    assert re.search(r"4 of 5 rows of .*rows\.\w+ .*\n  row 1 \(id n1\): .*\n  row 2 \(id n2\): .*\n  row 3: equal.*\n  row 4: empty", message)
+    assert re.search(
+        r"4 of 5 rows of .*rows\.\w+ .*\n  row 1 \(id n1\): .*\n  row 2 \(id n2\): .*\n  row 3: equal.*\n  row 4: empty",
+        message,
+    )
 
 
 def test_ids_may_be_numbers(stops, write, odd_images):
-    assert re.search(r"\n  row 1 \(id 0\): ", stops(dataset_name=write([{**GOOD, "id": 5}, {**shows("text.png"), "id": 0}])))
+    assert re.search(
+        r"\n  row 1 \(id 0\): ", stops(dataset_name=write([{**GOOD, "id": 5}, {**shows("text.png"), "id": 0}]))
+    )
 
 
 TYPES = {  # of a parquet file's column: a cell, what the message says
@@ -183,21 +203,32 @@ TYPES = {  # of a parquet file's column: a cell, what the message says
 @pytest.mark.parametrize("which, cell, expected", TYPES.values(), ids=TYPES)
 def test_columns_of_another_type(which, cell, expected, stops, write, odd_images):
     message = stops(dataset_name=write([{**GOOD, which: cell}] * 2, "rows.parquet"))
-    assert re.search(rf"2 of 2 rows(?s:.*)  row 0: {expected}(?s:.*)  row 1: {expected}", message) and "x89" not in message, message
+    assert (
+        re.search(rf"2 of 2 rows(?s:.*)  row 0: {expected}(?s:.*)  row 1: {expected}", message)
+        and "x89" not in message
+    ), message
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_embedded_images_that_are_none(listed, kind, stops, tmp_path, odd_images):
     good = (tmp_path / "red.png").read_bytes()
-    cells = [{"bytes": good, "path": None}, {"bytes": b"no picture", "path": "photo.png"}, {"bytes": b"no picture", "path": None}, None]
+    cells = [
+        {"bytes": good, "path": None},
+        {"bytes": b"no picture", "path": "photo.png"},
+        {"bytes": b"no picture", "path": None},
+        None,
+    ]
     kinds = datasets.Features({name: datasets.Value("string") for name in GOOD} | {"image": datasets.Image()})
     if listed:
         kinds["image"], cells = datasets.List(datasets.Image()), [cell and [cell] for cell in cells]
     data = datasets.Dataset.from_list([shows(cell) for cell in cells], features=kinds)
     (data.to_parquet if kind == "parquet" else data.save_to_disk)(tmp_path / f"x.{kind}")
     message = stops(dataset_name=tmp_path / f"x.{kind}")
-    assert re.search(rf"3 of 4 (?s:.)*row 1: .*photo.png(?s:.)*row 2: {NO_IMAGE}its bytes (?s:.)*row 3: not one image: 0 {NEEDED}", message), message
+    assert re.search(
+        rf"3 of 4 (?s:.)*row 1: .*photo.png(?s:.)*row 2: {NO_IMAGE}its bytes (?s:.)*row 3: not one image: 0 {NEEDED}",
+        message,
+    ), message
 
 
 def write_templated(folder, template, **tokens):
@@ -212,8 +243,15 @@ def write_templated(folder, template, **tokens):
 def test_a_prompt_that_an_answer_changes_is_refused(stops, write, odd_images, tmp_path):
     """No space between prompt and answer: two of the reader's tokens may be one token to the tokenizer."""
     end = "{{ '<end_of_utterance>' if m.role == 'assistant' }}"
-    write_templated(tmp_path / "model", "{% for m in messages %}{% for c in m.content %}" + IMAGE + "{% endfor %}" + end + "{% endfor %}")
-    rows = [prefers("Which digit", "?", "!"), prefers("Which di", "?", "git is this?"), prefers("Which di", "git is this?", "?")]
+    write_templated(
+        tmp_path / "model",
+        "{% for m in messages %}{% for c in m.content %}" + IMAGE + "{% endfor %}" + end + "{% endfor %}",
+    )
+    rows = [
+        prefers("Which digit", "?", "!"),
+        prefers("Which di", "?", "git is this?"),
+        prefers("Which di", "git is this?", "?"),
+    ]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model")
     changed = r"prompt changed: the first characters of 'git is this\?' change its tokens; begin otherwise"
     assert re.search(rf"2 of 3(?s:.)*\n  row 1: {changed}\n  row 2: {changed}", message), message
@@ -231,7 +269,9 @@ UNFIT = {  # templates that do not go from a question on to an answer
 def test_a_template_that_does_not_go_on_to_the_answer_is_refused(template, stops, write, odd_images, tmp_path):
     write_templated(tmp_path / "model", template)
     message = stops(dataset_name=write([GOOD]), model_name_or_path=tmp_path / "model")
-    assert re.search(r"row 0: prompt changed: with the answer 'It is a seven\.' the chat template changes the question", message)
+    assert re.search(
+        r"row 0: prompt changed: with the answer 'It is a seven\.' the chat template changes the question", message
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ skipping
@@ -267,11 +307,18 @@ def test_bad_rows_to_evaluate_on(stops, pair_parse, write, odd_images, capsys, t
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write, odd_images):
     message = stops(dataset_name=write([row] * 3), **settings)
-    assert re.search("3 of 3 rows", message) and remedy in message and other not in message and "No row would be left" in message, message
+    assert (
+        re.search("3 of 3 rows", message)
+        and remedy in message
+        and other not in message
+        and "No row would be left" in message
+    ), message
 
 
 def test_long_rows_do_not_hide_bad_ones(stops, write, odd_images):
-    message = stops(dataset_name=write([prefers("q", "a", "q " * 99)] * 25 + [with_text("chosen", " ")]), max_length=60)
+    message = stops(
+        dataset_name=write([prefers("q", "a", "q " * 99)] * 25 + [with_text("chosen", " ")]), max_length=60
+    )
     assert "row 25: empty chosen" in message and "25 x too long" in message, message
 
 
@@ -281,12 +328,19 @@ def test_long_rows_do_not_hide_bad_ones(stops, write, odd_images):
 def test_a_data_set_that_cannot_be_read_is_named(name, create, expected, flag, stops, write, odd_images, tmp_path):
     create(tmp_path / name)
     message = stops(**{"dataset_name": write([GOOD] * 2), flag: tmp_path / name})
-    assert (str(tmp_path / name) in message or "the evaluation data" in message) and re.search(expected, message), message
+    assert (str(tmp_path / name) in message or "the evaluation data" in message) and re.search(expected, message), (
+        message
+    )
 
 
-@pytest.mark.parametrize("row", [prefers("What\ud83d?", "a", "b"), prefers("q", "a\udc00", "b"), prefers("q", "a", message("\ud83d"))])
+@pytest.mark.parametrize(
+    "row", [prefers("What\ud83d?", "a", "b"), prefers("q", "a\udc00", "b"), prefers("q", "a", message("\ud83d"))]
+)
 def test_half_a_character_is_not_dropped(row, stops, write, odd_images):
-    assert re.search(r"cannot read .*row 1 has invalid Unicode .a lone surrogate.; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
+    assert re.search(
+        r"cannot read .*row 1 has invalid Unicode .a lone surrogate.; fix",
+        stops(dataset_name=write([GOOD, row, GOOD, row])),
+    )
 
 
 def test_the_hub_cannot_be_reached(stops):
@@ -296,7 +350,10 @@ def test_the_hub_cannot_be_reached(stops):
 @pytest.mark.parametrize("flag", ["dataset_train_split", "dataset_test_split"])
 def test_an_unknown_split_is_answered_with_the_known_ones(flag, stops):
     message = stops(**{flag: "dev"})
-    assert re.search("no split 'dev'; it has ", message) and set(re.split("[ ,]+", message.split("it has ")[1])) == {"train", "test"}
+    assert re.search("no split 'dev'; it has ", message) and set(re.split("[ ,]+", message.split("it has ")[1])) == {
+        "train",
+        "test",
+    }
 
 
 WITHOUT = {which: {key: value for key, value in GOOD.items() if key != which} for which in GOOD}
@@ -310,7 +367,11 @@ WITHOUT = {which: {key: value for key, value in GOOD.items() if key != which} fo
         (WITHOUT["question"], {}, "no column 'question' .--question_column.; it has image, chosen, rejected"),
         (WITHOUT["chosen"], {}, "no column 'chosen' .--chosen_column.; it has image, question, rejected"),
         (WITHOUT["rejected"], {}, "no column 'rejected' .--rejected_column.; it has image, question, chosen"),
-        ({"a": 5}, {}, "no column 'image' .--image_column. and 'question' .* and 'chosen' .* and 'rejected' .--rejected_column.; it has a$"),
+        (
+            {"a": 5},
+            {},
+            "no column 'image' .--image_column. and 'question' .* and 'chosen' .* and 'rejected' .--rejected_column.; it has a$",
+        ),
         (GOOD, {"image_column": "photo"}, "no column 'photo' .--image_column"),
         (GOOD, {"question_column": "frage"}, "no column 'frage' .--question_column"),
         (GOOD, {"chosen_column": "besser"}, "no column 'besser' .--chosen_column"),
@@ -325,7 +386,10 @@ def test_columns_that_are_not_there_are_named_with_their_flags(row, flags, expec
 
 
 def test_a_data_set_of_questions_is_not_one_of_pairs(stops, write, odd_images):
-    for row, flags in (({"image": "red.png", "question": "q"}, {}), (GOOD, {"chosen_column": "besser", "rejected_column": "schlechter"})):
+    for row, flags in (
+        ({"image": "red.png", "question": "q"}, {}),
+        (GOOD, {"chosen_column": "besser", "rejected_column": "schlechter"}),
+    ):
         message = stops(dataset_name=write([row] * 2), **flags)
         assert re.search("no answers.*--chosen_column and --rejected_column", message) and "\n" not in message, message
 
@@ -379,7 +443,10 @@ def test_flags_that_cannot_work(settings, expected, stops):
 
 
 def test_a_config_file_without_a_loss(stops, tmp_path):
-    for text, expected in (("loss_type: []", "--loss_type : .*sigmoid, hinge"), ("loss_type: null", "loss_type must have a value")):
+    for text, expected in (
+        ("loss_type: []", "--loss_type : .*sigmoid, hinge"),
+        ("loss_type: null", "loss_type must have a value"),
+    ):
         (tmp_path / "run.yaml").write_text(text)
         assert re.search(expected, stops(config=tmp_path / "run.yaml"))
 
@@ -431,7 +498,9 @@ def test_longest_edge_has_the_bounds_of_the_processor(edge, stops, pair_parse, t
 def test_longest_edge_is_not_for_other_families(family, stops, pair_parse, request):
     model = request.getfixturevalue(family) / "model"
     for edge in (336, 980):
-        assert "--longest_edge is for Idefics2; other models have a size of their own" in stops(longest_edge=edge, model_name_or_path=model)
+        assert "--longest_edge is for Idefics2; other models have a size of their own" in stops(
+            longest_edge=edge, model_name_or_path=model
+        )
     recipe.load_processor(pair_parse(model_name_or_path=model)[0])
 
 
@@ -463,13 +532,25 @@ MODELS = {
     "no template": (lambda folder: write_templated(folder, None), "Idefics2Processor without a chat template"),
     "a template of texts": (lambda folder: write_templated(folder, TEXT_ONLY), CANNOT),
     "a template without an image": (write_llava_blind, f"LlavaProcessor {CANNOT}: .*number of images"),
-    "a template that raises": (lambda folder: write_templated(folder, "{{ raise_exception('no roles') }}"), f"{CANNOT}: TemplateError: no roles"),
+    "a template that raises": (
+        lambda folder: write_templated(folder, "{{ raise_exception('no roles') }}"),
+        f"{CANNOT}: TemplateError: no roles",
+    ),
     "a template with a slip": (lambda folder: write_templated(folder, "{% for %}"), CANNOT),
     "no EOS": (lambda folder: write_templated(folder, idefics2.CHAT_TEMPLATE, eos_token=None), "without an eos_token"),
-    "no settings of the tokenizer": (write_without("tokenizer_config.json"), "without an eos_token.*tokenizer_config.json"),
+    "no settings of the tokenizer": (
+        write_without("tokenizer_config.json"),
+        "without an eos_token.*tokenizer_config.json",
+    ),
     "no settings of the processor": (write_without("processor_config.json"), "--model_name_or_path"),
-    "images only": (lambda folder: preferences.processor().image_processor.save_pretrained(folder), "ImageProcessor.*images and text"),
-    "texts only": (lambda folder: preferences.processor().tokenizer.save_pretrained(folder), "Tokenizer.*images and text"),
+    "images only": (
+        lambda folder: preferences.processor().image_processor.save_pretrained(folder),
+        "ImageProcessor.*images and text",
+    ),
+    "texts only": (
+        lambda folder: preferences.processor().tokenizer.save_pretrained(folder),
+        "Tokenizer.*images and text",
+    ),
 }
 
 
@@ -483,7 +564,10 @@ def test_another_kind_of_model_is_refused(create, expected, stops, write, odd_im
 def test_a_tokenizer_without_its_words_knows_no_answers(stops, write, odd_images, tmp_path):
     write_without("tokenizer.json")(tmp_path / "model")
     message = stops(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD] * 2))
-    assert re.search(r"2 of 2 rows(?s:.*)row 0: equal answers: chosen 'It is a seven\.' and rejected 'It is a two\.' are the same to the tokenizer", message)
+    assert re.search(
+        r"2 of 2 rows(?s:.*)row 0: equal answers: chosen 'It is a seven\.' and rejected 'It is a two\.' are the same to the tokenizer",
+        message,
+    )
 
 
 def test_a_question_with_two_images_is_refused(stops, write, odd_images):
@@ -491,11 +575,17 @@ def test_a_question_with_two_images_is_refused(stops, write, odd_images):
     assert "row 0: question is not a text: [{'role': 'user'" in stops(dataset_name=write([GOOD | {"question": asked}]))
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "of_tomorrow"}'], ids=["missing", "damaged", "empty", "unknown"])
+@pytest.mark.parametrize(
+    "text", [None, "{", "{}", '{"model_type": "of_tomorrow"}'], ids=["missing", "damaged", "empty", "unknown"]
+)
 def test_a_config_that_cannot_be_read_is_one_message(text, tiny_pairs, stops, write, odd_images, tmp_path):
     shutil.copytree(tiny_pairs / "model", tmp_path / "model")
-    (tmp_path / "model" / "config.json").unlink() if text is None else (tmp_path / "model" / "config.json").write_text(text)
-    assert stops(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD])).startswith(f"error: --model_name_or_path {tmp_path / 'model'}: ")
+    (tmp_path / "model" / "config.json").unlink() if text is None else (tmp_path / "model" / "config.json").write_text(
+        text
+    )
+    assert stops(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD])).startswith(
+        f"error: --model_name_or_path {tmp_path / 'model'}: "
+    )
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
@@ -508,15 +598,22 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
 def test_an_answer_with_an_image_is_refused(stops, write, odd_images):
     said = message([{"type": "image"}, {"type": "text", "text": "It is a seven."}], "assistant")
     message_of = stops(dataset_name=write([GOOD | {"chosen": said}]))
-    assert "row 0: chosen is not a text: [{'role': 'assistant'" in message_of and "(only a question has an image)" in message_of
+    assert (
+        "row 0: chosen is not a text: [{'role': 'assistant'" in message_of
+        and "(only a question has an image)" in message_of
+    )
 
 
 def test_damaged_weights_are_one_message(tiny_pairs, pair_flags, write, odd_images, tmp_path):
     shutil.copytree(tiny_pairs / "model", tmp_path / "model")
     whole = (tmp_path / "model" / "model.safetensors").read_bytes()
-    argv = pair_flags(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD]), eval_fraction=0, load_in_4bit=False)
+    argv = pair_flags(
+        model_name_or_path=tmp_path / "model", dataset_name=write([GOOD]), eval_fraction=0, load_in_4bit=False
+    )
     for damaged in (whole[:-99], b"", None):
-        (tmp_path / "model" / "model.safetensors").write_bytes(damaged) if damaged is not None else (tmp_path / "model" / "model.safetensors").unlink()
+        (tmp_path / "model" / "model.safetensors").write_bytes(damaged) if damaged is not None else (
+            tmp_path / "model" / "model.safetensors"
+        ).unlink()
         with pytest.raises(SystemExit, match=rf"^error: cannot load the weights of {tmp_path / 'model'}"):
             recipe.main(argv)
     assert not (tmp_path / "out").exists()
@@ -531,14 +628,23 @@ def widen(source, folder, window):
 
 
 @pytest.mark.parametrize("family", ["tiny_pairs", "tiny_paligemma2"])
-def test_rows_longer_than_the_sliding_window_are_for_the_stock_path(family, stops, write, odd_images, tmp_path, request):
+def test_rows_longer_than_the_sliding_window_are_for_the_stock_path(
+    family, stops, write, odd_images, tmp_path, request
+):
     widen(request.getfixturevalue(family) / "model", tmp_path / "model", 100)
     settings = {"dataset_name": write([GOOD]), "model_name_or_path": tmp_path / "model"}
     (tmp_path / "run.yaml").write_text("max_length: null\n")
     for given, limit in (({}, "1024"), ({"max_length": 101}, "101"), ({"config": tmp_path / "run.yaml"}, "None")):
         message = stops(**settings, **given)
-        assert re.search(f"--max_length {limit}: .* sliding window of 100 tokens.*--max_length 100, or --shared_prompt false", message), message
-    for given in ({"max_length": 100}, {"max_length": 101, "shared_prompt": False}, {"config": tmp_path / "run.yaml", "shared_prompt": False}):
+        assert re.search(
+            f"--max_length {limit}: .* sliding window of 100 tokens.*--max_length 100, or --shared_prompt false",
+            message,
+        ), message
+    for given in (
+        {"max_length": 100},
+        {"max_length": 101, "shared_prompt": False},
+        {"config": tmp_path / "run.yaml", "shared_prompt": False},
+    ):
         with pytest.raises(Loaded):
             stops(**settings, **given)
 
@@ -547,17 +653,28 @@ def test_rows_longer_than_the_sliding_window_are_for_the_stock_path(family, stop
 def test_good_input_passes_every_check(stops, write, odd_images, capsys):
     """The other side of this file: with the same machinery, good rows get as far as the weights."""
     with pytest.raises(Loaded):
-        stops(dataset_name=write([GOOD, shows("lime.png"), prefers(message("Q", "user"), "a", message("b", "assistant"))]))
+        stops(
+            dataset_name=write(
+                [GOOD, shows("lime.png"), prefers(message("Q", "user"), "a", message("b", "assistant"))]
+            )
+        )
     shown = capsys.readouterr().out
-    assert f"Which digit is this?{END}\nAssistant:\n  chosen:   « It is a seven.{END}»\n  rejected: « It is a two.{END}»\n" in shown
+    assert (
+        f"Which digit is this?{END}\nAssistant:\n  chosen:   « It is a seven.{END}»\n  rejected: « It is a two.{END}»\n"
+        in shown
+    )
 
 
 def test_a_program_that_fails_ends_with_the_message(pair_flags, write, odd_images, tmp_path):
     argv = pair_flags(dataset_name=write([GOOD, prefers("q", "a", "a")]), eval_fraction=0)
-    done = subprocess.run([sys.executable, str(ROOT / "dpo_idefics2.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "dpo_idefics2.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
-    assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: equal answers") and "--on_bad_rows skip" in last[2]
+    assert (
+        "1 of 2 rows" in last[0] and last[1].startswith("  row 1: equal answers") and "--on_bad_rows skip" in last[2]
+    )
     assert len(last) == 3 and not (tmp_path / "out").exists()
 
 
@@ -573,7 +690,9 @@ def test_an_image_that_changes_after_the_check(pair_parse, write, images, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, pair_flags, write, images, tmp_path, monkeypatch):
+def test_an_image_that_changes_under_the_run_ends_it_with_one_message(
+    workers, pair_flags, write, images, tmp_path, monkeypatch
+):
     names, load_model = images(4), recipe.load_model
 
     def change_then_load(*args):

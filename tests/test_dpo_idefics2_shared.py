@@ -38,7 +38,12 @@ FLAGS = {
     "sample_rows": 0,
     "activation_checkpointing": False,
 }
-TOWER = {"idefics2": "vision_model", "llava": "vision_tower", "paligemma": "vision_tower", "paligemma2": "vision_tower"}
+TOWER = {
+    "idefics2": "vision_model",
+    "llava": "vision_tower",
+    "paligemma": "vision_tower",
+    "paligemma2": "vision_tower",
+}
 families = pytest.mark.parametrize("family", ["idefics2", "llava", "paligemma"])
 
 
@@ -99,8 +104,15 @@ def make(bases, tmp_path_factory):
         settings, training = dpo_idefics2.parse(argv)
         processor = dpo_idefics2.load_processor(settings)
         torch.manual_seed(0)
-        own = {"peft_config": dpo_idefics2.lora_config(settings), "processing_class": processor, "train_dataset": Dataset.from_list(ROWS)}
-        own |= {"data_collator": dpo_idefics2.Collator(processor, settings, training), "eval_dataset": Dataset.from_list(ROWS[3:])}
+        own = {
+            "peft_config": dpo_idefics2.lora_config(settings),
+            "processing_class": processor,
+            "train_dataset": Dataset.from_list(ROWS),
+        }
+        own |= {
+            "data_collator": dpo_idefics2.Collator(processor, settings, training),
+            "eval_dataset": Dataset.from_list(ROWS[3:]),
+        }
         if cls is SharedPromptDPOTrainer:
             own["settings"] = settings
         if callable(given):
@@ -177,11 +189,18 @@ def same(want, got):
     logps = max((a - b).abs().max().item() for a, b in zip(*answers))
     assert want.gradients.keys() == got.gradients.keys() and len(got.gradients) > 10
     largest = max(g.norm() for g in want.gradients.values())
-    gradients = max(((got.gradients[n] - g).norm() / max(g.norm(), 1e-4 * largest)).item() for n, g in want.gradients.items())
+    gradients = max(
+        ((got.gradients[n] - g).norm() / max(g.norm(), 1e-4 * largest)).item() for n, g in want.gradients.items()
+    )
     assert want.metrics.keys() == got.metrics.keys() and "logits/chosen" in got.metrics
     logged = max(abs(value - got.metrics[name]) / max(1, abs(value)) for name, value in want.metrics.items())
     loss = abs(want.loss - got.loss) / max(1, abs(want.loss))
-    assert (said, loss < 1e-5, logps < 1e-4, gradients < 1e-5, logged < 1e-5) == (0, True, True, True, True), (loss, logps, gradients, logged)
+    assert (said, loss < 1e-5, logps < 1e-4, gradients < 1e-5, logged < 1e-5) == (0, True, True, True, True), (
+        loss,
+        logps,
+        gradients,
+        logged,
+    )
     return {"loss": loss, "log-probabilities": logps, "gradients": gradients, "logged": logged}
 
 
@@ -199,8 +218,13 @@ def test_a_step_is_the_stock_trainers(both, family, adapters, checkpointing, cap
             found = same(step(stock, batch), step(shared, batch))
             most = {name: max(value, most.get(name, 0)) for name, value in found.items()}
     with capsys.disabled():
-        print(f"\n  {family}, {adapters}, checkpointing {checkpointing}: apart", {name: f"{value:.1e}" for name, value in most.items()})
-    inside = {part for name in step(shared, right).gradients for part in re.findall(r"vision|connector|projector", name)}
+        print(
+            f"\n  {family}, {adapters}, checkpointing {checkpointing}: apart",
+            {name: f"{value:.1e}" for name, value in most.items()},
+        )
+    inside = {
+        part for name in step(shared, right).gradients for part in re.findall(r"vision|connector|projector", name)
+    }
     assert bool(inside) == (adapters == "all")
 
 
@@ -242,19 +266,30 @@ def test_eager_attention_too(both, family):
 @families
 def test_four_steps_of_training_are_the_stock_trainers(make, family, adapters):
     """With an evaluation after two: what is logged, and what has been learnt."""
-    flags = {"eval_strategy": "steps", "eval_steps": 2, "adapters": adapters, "activation_checkpointing": adapters == "all"}
+    flags = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "adapters": adapters,
+        "activation_checkpointing": adapters == "all",
+    }
     logs, weights = [], []
     for cls in (DPOTrainer, SharedPromptDPOTrainer):
         trainer = make(cls, family, **flags)
         trainer.train()
         took = r"runtime|per_second|total_flos|train_loss"
-        logs.append([{k: v for k, v in entry.items() if not re.search(took, k)} for entry in trainer.state.log_history])
+        logs.append(
+            [{k: v for k, v in entry.items() if not re.search(took, k)} for entry in trainer.state.log_history]
+        )
         weights.append({name: p for name, p in trainer.model.named_parameters() if p.requires_grad})
     stock, shared = logs
     assert len(stock) == len(shared) == 4 + 2 + 1
     losses = [entry["loss"] for entry in stock if "loss" in entry]
     assert min(abs(a - b) for a, b in zip(losses, losses[1:])) > 1e-3
-    assert all({"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(entry) for entry in stock if "eval_loss" in entry)
+    assert all(
+        {"eval_loss", "eval_rewards/margins", "eval_logps/chosen"} <= set(entry)
+        for entry in stock
+        if "eval_loss" in entry
+    )
     for want, got in zip(stock, shared):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     for name, value in weights[0].items():
@@ -272,7 +307,11 @@ VARIANTS |= {
     "ld_alpha": {"ld_alpha": 0.3},
     "forward KL": {"f_divergence_type": "forward_kl"},
     "Jensen-Shannon": {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid_norm"]},
-    "alpha-divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5, "loss_type": "hinge"},
+    "alpha-divergence": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.5,
+        "loss_type": "hinge",
+    },
     "weighted by likelihood": {"use_weighting": True},
     "ipo, weighted by likelihood, ld_alpha": {"loss_type": "ipo", "use_weighting": True, "ld_alpha": 0.5},
 }
@@ -313,7 +352,9 @@ def test_with_trls_own_collator(make, family):
     ]
     results = []
     for cls in (DPOTrainer, SharedPromptDPOTrainer):
-        trainer = make(cls, family, {"data_collator": None, "train_dataset": Dataset.from_list(rows), "eval_dataset": None})
+        trainer = make(
+            cls, family, {"data_collator": None, "train_dataset": Dataset.from_list(rows), "eval_dataset": None}
+        )
         assert type(trainer.data_collator).__name__ == "DataCollatorForVisionPreference"
         results.append(step(trainer, trainer.data_collator([dict(row) for row in rows[:3]])))
     same(*results)
@@ -345,7 +386,8 @@ def test_in_evaluation_with_outputs(both, family):
     real = batch["attention_mask"].bool()
     with pytest.warns(FutureWarning):
         (loss, logits, _), (own_loss, own_logits, _) = (
-            trainer.prediction_step(trainer.model.eval(), dict(batch), prediction_loss_only=False) for trainer in (stock, shared)
+            trainer.prediction_step(trainer.model.eval(), dict(batch), prediction_loss_only=False)
+            for trainer in (stock, shared)
         )
     assert own_loss.item() == pytest.approx(loss.item(), abs=1e-5)
     assert own_logits.shape == logits.shape == (*batch["input_ids"].shape, whole(stock.model).lm_head.out_features)
@@ -378,7 +420,10 @@ class Watch:
         picture = lambda module, args, kwargs: self.pictures.append(len((*args, *kwargs.values())[0]))
         graph = lambda module, args, out: self.graphs.append(out[0].requires_grad)
         sequence = lambda module, args, kwargs: self.sequences.append(tuple(kwargs["inputs_embeds"].shape[:2]))
-        self.hooks = [inside.register_forward_pre_hook(picture, with_kwargs=True), self.tower.register_forward_hook(graph)]
+        self.hooks = [
+            inside.register_forward_pre_hook(picture, with_kwargs=True),
+            self.tower.register_forward_hook(graph),
+        ]
         self.hooks += [self.text.register_forward_pre_hook(sequence, with_kwargs=True)]
         return self
 
@@ -413,10 +458,17 @@ def test_pictures_and_prompts_are_there_once(both, family, adapters, checkpointi
         assert watch.sequences == [(1, length)] * 2
 
 
-@pytest.mark.parametrize("family, where, seen", [("idefics2", "vision_model", [3, 3]), ("llava", "vision_tower", [3, 3]), ("idefics2", "connector", [3])])
+@pytest.mark.parametrize(
+    "family, where, seen",
+    [("idefics2", "vision_model", [3, 3]), ("llava", "vision_tower", [3, 3]), ("idefics2", "connector", [3])],
+)
 def test_an_adapter_in_one_part_alone(make, family, where, seen):
     """Behind a tower that is trained, the connector has a graph although it is frozen; before a trained connector, the tower has none."""
-    config = lambda base, own: {"peft_config": LoraConfig(r=4, target_modules=rf"model\.{where}\..*(proj|fc1|fc2)", exclude_modules=r".*layers\.2\..*")}
+    config = lambda base, own: {
+        "peft_config": LoraConfig(
+            r=4, target_modules=rf"model\.{where}\..*(proj|fc1|fc2)", exclude_modules=r".*layers\.2\..*"
+        )
+    }
     stock, shared = (make(cls, family, config) for cls in (DPOTrainer, SharedPromptDPOTrainer))
     batch = shared.data_collator(ROWS[:3])
     with Watch(shared, family) as watch:
@@ -427,8 +479,12 @@ def test_an_adapter_in_one_part_alone(make, family, where, seen):
 def test_what_a_frozen_tower_gave_is_forgotten_after_the_step(both):
     """Another batch, an evaluation: each sees its own pictures."""
     stock, shared = both("idefics2", adapters="language")
-    first, other = (shared.data_collator(rows) for rows in (ROWS[:2], [{**row, "image": ROWS[-1]["image"]} for row in ROWS[:2]]))
-    assert torch.equal(first["input_ids"], other["input_ids"]) and not torch.equal(first["pixel_values"], other["pixel_values"])
+    first, other = (
+        shared.data_collator(rows) for rows in (ROWS[:2], [{**row, "image": ROWS[-1]["image"]} for row in ROWS[:2]])
+    )
+    assert torch.equal(first["input_ids"], other["input_ids"]) and not torch.equal(
+        first["pixel_values"], other["pixel_values"]
+    )
     losses = []
     for batch in (first, other):
         with Watch(shared, "idefics2") as watch:
@@ -474,7 +530,10 @@ def test_nothing_of_a_neighbour_fills_a_short_row_up(both, family):
     batch, seen = shared.data_collator(ROWS[1:3]), []
     token = shared.processing_class.image_token_id
     hook = whole(shared.model).model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((kwargs["input_ids"], kwargs["attention_mask"], kwargs["position_ids"])), with_kwargs=True
+        lambda module, args, kwargs: seen.append(
+            (kwargs["input_ids"], kwargs["attention_mask"], kwargs["position_ids"])
+        ),
+        with_kwargs=True,
     )
     step(shared, batch)
     hook.remove()
@@ -484,7 +543,9 @@ def test_nothing_of_a_neighbour_fills_a_short_row_up(both, family):
     images = (batch["input_ids"][1] == token).sum()
     own_padding = int((batch["attention_mask"][1] == 0).sum())
     assert ids.shape[1] - length > own_padding + 2 + images  # so there were such tokens
-    assert ((ids == token).sum(1) == images).all() and (ids[1, length:] == shared.processing_class.tokenizer.pad_token_id).all()
+    assert ((ids == token).sum(1) == images).all() and (
+        ids[1, length:] == shared.processing_class.tokenizer.pad_token_id
+    ).all()
     assert not mask[1, 0, :length, length:].any() and mask[1, 0, length:, length:].sum() == ids.shape[1] - length
     assert position[1, :length].max() == batch["attention_mask"].sum(1)[[1, 3]].max() - 1
 
@@ -512,7 +573,9 @@ def test_a_reference_model_takes_the_stock_path(make):
     assert want.loss == got.loss and want.metrics == got.metrics and abs(want.metrics["rewards/margins"]) > 1e-3
 
     beside = lambda base, config: {"ref_model": base}
-    stock, shared = (make(cls, "idefics2", beside, adapters="language") for cls in (DPOTrainer, SharedPromptDPOTrainer))
+    stock, shared = (
+        make(cls, "idefics2", beside, adapters="language") for cls in (DPOTrainer, SharedPromptDPOTrainer)
+    )
     assert "reference model" in shared.why_not_shared and step(stock, batch).loss == step(shared, batch).loss
 
 
@@ -525,7 +588,9 @@ def test_what_else_takes_the_stock_path(make, both, monkeypatch):
     assert watch.pictures == [4, 4]
 
     model = both("idefics2", adapters="language")[1].model
-    assert dpo_idefics2.obstacle_to_sharing(model) is None and "reference model" in dpo_idefics2.obstacle_to_sharing(model, model)
+    assert dpo_idefics2.obstacle_to_sharing(model) is None and "reference model" in dpo_idefics2.obstacle_to_sharing(
+        model, model
+    )
     for attention in ("flash_attention_2", "flex_attention"):
         with monkeypatch.context() as patch:
             patch.setattr(model.config.get_text_config(), "_attn_implementation", attention)

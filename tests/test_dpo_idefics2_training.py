@@ -49,15 +49,31 @@ VARIANTS |= {"float": FLOAT, "float, DoRA": FLOAT | DORA, "float, language": FLO
 variants = pytest.mark.parametrize("variant", VARIANTS)
 PARTS = ("vision_model", "connector", "text_model", "lm_head")
 REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
-LOGGED = ["loss", "grad_norm", "entropy", "mean_token_accuracy", "logps/chosen", "logps/rejected", "logits/chosen", *REWARDS]
+LOGGED = [
+    "loss",
+    "grad_norm",
+    "entropy",
+    "mean_token_accuracy",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    *REWARDS,
+]
 
 
 # ------------------------------------------------------------------------------------------------- what the tests use
 def command(folder, out, **settings):
     """The flags of a short run on the CPU: of the model and the rows in `folder`, into `out`. None leaves a flag out."""
-    own = {"model_name_or_path": folder / "model", "dataset_name": folder / "train.json", "image_folder": folder / "images"}
+    own = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "train.json",
+        "image_folder": folder / "images",
+    }
     settings = {**own, "eval_dataset_name": folder / "held_out.json", "output_dir": out, **SHORT, **settings}
-    return ["--use_cpu", *(part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value)))]
+    return [
+        "--use_cpu",
+        *(part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))),
+    ]
 
 
 def run(argv, train=True):
@@ -77,7 +93,9 @@ def run(argv, train=True):
         with contextlib.nullcontext() if train else pytest.raises(SystemExit):
             dpo_idefics2.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen)
+    return SimpleNamespace(
+        argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen
+    )
 
 
 def plain(name):
@@ -99,7 +117,9 @@ def linear(model, *parts):
 def sections(out):
     """samples.md -> {step: [[image, prompt, before, after, chosen, rejected] of a row]}."""
     parts = re.split(r"^## Step (\d+)$", (out / "samples.md").read_text(encoding="utf-8"), flags=re.M)[1:]
-    cut = lambda text: [[c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    cut = lambda text: [
+        [c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     tables = {int(step): cut(text) for step, text in zip(*[iter(parts)] * 2)}
     assert all(rows[0] == ["image", "prompt", "before", "after", "chosen", "rejected"] for rows in tables.values())
     return {step: rows[1:] for step, rows in tables.items()}
@@ -126,7 +146,9 @@ def several(tiny_pairs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(several, tmp_path_factory):
     """A function: settings as keywords -> a finished short run; each is run once."""
-    return functools.cache(lambda **settings: run(command(several, tmp_path_factory.mktemp("run") / "out", **settings)))
+    return functools.cache(
+        lambda **settings: run(command(several, tmp_path_factory.mktemp("run") / "out", **settings))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,32 +156,70 @@ def learnt(several, tmp_path_factory):
     """A run that has learnt six pairs by heart, on which it is evaluated too. Some question is asked of two pictures."""
     out = tmp_path_factory.mktemp("learnt")
     (out / "six.json").write_text(json.dumps(json.loads((several / "train.json").read_text())[:6]))
-    settings = {"dataset_name": out / "six.json", "eval_dataset_name": out / "six.json", **FLOAT, "lora_r": 32, "max_steps": 40}
-    settings |= {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 3}
+    settings = {
+        "dataset_name": out / "six.json",
+        "eval_dataset_name": out / "six.json",
+        **FLOAT,
+        "lora_r": 32,
+        "max_steps": 40,
+    }
+    settings |= {
+        "per_device_train_batch_size": 6,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 5e-3,
+        "warmup_steps": 3,
+    }
     settings |= {"logging_steps": 10, "eval_steps": 20, "save_steps": 20, "max_new_tokens": 32, "sample_rows": 6}
-    return run([*command(several, out / "out", **settings, activation_checkpointing=False), "--loss_type", "sigmoid", "sft"])
+    return run(
+        [*command(several, out / "out", **settings, activation_checkpointing=False), "--loss_type", "sigmoid", "sft"]
+    )
 
 
 # ----------------------------------------------------------------------------------------------- at its real size
 def idefics2_8b():
     text = {"vocab_size": 32003, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    text |= {"model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "pad_token_id": 0}
+    text |= {
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+    }
     vision = {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "num_hidden_layers": 27}
     vision |= {"num_attention_heads": 16, "patch_size": 14}
     perceiver = {"resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16, "resampler_head_dim": 96}
     perceiver |= {"num_key_value_heads": 4, "hidden_size": 4096, "rms_norm_eps": 1e-5}
     return transformers.Idefics2Config(
-        text_config=text, vision_config=vision, perceiver_config=perceiver, image_token_id=32001, tie_word_embeddings=False
+        text_config=text,
+        vision_config=vision,
+        perceiver_config=perceiver,
+        image_token_id=32001,
+        tie_word_embeddings=False,
     )
 
 
 def llava_7b():
-    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+    }
     vision |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768}
-    text = {"model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+    }
     text |= {"num_attention_heads": 32, "max_position_embeddings": 4096, "pad_token_id": 32001}
     return transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2, tie_word_embeddings=False
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
     )
 
 
@@ -185,7 +245,9 @@ TEXT = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  #
         (llava_7b, ["--adapters", "language"], 7 * 32, 39_976_960, 7_103_404_032),
     ],
 )
-def test_the_real_models_have_the_published_size_and_this_adapter(config, flags, modules, trainable, everything, tmp_path):
+def test_the_real_models_have_the_published_size_and_this_adapter(
+    config, flags, modules, trainable, everything, tmp_path
+):
     assert TEXT == 41_943_040
     model = real(config(), tmp_path, *flags)
     assert model.get_nb_trainable_parameters() == (trainable, everything) and len(adapted(model)) == modules
@@ -193,8 +255,14 @@ def test_the_real_models_have_the_published_size_and_this_adapter(config, flags,
     tower, connector, text = ("vision_model", "connector", "text_model") if config is idefics2_8b else (
         "vision_tower", "multi_modal_projector", "language_model")  # fmt: skip
     assert parts == ({text} if "language" in flags else {tower, connector, text})
-    without = {name for name in linear(model.get_base_model(), *parts) if "lora_" not in name and not name.endswith("base_layer")}
-    assert without == ({name for name in without if "vision_tower" in name and ".layers.23." in name})  # LLaVA's last: never used
+    without = {
+        name
+        for name in linear(model.get_base_model(), *parts)
+        if "lora_" not in name and not name.endswith("base_layer")
+    }
+    assert without == (
+        {name for name in without if "vision_tower" in name and ".layers.23." in name}
+    )  # LLaVA's last: never used
     assert len(without) == (0 if config is idefics2_8b or "language" in flags else 6)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
@@ -252,19 +320,31 @@ def test_says_what_is_trained(trained, variant, several):
 
 
 def test_shows_a_pair_as_the_model_sees_it(trained):
-    text, rows = trained().text, json.loads(Path(trained().argv[trained().argv.index("--dataset_name") + 1]).read_text())
-    shown = re.search(r"One pair as the model sees it, trained tokens in «»:\n\n(.*)\n  chosen:   (.*)\n  rejected: (.*?)\n\n", text, re.S)
+    text, rows = (
+        trained().text,
+        json.loads(Path(trained().argv[trained().argv.index("--dataset_name") + 1]).read_text()),
+    )
+    shown = re.search(
+        r"One pair as the model sees it, trained tokens in «»:\n\n(.*)\n  chosen:   (.*)\n  rejected: (.*?)\n\n",
+        text,
+        re.S,
+    )
     prompt, chosen, rejected = shown.groups()
     assert prompt.replace("<image> x 8", "") == (
         f"<s> User:<fake_token_around_image><fake_token_around_image> {rows[0]['question']}<end_of_utterance>\nAssistant:"
     )
-    assert chosen == f"« {rows[0]['chosen']}<end_of_utterance>»" and rejected == f"« {rows[0]['rejected']}<end_of_utterance>»"
+    assert (
+        chosen == f"« {rows[0]['chosen']}<end_of_utterance>»"
+        and rejected == f"« {rows[0]['rejected']}<end_of_utterance>»"
+    )
 
 
 def test_a_16_bit_adapter_would_not_move(several, tmp_path):
     """TRL makes the adapters of a 4-bit model bf16, the recipe's Trainer float32 again, before there is an optimizer."""
     trainer = run(command(several, tmp_path), train=False).trainer
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32} and trainer.optimizer is None
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {
+        torch.float32
+    } and trainer.optimizer is None
 
 
 @pytest.mark.parametrize(
@@ -272,7 +352,11 @@ def test_a_16_bit_adapter_would_not_move(several, tmp_path):
     [
         ("tiny_pairs", ["q_proj", "down_proj"], r"model\.text_model\..*(q|down)_proj"),
         ("tiny_llava", ["q_proj", "down_proj"], r"model\.language_model\..*(q|down)_proj"),
-        ("tiny_pairs", [r"model\.(vision_model|connector)\..*(q_proj|fc1)"], r"model\.(vision_model|connector)\..*(q_proj|fc1)"),
+        (
+            "tiny_pairs",
+            [r"model\.(vision_model|connector)\..*(q_proj|fc1)"],
+            r"model\.(vision_model|connector)\..*(q_proj|fc1)",
+        ),
         ("tiny_pairs", [], r"model\..*"),
     ],
 )
@@ -297,10 +381,14 @@ def test_lora_target_modules_are_names_or_a_regex(request, several, tmp_path, fa
 )
 def test_lora_target_modules_that_cannot_be_adapted(several, tmp_path, monkeypatch, names, message):
     monkeypatch.setattr(dpo_idefics2, "load_model", None)
-    assert re.search(message, refusal(dpo_idefics2.main, [*command(several, tmp_path), "--lora_target_modules", *names]))
+    assert re.search(
+        message, refusal(dpo_idefics2.main, [*command(several, tmp_path), "--lora_target_modules", *names])
+    )
 
 
-@pytest.mark.parametrize("settings", [FLOAT, FLOAT | LANGUAGE, FLOAT | DORA, FLOAT | {"shared_prompt": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [FLOAT, FLOAT | LANGUAGE, FLOAT | DORA, FLOAT | {"shared_prompt": False}], ids=str
+)
 def test_the_trained_model_can_be_merged_in_the_same_process(several, tmp_path, settings):
     """Each module has its own forward back, and merged they say what the adapter says."""
     trainer = run(command(several, tmp_path, **settings)).trainer
@@ -324,7 +412,10 @@ def test_the_trained_model_can_be_merged_in_the_same_process(several, tmp_path, 
 def test_it_learns(learnt):
     """From nothing, in 40 steps: it prefers every chosen answer, and says it when asked."""
     assert all(log(learnt.out, f"eval_{name}")[40] == 1 for name in ("rewards/accuracies", "samples/ended"))
-    assert log(learnt.out, "eval_rewards/margins")[40] > 1 and log(learnt.out, "loss")[40] < 0.2 * log(learnt.out, "loss")[10]
+    assert (
+        log(learnt.out, "eval_rewards/margins")[40] > 1
+        and log(learnt.out, "loss")[40] < 0.2 * log(learnt.out, "loss")[10]
+    )
     rows = sections(learnt.out)[40]
     assert len(rows) == 6 and [row[3] for row in rows] == [row[4] for row in rows]
     assert all(row[2] != row[3] for row in rows) and len({row[1] for row in rows}) < 6
@@ -344,9 +435,15 @@ def test_samples_show_image_prompt_and_answers(learnt, several):
     base, collator = AutoModelForImageTextToText.from_pretrained(several / "model"), learnt.trainer.data_collator
     for n, (_, prompt, before, _, chosen, rejected) in zip(numbers, tables[40]):
         assert (prompt, chosen, rejected) == tuple(given[n][key] for key in ("question", "chosen", "rejected"))
-        shown, picture = (Image.open(path).convert("L") for path in (learnt.out / f"samples/{n}-0.png", several / "images" / given[n]["image"]))
+        shown, picture = (
+            Image.open(path).convert("L")
+            for path in (learnt.out / f"samples/{n}-0.png", several / "images" / given[n]["image"])
+        )
         drawn = torch.tensor(list(shown.resize(picture.size, Image.Resampling.BOX).tobytes())).float()
-        apart = [(drawn - torch.tensor(list(Image.open(several / "images" / row["image"]).convert("L").tobytes()))).norm() for row in given]
+        apart = [
+            (drawn - torch.tensor(list(Image.open(several / "images" / row["image"]).convert("L").tobytes()))).norm()
+            for row in given
+        ]
         assert min(range(6), key=apart.__getitem__) == n
         batch = collator.tokenize([collator.messages_of(given[n] | {"image": picture})[:1]], prompt=True)
         ids = base.generate(**batch, max_new_tokens=32, do_sample=False)[0, batch["input_ids"].shape[1] :]
@@ -361,19 +458,28 @@ def test_answers_are_counted_up_to_their_end(several, tmp_path, monkeypatch):
     assert collator.processor.tokenizer.convert_ids_to_tokens(collator.stop_ids) == ["<end_of_utterance>", "</s>"]
     (end, eos), pad = collator.stop_ids, trainer.processing_class.tokenizer.pad_token_id
     a, b = trainer.processing_class.tokenizer("Yes No", add_special_tokens=False)["input_ids"][:2]
-    said = iter([torch.tensor([[a, b, end, pad], [a, b, a, b], [end, pad, pad, pad]]), torch.tensor([[a, eos], [b, a]])])
-    monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, next(said)], dim=1))
+    said = iter(
+        [torch.tensor([[a, b, end, pad], [a, b, a, b], [end, pad, pad, pad]]), torch.tensor([[a, eos], [b, a]])]
+    )
+    monkeypatch.setattr(
+        trainer.model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, next(said)], dim=1)
+    )
     found = dpo_idefics2.answer_rows(trainer, trainer.eval_dataset, 4)
     assert [(tokens, ended) for _, tokens, ended in found] == [(2, True), (4, False), (0, True), (1, True), (2, False)]
     assert found[2][0] == ""
     monkeypatch.setattr(dpo_idefics2, "answer_rows", lambda trainer, rows, most: found[: len(rows)])
     metrics = trainer.evaluate()
-    assert (metrics["eval_samples/tokens"], metrics["eval_samples/ended"]) == (3, 0.5)  # of the first two: --sample_rows 2
+    assert (metrics["eval_samples/tokens"], metrics["eval_samples/ended"]) == (
+        3,
+        0.5,
+    )  # of the first two: --sample_rows 2
 
 
 def test_a_pipe_or_a_line_end_keeps_the_table_whole(several, tmp_path, monkeypatch):
     trainer = run(command(several, tmp_path), train=False).trainer
-    monkeypatch.setattr(dpo_idefics2, "answer_rows", lambda trainer, rows, most: [dpo_idefics2.Answer("a | b\nc", 3, True)] * len(rows))
+    monkeypatch.setattr(
+        dpo_idefics2, "answer_rows", lambda trainer, rows, most: [dpo_idefics2.Answer("a | b\nc", 3, True)] * len(rows)
+    )
     trainer.evaluate()
     assert [row[2:4] for row in sections(tmp_path)[0]] == [["a &#124; b c"] * 2] * 2
 
@@ -384,7 +490,9 @@ def test_what_is_shown_can_be_bounded(several, tmp_path):
     assert len(done.trainer.eval_dataset) == 3 and all(len(rows) == 1 for rows in sections(done.out).values())
     assert "14 rows to train on, 3 to evaluate" in done.text
     done = run(command(several, tmp_path / "b", sample_rows=0))
-    assert log(done.out, "eval_loss") and not log(done.out, "eval_samples/ended") and not list(done.out.glob("samples*"))
+    assert (
+        log(done.out, "eval_loss") and not log(done.out, "eval_samples/ended") and not list(done.out.glob("samples*"))
+    )
 
 
 def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch):
@@ -404,7 +512,9 @@ def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch):
         saved = load_file(done.out / "adapter_model.safetensors")
         for name, value in done.weights[best].items():
             assert torch.equal(saved[name.replace(".default", "")], value)
-        assert {path.name for path in done.out.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in ((2, 4) if flags else (3, 4))}
+        assert {path.name for path in done.out.glob("checkpoint-*")} == {
+            f"checkpoint-{n}" for n in ((2, 4) if flags else (3, 4))
+        }
 
 
 @pytest.mark.parametrize("without", [{"eval_strategy": "no"}, {"eval_fraction": 0, "eval_dataset_name": None}])
@@ -417,7 +527,13 @@ def test_without_evaluation(several, tmp_path, without):
 # ------------------------------------------------------------------------------------------------------ what is saved
 def test_output_dir_holds_everything(several, tmp_path):
     done = run(command(several, tmp_path / "out", report_to="tensorboard", longest_edge=56))
-    for name in ("adapter_config.json", "adapter_model.safetensors", "settings.yaml", "samples.md", "trainer_state.json"):
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "settings.yaml",
+        "samples.md",
+        "trainer_state.json",
+    ):
         assert (done.out / name).stat().st_size > 0
     assert {path.name for path in done.out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert list(done.out.glob("**/events.out.tfevents.*")) and not list(done.out.glob("**/model*.safetensors"))
@@ -427,11 +543,17 @@ def test_output_dir_holds_everything(several, tmp_path):
     first, *lines = (done.out / "settings.yaml").read_text().splitlines()
     written = yaml.safe_load("\n".join(lines))
     assert first == "# dpo_idefics2.py" and written["max_steps"] == 4 and "hub_token" not in written
-    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (16, True, str(several / "model"))
+    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (
+        16,
+        True,
+        str(several / "model"),
+    )
     for name in LOGGED:
         assert list(log(done.out, name)) == [1, 2, 3, 4] and all(map(math.isfinite, log(done.out, name).values()))
     for name in ("loss", "samples/ended", "samples/tokens", *REWARDS):
-        assert list(log(done.out, f"eval_{name}")) == [2, 4] and all(map(math.isfinite, log(done.out, f"eval_{name}").values()))
+        assert list(log(done.out, f"eval_{name}")) == [2, 4] and all(
+            map(math.isfinite, log(done.out, f"eval_{name}").values())
+        )
     assert log(done.out, "rewards/margins")[1] == 0 != log(done.out, "rewards/margins")[4]
     assert log(done.out)[1] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -439,7 +561,10 @@ def test_output_dir_holds_everything(several, tmp_path):
 @variants
 def test_the_adapter_is_all_that_is_saved(trained, variant):
     done = trained(**VARIANTS[variant])
-    want = {re.sub(r"(?<=magnitude_vector)\.default\.weight$|\.default", "", name): p for name, p in done.weights[4].items()}
+    want = {
+        re.sub(r"(?<=magnitude_vector)\.default\.weight$|\.default", "", name): p
+        for name, p in done.weights[4].items()
+    }
     size = sum(4 * p.numel() for p in want.values())
     for folder in (done.out, done.out / "checkpoint-4"):
         saved = load_file(folder / "adapter_model.safetensors")
@@ -525,7 +650,9 @@ def test_the_result_stands_alone(trained, learnt, reloaded, variant):
     """A new process with plain PEFT builds the same prompts, and gets from them what the run's own model does."""
     done, result = learnt if variant == "learnt" else trained(**VARIANTS[variant]), reloaded[variant]
     collator, model = done.trainer.data_collator, done.trainer.model.eval()
-    batch = collator.tokenize([collator.messages_of(row)[:1] for row in by_number(done.trainer.eval_dataset)], prompt=True)
+    batch = collator.tokenize(
+        [collator.messages_of(row)[:1] for row in by_number(done.trainer.eval_dataset)], prompt=True
+    )
     for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"):
         assert torch.equal(result[name], batch[name])
     words = batch["attention_mask"].bool()
@@ -551,9 +678,13 @@ def answered(run, out, *flags):
 
 def test_generate_gives_the_answers_shown(learnt, tmp_path):
     rows = sections(learnt.out)[40]
-    after, before = (answered(learnt.out, tmp_path / f"{n}.jsonl", *flags) for n, flags in enumerate(([], ["--base_only"])))
+    after, before = (
+        answered(learnt.out, tmp_path / f"{n}.jsonl", *flags) for n, flags in enumerate(([], ["--base_only"]))
+    )
     for lines, column in ((after, 3), (before, 2)):
-        assert [" ".join(line["prediction"].replace("|", "&#124;").split()) for line in lines] == [row[column] for row in rows]
+        assert [" ".join(line["prediction"].replace("|", "&#124;").split()) for line in lines] == [
+            row[column] for row in rows
+        ]
         assert [line["reference"] for line in lines] == [row[4] for row in rows] and len(lines) == 6
         assert [line["question"] for line in lines] == [row[1] for row in rows]
 
@@ -563,9 +694,18 @@ def test_generate_asks_questions_without_answers(learnt, several, tmp_path):
     given = json.loads((several / "train.json").read_text())[:6]
     brief = next(row for row in given if row["question"].endswith(" Please answer yes or no."))
     asked = [{"id": 7, "image": row["image"], "query": row["question"]} for row in (given[0], given[3])]
-    asked.append({"id": 9, "image": brief["image"], "query": brief["question"].removesuffix(" Please answer yes or no.")})
+    asked.append(
+        {"id": 9, "image": brief["image"], "query": brief["question"].removesuffix(" Please answer yes or no.")}
+    )
     (tmp_path / "query.json").write_text(json.dumps(asked))
-    flags = ["--dataset_name", str(tmp_path / "query.json"), "--image_folder", str(several / "images"), "--question_column", "query"]
+    flags = [
+        "--dataset_name",
+        str(tmp_path / "query.json"),
+        "--image_folder",
+        str(several / "images"),
+        "--question_column",
+        "query",
+    ]
     lines = answered(learnt.out, tmp_path / "plain.jsonl", *flags)
     assert [(line["id"], line["reference"]) for line in lines] == [(7, None), (7, None), (9, None)]
     assert [line["prediction"] for line in lines[:2]] == [given[0]["chosen"], given[3]["chosen"]]
@@ -603,7 +743,9 @@ def uninterrupted(several, tmp_path_factory):
 def dead(several, tmp_path_factory):
     """The folder of the same run, killed in its 7th step. Tests work on copies of it."""
     out = tmp_path_factory.mktemp("killed") / "out"
-    done = subprocess.run([sys.executable, "-c", KILL, *command(several, out, **LONG)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, *command(several, out, **LONG)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 4, 6)}
     assert not (out / "trainer_state.json").exists()
@@ -650,7 +792,9 @@ def test_a_path_names_the_checkpoint(uninterrupted, several, tmp_path):
     same_end(uninterrupted, resumed, 4)
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"]
+)
 def test_a_damaged_checkpoint_is_not_whole(dead, tmp_path, file):
     """Missing, empty or cut off: any of its files."""
     good = dead / "checkpoint-6"
@@ -667,7 +811,10 @@ def test_a_damaged_checkpoint_is_not_whole(dead, tmp_path, file):
     [
         (["--resume_from_checkpoint", "false"], ["holds a run", "--output_dir"]),
         (["--resume_from_checkpoint", "nowhere"], ["nowhere: not a complete checkpoint"]),
-        (["--beta", "0.5", "--learning_rate", "0.1"], ["beta 0.1 -> 0.5", "learning_rate 0.001 -> 0.1", "--output_dir"]),
+        (
+            ["--beta", "0.5", "--learning_rate", "0.1"],
+            ["beta 0.1 -> 0.5", "learning_rate 0.001 -> 0.1", "--output_dir"],
+        ),
         (["--loss_type", "sigmoid", "sft"], ["loss_type ['sigmoid'] -> ['sigmoid', 'sft']"]),
         (["--adapters", "language"], ["adapters all -> language"]),
     ],
@@ -721,7 +868,9 @@ def test_killed_before_the_end_was_written(several, tmp_path, more, best):
     if best:  # one that is gone is named
         (out / "trainer_state.json").unlink()
         state = out / "checkpoint-11" / "trainer_state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}))
+        state.write_text(
+            json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"})
+        )
         gone = refusal(dpo_idefics2.main, command(several, out, **settings))
         assert gone.startswith("error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged")
 
@@ -746,7 +895,9 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(several, tmp_path
         return load(*args)
 
     monkeypatch.setattr(dpo_idefics2, "load_model", vanish)
-    message = refusal(dpo_idefics2.main, command(folder, tmp_path / "out", dataloader_num_workers=workers, max_steps=7))
+    message = refusal(
+        dpo_idefics2.main, command(folder, tmp_path / "out", dataloader_num_workers=workers, max_steps=7)
+    )
     assert message.startswith("error: the data changed during the run: unreadable image: ") and row["image"] in message
 
 
@@ -761,7 +912,11 @@ def test_beyond_the_sliding_window(several, tmp_path, monkeypatch):
     assert "path: shared" in run(command(folder, tmp_path / "short", max_length=64), train=False).text
     monkeypatch.setattr(dpo_idefics2, "load_model", None)
     message = refusal(dpo_idefics2.main, command(folder, tmp_path / "out"))
-    assert "--max_length 1024" in message and "sliding window of 64 tokens" in message and "--max_length 64, or --shared_prompt false" in message
+    assert (
+        "--max_length 1024" in message
+        and "sliding window of 64 tokens" in message
+        and "--max_length 64, or --shared_prompt false" in message
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "paligemma2", "llava_next"])
@@ -773,12 +928,17 @@ def test_another_family(request, several, tmp_path, family):
     path = "stock DPOTrainer, since sharing is for idefics2, llava, paligemma, this is llava_next"
     assert f"path: {path if family == 'llava_next' else 'shared prompts'}" in done.text
     assert [name for name, p in done.weights[0].items() if torch.equal(p, done.weights[4][name])] == []
-    assert log(done.out)[1] == pytest.approx(math.log(2), abs=1e-6) != log(done.out)[4] and len(log(done.out, "eval_loss")) == 2
+    assert (
+        log(done.out)[1] == pytest.approx(math.log(2), abs=1e-6) != log(done.out)[4]
+        and len(log(done.out, "eval_loss")) == 2
+    )
     packed = {n.split(".")[3] for n, m in done.trainer.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert packed == {"language_model", "multi_modal_projector"} and len(sections(done.out)[4]) == 2
     lines = answered(done.out, tmp_path / "a.jsonl", "--max_new_tokens", "4")
     shown = [row[3] for row in sections(done.out)[4]]
-    assert [" ".join(line["prediction"].replace("|", "&#124;").split()) for line in lines][:2] == shown and len(lines) == 5
+    assert [" ".join(line["prediction"].replace("|", "&#124;").split()) for line in lines][:2] == shown and len(
+        lines
+    ) == 5
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a step
@@ -802,7 +962,14 @@ def test_rows_can_be_grouped_by_length(several, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_train_like_one(several, tmp_path):
     """Twice the batch. What is shown is there once."""
-    settings = {**FLOAT, "learning_rate": 1e-4, "per_device_eval_batch_size": 1, "max_eval_rows": 4, "max_steps": 8, "save_total_limit": 9}
+    settings = {
+        **FLOAT,
+        "learning_rate": 1e-4,
+        "per_device_eval_batch_size": 1,
+        "max_eval_rows": 4,
+        "max_steps": 8,
+        "save_total_limit": 9,
+    }
     settings |= {"per_device_train_batch_size": 1}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(several, tmp_path / "two", **settings, gradient_accumulation_steps=2)
@@ -819,7 +986,13 @@ def test_two_processes_train_like_one(several, tmp_path):
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
-    again = command(several, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    again = command(
+        several,
+        tmp_path / "again",
+        **settings,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=tmp_path / "two" / "checkpoint-6",
+    )
     done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
@@ -837,4 +1010,7 @@ def test_the_recipe_alone_in_an_empty_folder(several, tmp_path, trained):
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in folder.iterdir()} == {"dpo_idefics2.py", "out"}
-    assert log(folder / "out") == pytest.approx(log(trained().out), abs=1e-6) and "saved out: model or adapter" in done.stdout
+    assert (
+        log(folder / "out") == pytest.approx(log(trained().out), abs=1e-6)
+        and "saved out: model or adapter" in done.stdout
+    )

@@ -54,9 +54,18 @@ def every_name(recipe):
 # -------------------------------------------------------------------------------------------------------- settings
 CANNOT_WORK = {  # what would fail, or train something else, only after the weights are loaded
     "rate": (["--learning_rate", "nan"], "learning.rate"),
-    "worst": (["--load_best_model_at_end", "true", "--metric_for_best_model", "loss", "--greater_is_better", "true"], "--greater_is_better true would keep"),
-    "no rows": (["--per_device_train_batch_size", "0"], "a step must have rows|256 rows in a step, 0 at once|128 rows in a step, 0 at once"),
-    "no metric": (["--load_best_model_at_end", "true", "--metric_for_best_model", "rouge"], "--metric_for_best_model rouge"),
+    "worst": (
+        ["--load_best_model_at_end", "true", "--metric_for_best_model", "loss", "--greater_is_better", "true"],
+        "--greater_is_better true would keep",
+    ),
+    "no rows": (
+        ["--per_device_train_batch_size", "0"],
+        "a step must have rows|256 rows in a step, 0 at once|128 rows in a step, 0 at once",
+    ),
+    "no metric": (
+        ["--load_best_model_at_end", "true", "--metric_for_best_model", "rouge"],
+        "--metric_for_best_model rouge",
+    ),
 }
 
 
@@ -71,19 +80,34 @@ def test_what_cannot_end_well_does_not_start(recipe, case, tmp_path):
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_a_key_that_stands_twice_is_not_passed_over(recipe, name, tmp_path):
     """The last one would win, and the rest of the row be forgotten."""
-    turns = {"sft_llava": "from value human gpt", "llava_two_stage": "from value human gpt", "finetune_minicpm_lora": "role content user assistant"}.get(recipe.__name__)
+    turns = {
+        "sft_llava": "from value human gpt",
+        "llava_two_stage": "from value human gpt",
+        "finetune_minicpm_lora": "role content user assistant",
+    }.get(recipe.__name__)
     if turns:
         who, what, *speakers = turns.split()
-        row = json.dumps({"conversations": [{who: speaker, what: "WORDS"} for speaker in speakers]}).replace('"WORDS"', f'"one", "{what}": "two"')
+        row = json.dumps({"conversations": [{who: speaker, what: "WORDS"} for speaker in speakers]}).replace(
+            '"WORDS"', f'"one", "{what}": "two"'
+        )
     else:
         row = '{"image": "0.png", "question": "which?", "question": "why?", "answers": "one", "chosen": "one", "rejected": "two"}'
     (tmp_path / name).write_text(f"[{row}]" if name.endswith(".json") else f"{row}\n")
     Image.new("RGB", (56, 56)).save(tmp_path / "0.png")
     flag = "data_path" if "data_path" in every_name(recipe) else "dataset_name"
-    settings, training = recipe.parse(["--use_cpu", f"--{flag}", str(tmp_path / name), *(["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else [])])
+    settings, training = recipe.parse(
+        [
+            "--use_cpu",
+            f"--{flag}",
+            str(tmp_path / name),
+            *(["--stage", "instruct"] if recipe.__name__ == "llava_two_stage" else []),
+        ]
+    )
     with pytest.raises(SystemExit) as end:
         rows_of(recipe, str(tmp_path / name), "train", settings)
-    assert re.search(rf"^error: cannot read {tmp_path / name}: (line 1: )?a key appears twice in .*(two|why\?)", end.value.code)
+    assert re.search(
+        rf"^error: cannot read {tmp_path / name}: (line 1: )?a key appears twice in .*(two|why\?)", end.value.code
+    )
 
 
 def test_every_setting_is_a_flag_with_help(recipe, capsys):
@@ -108,7 +132,9 @@ def test_the_names_that_may_change_or_are_refused_are_names_of_settings(recipe):
     assert not set(refused(recipe)) & set(recipe.MAY_CHANGE_ON_RESUME)
 
 
-@pytest.mark.parametrize("recipe, name", [(r, name) for r in RECIPES for name in refused(importlib.import_module(r))], indirect=["recipe"])
+@pytest.mark.parametrize(
+    "recipe, name", [(r, name) for r in RECIPES for name in refused(importlib.import_module(r))], indirect=["recipe"]
+)
 def test_settings_that_would_be_ignored_are_refused_by_name(recipe, name):
     default = {f.name: f.default for f in fields(recipe.Training)}[name]
     value = str(not default) if isinstance(default, bool) else VALUES.get(name, "x")
@@ -117,12 +143,27 @@ def test_settings_that_would_be_ignored_are_refused_by_name(recipe, name):
 
 
 def test_settings_are_kept_as_given_and_read_back(recipe, tmp_path):
-    quantized = {"load_in_4bit": False, "q_lora": True}.items() & {(name, not getattr(recipe.Settings, name, None)) for name in every_name(recipe)}
+    quantized = {"load_in_4bit": False, "q_lora": True}.items() & {
+        (name, not getattr(recipe.Settings, name, None)) for name in every_name(recipe)
+    }
     changed = {"lora_r": 4, "learning_rate": 1e-5, "seed": 7, "eval_fraction": 0.1, **dict(quantized)}
-    argv = ["--use_cpu", "--hub_token", "secret", "--resume_from_checkpoint", "false", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--report_to", "tensorboard"]
+    argv = [
+        "--use_cpu",
+        "--hub_token",
+        "secret",
+        "--resume_from_checkpoint",
+        "false",
+        "--lr_scheduler_kwargs",
+        '{"num_cycles": 2}',
+        "--report_to",
+        "tensorboard",
+    ]
     argv += [part for name, value in changed.items() for part in (f"--{name}", str(value))]
     settings, training = recipe.parse(argv)
-    assert set(training.as_given) == every_name(recipe) - {"hub_token", "resume_from_checkpoint"} and training.hub_token == "secret"
+    assert (
+        set(training.as_given) == every_name(recipe) - {"hub_token", "resume_from_checkpoint"}
+        and training.hub_token == "secret"
+    )
     assert {name: getattr(settings, name, getattr(training, name, None)) for name in changed} == changed
     (tmp_path / "run.yaml").write_text(text := yaml.safe_dump(training.as_given, sort_keys=False))
     again = recipe.parse(["--config", str(tmp_path / "run.yaml")])
@@ -193,15 +234,22 @@ def test_a_bad_config_file_is_refused(recipe, text, named, tmp_path):
 )
 def test_precision_picks_itself(recipe, gpu, given, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu == "bf16" or including_emulation)
-    monkeypatch.setattr(recipe.Training.__mro__[1], "__post_init__", lambda self: None)  # the library's would open the GPU
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu == "bf16" or including_emulation
+    )
+    monkeypatch.setattr(
+        recipe.Training.__mro__[1], "__post_init__", lambda self: None
+    )  # the library's would open the GPU
     _, training = recipe.parse(given)
     assert (bool(training.bf16), bool(training.fp16)) == expected
 
 
 def test_several_gpus_need_a_launcher(recipe, monkeypatch):
     monkeypatch.setattr(recipe.Training, "n_gpu", property(lambda self: 4))
-    with pytest.raises(SystemExit, match=rf"^error: 4 GPUs.*accelerate launch --num_processes 4 {recipe.__name__}.py.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(
+        SystemExit,
+        match=rf"^error: 4 GPUs.*accelerate launch --num_processes 4 {recipe.__name__}.py.*CUDA_VISIBLE_DEVICES=0",
+    ):
         recipe.check(*recipe.parse(["--use_cpu"]))
 
 
@@ -219,8 +267,11 @@ def test_a_recipe_is_one_file_and_importing_it_does_nothing(recipe, tmp_path):
     source = (ROOT / f"{recipe.__name__}.py").read_text()
     (tmp_path / "lib" / "alone.py").write_text(source)
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
-    code = "import torch, os; s = torch.get_rng_state(), dict(os.environ); import alone; import torch.distributed as d; " + (
-        "assert torch.equal(s[0], torch.get_rng_state()) and not d.is_initialized() and not torch.cuda.is_initialized()"
+    code = (
+        "import torch, os; s = torch.get_rng_state(), dict(os.environ); import alone; import torch.distributed as d; "
+        + (
+            "assert torch.equal(s[0], torch.get_rng_state()) and not d.is_initialized() and not torch.cuda.is_initialized()"
+        )
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "cwd", env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -250,7 +301,9 @@ def test_the_loader_works_ahead_in_processes_of_its_own(recipe, tmp_path, monkey
     assert (loader().num_workers, loader().prefetch_factor, loader().pin_memory) == (4, 2, True)
     with pytest.warns(UserWarning, match="pin_memory.*no accelerator is found"):
         seen = [batch["number"] for batch in loader()]
-    assert sorted(torch.cat(seen).tolist()) == list(range(40)) and {len(some) for some in seen} == {training.train_batch_size}
+    assert sorted(torch.cat(seen).tolist()) == list(range(40)) and {len(some) for some in seen} == {
+        training.train_batch_size
+    }
     assert not any(some.is_pinned() for some in seen)
 
 

@@ -80,7 +80,9 @@ def tokens(batch, n=0):
 def prompt_of(batch, n=0):
     """The tokens of a row before its last answer."""
     labels = flat(batch)["labels"][n][flat(batch)["attention_mask"][n].bool()].tolist()
-    start = len(labels) - next(k for k, label in enumerate(reversed(labels)) if label != -100)  # behind the last answer
+    start = len(labels) - next(
+        k for k, label in enumerate(reversed(labels)) if label != -100
+    )  # behind the last answer
     return tokens(batch, n)[: max(k for k in range(start) if labels[k] == -100) + 1]
 
 
@@ -105,9 +107,15 @@ def seen(batch):
 def same(one, other):
     one, other = flat(one), flat(other)
     plain = [key for key in one if isinstance(one[key], torch.Tensor)]
-    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in plain if key != "pixel_values"):
+    if one.keys() != other.keys() or not all(
+        torch.equal(one[key], other[key]) for key in plain if key != "pixel_values"
+    ):
         return False
-    lists = all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for key in ("image_bound", "tgt_sizes") for a, b in zip(one.get(key, []), other.get(key, [])))
+    lists = all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        for key in ("image_bound", "tgt_sizes")
+        for a, b in zip(one.get(key, []), other.get(key, []))
+    )
     return lists and len(parts(one)) == len(parts(other)) and all(map(torch.equal, parts(one), parts(other)))
 
 
@@ -116,7 +124,9 @@ def test_trained_are_the_answers_and_their_ends(collate):
     collator = collate()
     tokenizer, batch = collator.processor.tokenizer, collator(ROWS)
     rows = flat(batch)
-    assert trained(rows, tokenizer) == [[f"{answer}{END}" for answer in answers] for answers in ANSWERS]  # nothing else
+    assert trained(rows, tokenizer) == [
+        [f"{answer}{END}" for answer in answers] for answers in ANSWERS
+    ]  # nothing else
     assert not (rows["labels"] == collator.processor.image_token_id).any()
     padded = rows["attention_mask"] == 0
     assert padded.any(1).sum() == len(ROWS) - 1 and (rows["input_ids"][padded] == tokenizer.pad_token_id).all()
@@ -150,19 +160,25 @@ def opened(message, tmp_path):
     return role, [Image.open(tmp_path / text).convert("RGB") if text.endswith(".png") else text for text in texts]
 
 
-@pytest.mark.parametrize("flags", [{}, {"max_slice_nums": 1}, {"downsample_mode": "4x", "max_slice_nums": 2}], ids=["", "1 slice", "4x"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"max_slice_nums": 1}, {"downsample_mode": "4x", "max_slice_nums": 2}], ids=["", "1 slice", "4x"]
+)
 @pytest.mark.parametrize("kind", ["tiny_minicpm", "tiny_minicpm47"])
 def test_the_prompt_is_the_one_of_inference(kind, flags, request, tmp_path):
     collator = collator_of(request.getfixturevalue(kind), tmp_path, **flags)
     collator.processor.save_pretrained(tmp_path / "saved")  # with this run's slices, as the run itself does
-    (tmp_path / "saved" / "config.json").write_bytes((request.getfixturevalue(kind) / "model" / "config.json").read_bytes())
+    (tmp_path / "saved" / "config.json").write_bytes(
+        (request.getfixturevalue(kind) / "model" / "config.json").read_bytes()
+    )
     saved = minicpm.processor_from(tmp_path / "saved")
     assert (saved.image_processor.max_slice_nums, saved.image_processor.downsample_mode) == (
         flags.get("max_slice_nums", 9), flags.get("downsample_mode", "16x"))  # fmt: skip
     for row, messages in zip(ROWS, MESSAGES):
         messages = [{"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in some]}
                     for role, some in (opened(message, tmp_path) for message in messages)]  # fmt: skip
-        prompt = saved.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        prompt = saved.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
         batch = collator([row])
         assert prompt_of(batch) == prompt["input_ids"][0].tolist()
         assert len(parts(batch)) == len(parts(prompt)) and all(map(torch.equal, parts(batch), parts(prompt)))
@@ -172,14 +188,22 @@ def test_the_prompt_is_the_one_of_inference(kind, flags, request, tmp_path):
 
 @pytest.mark.parametrize("slices", [9, 1])
 def test_the_prompt_is_the_one_of_26s_own_chat(slices, tiny_minicpm26, tmp_path):
-    settings, training = recipe.parse(minicpm_run(tiny_minicpm26, tmp_path / "out", image_folder=tmp_path, max_slice_nums=slices))
+    settings, training = recipe.parse(
+        minicpm_run(tiny_minicpm26, tmp_path / "out", image_folder=tmp_path, max_slice_nums=slices)
+    )
     model, processor = recipe.load_model(settings, training), recipe.load_processor(settings)
     collator, calls = recipe.Collator(processor, settings, training), []
     model.generate = lambda **inputs: [calls.append(inputs), ""]
     for row, messages in zip(ROWS, MESSAGES):
         system = messages[0][1][0] if messages[0][0] == "system" else ""
-        turns = [{"role": role, "content": some} for role, some in (opened(message, tmp_path) for message in messages) if role != "system"]
-        model.chat(None, turns, processor.tokenizer, processor, sampling=False, system_prompt=system, max_slice_nums=slices)
+        turns = [
+            {"role": role, "content": some}
+            for role, some in (opened(message, tmp_path) for message in messages)
+            if role != "system"
+        ]
+        model.chat(
+            None, turns, processor.tokenizer, processor, sampling=False, system_prompt=system, max_slice_nums=slices
+        )
         batch, asked = collator([row]), collator.tokenize([collator.messages_of(row)[:-1]], prompt=True)
         assert prompt_of(batch) == tokens(asked) == calls[-1]["input_ids"][0].tolist()
         for mine in (batch["data"], asked):
@@ -191,7 +215,9 @@ def test_the_prompt_is_the_one_of_26s_own_chat(slices, tiny_minicpm26, tmp_path)
 def test_a_native_row_is_how_the_chat_template_goes_on(minicpm_collate):
     collator = minicpm_collate()
     for row in ROWS:
-        whole = collator.processor.apply_chat_template(collator.messages_of(row), tokenize=True, return_dict=True)["input_ids"][0]
+        whole = collator.processor.apply_chat_template(collator.messages_of(row), tokenize=True, return_dict=True)[
+            "input_ids"
+        ][0]
         assert tokens(collator([row])) == list(whole)
 
 
@@ -202,14 +228,20 @@ def test_an_exclamation_mark_is_a_word(tiny_minicpm26, tmp_path):
     batch = collator([talks("!! Hi! !", "! odd!!", "!", "!"), talks("Hi", "odd", image=None)])
     assert [tokens(batch, n).count(0) for n in (0, 1)] == [9, 0] and batch["attention_mask"][0].all()
     assert trained(flat(batch), collator.processor.tokenizer)[0] == [f"! odd!!{END}", f"!{END}"]
-    asked = collator.tokenize([collator.messages_of(talks("!", "x"))[:1], collator.messages_of(talks("Which digit is this?", "x"))[:1]], prompt=True)
+    asked = collator.tokenize(
+        [collator.messages_of(talks("!", "x"))[:1], collator.messages_of(talks("Which digit is this?", "x"))[:1]],
+        prompt=True,
+    )
     assert tokens(asked, 0).count(0) == 1 and (asked["attention_mask"][:, -1] == 1).all()
 
 
 # ------------------------------------------------------------------------------------- what the model makes of a batch
 def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tmp_path):
     settings, training = recipe.parse(minicpm_run(every_minicpm, tmp_path / "out", image_folder=tmp_path))
-    collator, model = recipe.Collator(recipe.load_processor(settings), settings, training), recipe.load_model(settings, training).eval()
+    collator, model = (
+        recipe.Collator(recipe.load_processor(settings), settings, training),
+        recipe.load_model(settings, training).eval(),
+    )
 
     def learnt(rows):
         batch = collator(rows)
@@ -220,7 +252,14 @@ def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tm
     def answered(conversations):
         batch = collator.tokenize(conversations, prompt=True)
         with torch.no_grad():
-            out = model.generate(**batch, max_new_tokens=8, max_length=None, do_sample=False, use_cache=True, eos_token_id=collator.stop_ids)
+            out = model.generate(
+                **batch,
+                max_new_tokens=8,
+                max_length=None,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=collator.stop_ids,
+            )
         return out[:, batch["input_ids"].shape[1] :].tolist()
 
     total, count = learnt(ROWS)
@@ -239,7 +278,9 @@ def test_the_model_sees_in_a_batch_what_it_sees_in_single_rows(every_minicpm, tm
 def test_4x_keeps_four_times_as_many_tokens_that_the_model_takes(kind, request, tmp_path):
     counts = {}
     for mode in ("16x", "4x"):
-        settings, training = recipe.parse(minicpm_run(request.getfixturevalue(kind), tmp_path / "out", image_folder=tmp_path, downsample_mode=mode))
+        settings, training = recipe.parse(
+            minicpm_run(request.getfixturevalue(kind), tmp_path / "out", image_folder=tmp_path, downsample_mode=mode)
+        )
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
         batch = collator(ROWS)
         counts[mode] = [row.count(collator.processor.image_token_id) for row in batch["input_ids"].tolist()]
@@ -283,7 +324,11 @@ def test_a_picture_stands_where_its_placeholder_does(row, colours, asked, collat
     for n in range(len(colours)):
         head, rest = text.split(f"<image_id>{n}</image_id><image>")
         text = head + "#" + rest.split("</image>", 1)[1]  # numbered in the order of the text
-    turns = [turn.removeprefix("user\n").removesuffix(f"{END}\n") for turn in text.split("<|im_start|>") if turn.startswith("user\n")]
+    turns = [
+        turn.removeprefix("user\n").removesuffix(f"{END}\n")
+        for turn in text.split("<|im_start|>")
+        if turn.startswith("user\n")
+    ]
     assert turns == asked and "<image" not in text
     answers = [turn["content"].strip() for turn in row["conversations"] if turn["role"] == "assistant"]
     assert trained(flat(batch), collator.processor.tokenizer) == [[f"{answer}{END}" for answer in answers]]
@@ -305,8 +350,23 @@ def test_a_large_picture_is_seen_as_a_whole_and_in_slices(collate):
 
 def test_answers_may_hold_what_looks_like_a_turn(collate):
     collator = collate()
-    for answer in ("assistant\nodd", "user", "<|im_end", "im_start|>", "</im_end>", "a « b » c", "<p>&lt;</p>", "-100", "a\n\n\nb", "😀" * 9, "\u0301x", "\u200b"):
-        assert trained(flat(collator([talks(answer, answer, answer, answer)])), collator.processor.tokenizer) == [[f"{answer}{END}"] * 2], answer
+    for answer in (
+        "assistant\nodd",
+        "user",
+        "<|im_end",
+        "im_start|>",
+        "</im_end>",
+        "a « b » c",
+        "<p>&lt;</p>",
+        "-100",
+        "a\n\n\nb",
+        "😀" * 9,
+        "\u0301x",
+        "\u200b",
+    ):
+        assert trained(flat(collator([talks(answer, answer, answer, answer)])), collator.processor.tokenizer) == [
+            [f"{answer}{END}"] * 2
+        ], answer
 
 
 @pytest.mark.parametrize("image, kind, expected", MODES.values(), ids=MODES)
@@ -338,17 +398,27 @@ def test_the_narrowest_and_the_smallest_images_are_processed(size, collate, tmp_
 def test_the_printed_example(collate):
     collator = collate()
     batch = collator([ROWS[2], ROWS[3], ROWS[0]])
-    system, end = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "") if collator.is_26 else ("", "<think>\n\n</think>\n\n")
+    system, end = (
+        ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "")
+        if collator.is_26
+        else ("", "<think>\n\n</think>\n\n")
+    )
     image = f"<image> x {8 if collator.is_26 else 1}"
     picture = lambda n: f"<image_id>{n}</image_id><image>{image}</image>"
-    rows = [n for n in (2, 3, 4, 5) if f"<slice>{image}</slice>" * n + "\n" in recipe.mark_trained_tokens(flat(batch), collator.processor)]
+    rows = [
+        n
+        for n in (2, 3, 4, 5)
+        if f"<slice>{image}</slice>" * n + "\n" in recipe.mark_trained_tokens(flat(batch), collator.processor)
+    ]
     large = picture(0) + "\n".join([f"<slice>{image}</slice>" * rows[-1]] * ((len(parts(batch)) - 5) // rows[-1]))
     assert recipe.mark_trained_tokens(flat(batch), collator.processor) == (
         f"{system}<|im_start|>user\nCompare\n{large}\nwith\n{picture(1)}\n. Which?{END}\n<|im_start|>assistant\n«!!{END}»\n"
         f"<|im_start|>user\nAnd\n{picture(2)}\n?{END}\n<|im_start|>assistant\n{end}«six and two!{END}»\n"
     )
     padded = collator([ROWS[0], ROWS[2]])
-    assert recipe.mark_trained_tokens(flat(padded), collator.processor) == recipe.mark_trained_tokens(flat(collator([ROWS[0]])), collator.processor)
+    assert recipe.mark_trained_tokens(flat(padded), collator.processor) == recipe.mark_trained_tokens(
+        flat(collator([ROWS[0]])), collator.processor
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the loader
@@ -386,7 +456,9 @@ def said_of(data):
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "X.JSON", "x.JsonL"])
 def test_files_as_windows_writes_them(name, parse, write, tmp_path):
-    path = write([talks("q", "é 😀"), talks("r <image>", "b", image="lime.png", id=7)], name.lower()).rename(tmp_path / name)
+    path = write([talks("q", "é 😀"), talks("r <image>", "b", image="lime.png", id=7)], name.lower()).rename(
+        tmp_path / name
+    )
     text = path.read_text().replace("\\u00e9", "é")
     if name.lower().endswith("json"):
         text = text.replace('{"image"', '\n{"image"')
@@ -397,10 +469,27 @@ def test_files_as_windows_writes_them(name, parse, write, tmp_path):
 
 def test_types_may_differ_between_rows_and_texts_stay_texts(parse, write, tmp_path):
     os.rename(tmp_path / "lime.png", tmp_path / "7")
-    texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \r\n / \\", "[{'role': 'user'}]"]
+    texts = [
+        "1",
+        "1e3",
+        "07",
+        "true",
+        "null",
+        '"quoted"',
+        '{"total": 6}',
+        "[1, 2]",
+        "é 😀 \r\n / \\",
+        "[{'role': 'user'}]",
+    ]
     images = ["7", "red.png", None, {}, {"<image_1>": "7"}, ""]
-    rows = [talks(text, text, image=images[n % 6], id=[n, text, None, [n], {"a": n}, 0.5, 10**30][n % 7]) for n, text in enumerate(texts)]
-    rows += [{**talks("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "problem": "p"} for text in texts]
+    rows = [
+        talks(text, text, image=images[n % 6], id=[n, text, None, [n], {"a": n}, 0.5, 10**30][n % 7])
+        for n, text in enumerate(texts)
+    ]
+    rows += [
+        {**talks("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "problem": "p"}
+        for text in texts
+    ]
     for name in ("x.json", "x.jsonl"):
         settings, training = parse(data_path=write(rows, name), eval_fraction=0)
         train, _ = load_data(recipe, settings, training)
@@ -415,12 +504,19 @@ def test_images_are_looked_for_beside_the_data_or_in_image_folder(parse, tmp_pat
     for name in folders:
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}.png").rename(tmp_path / name / "x.png")
-        (tmp_path / name / "rows.json").write_text(json.dumps([talks("Which?", "two", image="x.png"), talks("Which?", "two", image=str(tmp_path / "lime.png"))]))
+        (tmp_path / name / "rows.json").write_text(
+            json.dumps(
+                [talks("Which?", "two", image="x.png"), talks("Which?", "two", image=str(tmp_path / "lime.png"))]
+            )
+        )
     paths = {key: tmp_path / name / "rows.json" for name, key in folders.items()}
     for given, expected in (({}, ["rg", "bg"]), ({"image_folder": tmp_path / "blue"}, ["bg", "bg"])):
         settings, training = parse(**paths, **given)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        assert ["".join(seen(collator([row])) for row in sorted(data, key=lambda row: row["row"])) for data in load_data(recipe, settings, training)] == expected
+        assert [
+            "".join(seen(collator([row])) for row in sorted(data, key=lambda row: row["row"]))
+            for data in load_data(recipe, settings, training)
+        ] == expected
 
 
 # ------------------------------------------------------------------------------------------------------- held out
@@ -435,7 +531,10 @@ def numbered(write, tmp_path):
 def test_rows_are_held_out_by_seed(numbered, parse):
     options = {"data_path": numbered, "eval_fraction": 0.2}
     (train, held_out), again, other = (load_data(recipe, *parse(**options, seed=seed)) for seed in (5, 5, 6))
-    assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (16, 4)
+    assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (
+        16,
+        4,
+    )
     assert sorted([*train["row"], *held_out["row"]]) == list(range(20)) and other[0]["row"] != train["row"]
     assert said_of(train) == [str(n) for n in train["row"]] and said_of(held_out) == [str(n) for n in held_out["row"]]
     for none in ({"eval_fraction": 0}, {"eval_strategy": "no"}):
@@ -452,16 +551,23 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
     there = [{int(said) % 8 for said in said_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
     pair = lambda a, b: {"<image_0>": f"{a}.png", "<image_1>": f"{b}.png"}
-    chain = [talks("<image_0><image_1>", str(n), image=pair(n % 8, (n + 1) % 8)) for n in range(8)] + [talks("q", "x", image=None)] * 8
+    chain = [talks("<image_0><image_1>", str(n), image=pair(n % 8, (n + 1) % 8)) for n in range(8)] + [
+        talks("q", "x", image=None)
+    ] * 8
     train, held_out = load_data(recipe, *parse(data_path=write(chain), eval_fraction=0.1))
     shown = [{name for image in data["image"] for name in (image or {}).values()} for data in (train, held_out)]
     assert 0 < len(held_out) <= 4 and not set(train["row"]) & set(held_out["row"])
-    assert all(set(row["image"].values()) - shown[0] for row in held_out if row["image"])  # one of its images at least is new
+    assert all(
+        set(row["image"].values()) - shown[0] for row in held_out if row["image"]
+    )  # one of its images at least is new
 
 
 def test_evaluation_is_bounded_to_the_same_rows_each_time(numbered, parse):
     for more in ({"eval_fraction": 0.5}, {"eval_data_path": numbered}):
-        runs = [load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
+        runs = [
+            load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"]
+            for seed in (1, 1, 2)
+        ]
         assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -491,9 +597,20 @@ def checked(parse, monkeypatch):
 
 
 def test_the_check_is_cached_until_a_file_changes(checked, write, images, tmp_path):
-    path = write([talks("Which?", "two", image=name) for name in ("red.png", "lime.png")] + [talks("<image_0>", "two", image={"<image_0>": "blue.png"})])
+    path = write(
+        [talks("Which?", "two", image=name) for name in ("red.png", "lime.png")]
+        + [talks("<image_0>", "two", image={"<image_0>": "blue.png"})]
+    )
     assert [checked(data_path=path), checked(data_path=path)] == [3, 0]
-    no_say = {"learning_rate": 1, "on_bad_rows": "skip", "lora_r": 3, "output_dir": "x", "seed": 7, "tune_vision": True, "sample_rows": 1}
+    no_say = {
+        "learning_rate": 1,
+        "on_bad_rows": "skip",
+        "lora_r": 3,
+        "output_dir": "x",
+        "seed": 7,
+        "tune_vision": True,
+        "sample_rows": 1,
+    }
     assert checked(data_path=path, **no_say) == 0  # settings that have no say in it
     for say in ({"model_max_length": 500}, {"max_slice_nums": 3}, {"downsample_mode": "4x"}):
         assert [checked(data_path=path, **say), checked(data_path=path, **say)] == [3, 0], say
@@ -522,17 +639,29 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel(parse, write, monkeypatc
 
 
 def test_long_rows_are_never_cut_but_dropped_or_refused(parse, write, capsys, minicpm_collate):
-    rows = [talks("q", "two"), talks("q", "two and " * 9), talks("q", "two", image="large.png"), talks("q " * 60, "two")]
+    rows = [
+        talks("q", "two"),
+        talks("q", "two and " * 9),
+        talks("q", "two", image="large.png"),
+        talks("q " * 60, "two"),
+    ]
     settings, collator = {"data_path": write(rows), "eval_fraction": 0}, minicpm_collate()
     lengths = [len(tokens(collator([row]))) for row in rows]
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3]
-    for limit, kept in ((lengths[3], [0, 1, 2, 3]), (lengths[3] - 1, [0, 1, 2]), (lengths[2] - 1, [0, 1]), (lengths[1] - 1, [0])):
+    for limit, kept in (
+        (lengths[3], [0, 1, 2, 3]),
+        (lengths[3] - 1, [0, 1, 2]),
+        (lengths[2] - 1, [0, 1]),
+        (lengths[1] - 1, [0]),
+    ):
         train, _ = load_data(recipe, *parse(**settings, model_max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
         assert (f"row 3: too long: {lengths[3]} tokens, " in out) == (3 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
-    with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
+    with pytest.raises(
+        SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"
+    ):
         load_data(recipe, *parse(**settings, model_max_length=limit, on_long_rows="stop"))
 
 
@@ -546,7 +675,10 @@ def test_a_long_row_is_refused_with_its_tokens_and_those_of_its_images(collate):
     slices = tokens(collate()([sliced])).count(slice_ids(collator)[0])
     images = f"{(slices + 1) * (8 if collator.is_26 else 1)} of them of images"
     remedy = "raise it, or lower --max_slice_nums"
-    assert str(bad.value) == f"too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: {remedy}"
+    assert (
+        str(bad.value)
+        == f"too long: {longest['sliced']} tokens, {images}; --model_max_length is {limit + 3}: {remedy}"
+    )
     assert collate(model_max_length=limit + 3, max_slice_nums=1)([sliced])["labels"].shape[1] == limit  # it does help
     with pytest.raises(recipe.BadRow, match=r"; --model_max_length is 5: raise it$"):
         collate(model_max_length=5, max_slice_nums=1)([sliced])
@@ -563,8 +695,13 @@ def test_bad_rows_are_skipped_where_asked_for(parse, write, capsys):
 def test_the_processor_of_each_kind_is_the_librarys_or_the_hubs(every_minicpm, tmp_path):
     collator = collator_of(every_minicpm, tmp_path, max_slice_nums=3)
     kind = type(collator.processor).__name__
-    assert kind in ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor") and collator.is_26 == (kind == "MiniCPMVProcessor")
+    assert kind in ("MiniCPMV4_6Processor", "MiniCPMV4_7Processor", "MiniCPMVProcessor") and collator.is_26 == (
+        kind == "MiniCPMVProcessor"
+    )
     assert collator.stop_ids == collator.processor.tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
     if collator.is_26:  # what is saved beside an adapter answers with the slices of the model
         collator.processor.save_pretrained(tmp_path / "saved")
-        assert AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True).image_processor.max_slice_nums == 9
+        assert (
+            AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True).image_processor.max_slice_nums
+            == 9
+        )

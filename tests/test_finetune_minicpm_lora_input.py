@@ -44,8 +44,25 @@ def asks(*texts, image="red.png"):
 
 
 TWO = {"<image_00>": "red.png", "<image_01>": "lime.png"}
-MATCH, MALFORMED, NO_IMAGE, ORDER = "images do not match: the turns name ", "malformed image: ", "unreadable image: ", "wrong order of roles: turn "
-TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<unk>", "</image>", "<image_id>", "</image_id>", "<slice>", "</slice>"]
+MATCH, MALFORMED, NO_IMAGE, ORDER = (
+    "images do not match: the turns name ",
+    "malformed image: ",
+    "unreadable image: ",
+    "wrong order of roles: turn ",
+)
+TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<think>",
+    "</think>",
+    "<unk>",
+    "</image>",
+    "<image_id>",
+    "</image_id>",
+    "<slice>",
+    "</slice>",
+]
 NATIVE = [*TOKENS, "<|image_pad|>", "<|video_pad|>"]
 HUB = [*TOKENS, "<box>", "</ref>", "<point>"]
 BAD_ROWS = {  # what is wrong: the row, what the message says
@@ -143,23 +160,42 @@ def test_bad_rows_are_named_with_a_remedy(stops, write, odd_images):
     for start in range(0, len(BAD_ROWS), 20):  # so many are listed
         some = list(BAD_ROWS.items())[start : start + 20]
         lines = stops(data_path=write([GOOD, *(row for _, (row, _) in some), GOOD])).splitlines()
-        assert lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2, lines
+        assert (
+            lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2
+        ), lines
         assert lines[-1] == "Fix these rows (counted from 0), or train without them: --on_bad_rows skip"
         for n, (line, (name, (_, expected))) in enumerate(zip(lines[1:], some), 1):
             assert re.match(rf"  row {n}: {expected}", line) and len(line) < 600, (name, line)
 
 
 def test_the_same_rows_are_bad_to_26(tiny_minicpm26, write, odd_images, monkeypatch, tmp_path):
-    stops = stopped_by(recipe, lambda **settings: minicpm_run(tiny_minicpm26, tmp_path / "out", image_folder=tmp_path, **settings), monkeypatch)
-    rows = [row for name, (row, _) in BAD_ROWS.items() if not re.match(r"<\|(image|video)_pad", name)] + [asks(f"x {token}", "a") for token in HUB]
+    stops = stopped_by(
+        recipe,
+        lambda **settings: minicpm_run(tiny_minicpm26, tmp_path / "out", image_folder=tmp_path, **settings),
+        monkeypatch,
+    )
+    rows = [row for name, (row, _) in BAD_ROWS.items() if not re.match(r"<\|(image|video)_pad", name)] + [
+        asks(f"x {token}", "a") for token in HUB
+    ]
     lines = stops(data_path=write([GOOD, *rows])).splitlines()
     assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and len(lines) == 22
-    assert f"{len(HUB) + 4 * len(TOKENS)} x control token" in lines[0] and f"{sum(MATCH in e for _, e in BAD_ROWS.values())} x images do not match" in lines[0]
+    assert (
+        f"{len(HUB) + 4 * len(TOKENS)} x control token" in lines[0]
+        and f"{sum(MATCH in e for _, e in BAD_ROWS.values())} x images do not match" in lines[0]
+    )
 
 
 def test_a_picture_or_a_text_written_in_the_wrong_place_is_not_printed_as_a_whole(stops, write, odd_images, tmp_path):
     text = base64.b64encode((tmp_path / "large.png").read_bytes() * 100).decode()
-    rows = [shows(text), shows([text]), shows({text: "red.png"}), {"conversations": [text]}, asks("q", [text]), asks("q", {"a": text}), asks([text], "a")]
+    rows = [
+        shows(text),
+        shows([text]),
+        shows({text: "red.png"}),
+        {"conversations": [text]},
+        asks("q", [text]),
+        asks("q", {"a": text}),
+        asks([text], "a"),
+    ]
     lines = stops(data_path=write([GOOD, *rows])).splitlines()
     assert len(lines) == len(rows) + 2 and max(map(len, lines)) < 600, lines
     assert re.search(rf"row 1: {NO_IMAGE}.* \(File name too long\)", lines[1])
@@ -173,14 +209,22 @@ def test_an_image_too_large_is_named(stops, write, odd_images, monkeypatch, tmp_
 
 
 def test_what_a_telephone_writes_is_one_image(minicpm_collate, odd_images):
-    [picture] = [part["image"] for part in minicpm_collate().messages_of(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
+    [picture] = [
+        part["image"]
+        for part in minicpm_collate().messages_of(shows("telephone.jpg"))[0]["content"]
+        if part["type"] == "image"
+    ]
     assert picture.getpixel((5, 5))[0] > 240
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_rows_are_named_by_their_ids_too(name, stops, write, odd_images):
     ids = ["n1", 0, "", None, 7.5, ["a\nb"]]
-    lines = stops(data_path=write([{**GOOD, "id": "n0"}, *({**shows("text.png"), "id": one} for one in ids), shows("text.png")], name)).splitlines()
+    lines = stops(
+        data_path=write(
+            [{**GOOD, "id": "n0"}, *({**shows("text.png"), "id": one} for one in ids), shows("text.png")], name
+        )
+    ).splitlines()
     assert lines[0].startswith("error: 7 of 8 rows") and len(lines) == 9
     shown = [re.match(r"  row \d( \(id .*\))?: ", line)[1] for line in lines[1:-1]]
     assert shown == [" (id n1)", " (id 0)", None, None, " (id 7.5)", r" (id ['a\nb'])", None]
@@ -189,13 +233,17 @@ def test_rows_are_named_by_their_ids_too(name, stops, write, odd_images):
 def test_a_key_given_twice_does_not_lose_a_picture(stops, write, odd_images, tmp_path):
     turns = json.dumps(talks("<image_00>", "a")["conversations"])
     for twice in (
-        '{"image": {"<image_00>": "red.png", "<image_00>": "lime.png"}, "conversations": TURNS}'.replace("TURNS", turns),
+        '{"image": {"<image_00>": "red.png", "<image_00>": "lime.png"}, "conversations": TURNS}'.replace(
+            "TURNS", turns
+        ),
         '{"image": "red.png", "image": "lime.png", "conversations": TURNS}'.replace("TURNS", turns),
         '{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "lime.png"}]}',
     ):
         for name, text in (("x.json", f"[{twice}]"), ("x.jsonl", twice)):
             (tmp_path / name).write_text(text)
-            assert re.search(rf"cannot read .*{name}: .*a key appears twice in .*lime.png", stops(data_path=tmp_path / name))
+            assert re.search(
+                rf"cannot read .*{name}: .*a key appears twice in .*lime.png", stops(data_path=tmp_path / name)
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- the prompt
@@ -209,7 +257,10 @@ def write_templated(folder, template):
 
 CHANGED = {  # a template in which what comes before an answer depends on it: the answer that is refused
     "a space before the answer": (minicpm.CHAT_TEMPLATE.replace("</think>\\n\\n'", "</think>\\n\\n '"), "seven"),
-    "another header in training": (minicpm.CHAT_TEMPLATE.replace("<|im_start|>assistant\\n<think>\\n", "<|im_start|>assistant\\n<think>\\n\\n"), "seven"),
+    "another header in training": (
+        minicpm.CHAT_TEMPLATE.replace("<|im_start|>assistant\\n<think>\\n", "<|im_start|>assistant\\n<think>\\n\\n"),
+        "seven",
+    ),
 }
 
 
@@ -218,7 +269,9 @@ def test_a_prompt_that_an_answer_changes_is_refused(template, answer, stops, wri
     assert template != minicpm.CHAT_TEMPLATE
     write_templated(tmp_path / "model", template)
     message = stops(data_path=write([asks("q", answer)]), model_name_or_path=tmp_path / "model")
-    assert re.search(rf"  row 0: prompt changed: '{answer}' changes the tokens before it: start it differently", message), message
+    assert re.search(
+        rf"  row 0: prompt changed: '{answer}' changes the tokens before it: start it differently", message
+    ), message
 
 
 def test_line_breaks_around_an_answer_are_taken_off(every_minicpm, odd_images, tmp_path):
@@ -235,7 +288,9 @@ def test_line_breaks_around_an_answer_are_taken_off(every_minicpm, odd_images, t
 def test_skipped_rows_are_counted_and_the_first_twenty_listed(minicpm_parse, write, odd_images, capsys, tmp_path):
     bad = [asks("q", " ") if n % 3 else asks("q", "</think>") for n in range(24)]
     path = write([GOOD, *bad, shows("nowhere.png"), asks("q"), asks("q", "two")])
-    train, _ = load_data(recipe, *minicpm_parse(data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    train, _ = load_data(
+        recipe, *minicpm_parse(data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path)
+    )
     assert train["row"] == [0, 27]
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
@@ -245,7 +300,10 @@ def test_skipped_rows_are_counted_and_the_first_twenty_listed(minicpm_parse, wri
 
 
 def test_bad_rows_to_evaluate_on(stops, minicpm_parse, write, odd_images, capsys, tmp_path):
-    files = {"data_path": write([GOOD, GOOD], "train.json"), "eval_data_path": write([GOOD, asks("q", ""), GOOD], "test.json")}
+    files = {
+        "data_path": write([GOOD, GOOD], "train.json"),
+        "eval_data_path": write([GOOD, asks("q", ""), GOOD], "test.json"),
+    }
     assert re.search(r"1 of 3 rows of the evaluation data .*\n  row 1: empty answer", stops(**files))
     train, held_out = load_data(recipe, *minicpm_parse(**files, on_bad_rows="skip", image_folder=tmp_path))
     assert len(train) == 2 and sorted(held_out["row"]) == [0, 2] and "row 1: empty answer" in capsys.readouterr().out
@@ -262,7 +320,12 @@ def test_bad_rows_to_evaluate_on(stops, minicpm_parse, write, odd_images, capsys
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write, odd_images):
     message = stops(data_path=write([row] * 3), **settings)
-    assert re.search("3 of 3 rows", message) and remedy in message and other not in message and "No row would be left" in message, message
+    assert (
+        re.search("3 of 3 rows", message)
+        and remedy in message
+        and other not in message
+        and "No row would be left" in message
+    ), message
 
 
 def test_long_rows_do_not_hide_bad_ones(stops, write, odd_images):
@@ -315,7 +378,11 @@ def test_a_file_that_cannot_be_read_is_named(name, content, expected, flag, stop
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     message = stops(**{"data_path": write([GOOD] * 2), flag: tmp_path / name})
-    assert message.startswith(f"error: cannot read {tmp_path / name}: ") and re.search(expected, message) and "\n" not in message, message
+    assert (
+        message.startswith(f"error: cannot read {tmp_path / name}: ")
+        and re.search(expected, message)
+        and "\n" not in message
+    ), message
 
 
 def test_a_folder_or_a_file_that_may_not_be_read(stops, tmp_path):
@@ -423,10 +490,14 @@ CONFIGS = {  # config.json, what the message says
 
 @pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("config, expected", CONFIGS.values(), ids=CONFIGS)
-def test_other_models_are_refused_by_name_before_their_code_runs(config, expected, trust, stops, tmp_path, monkeypatch):
+def test_other_models_are_refused_by_name_before_their_code_runs(
+    config, expected, trust, stops, tmp_path, monkeypatch
+):
     monkeypatch.setattr(builtins, "input", lambda *args: pytest.fail("a question on the terminal"))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "trap.Config", "AutoModel": "trap.Model"}} if config else {}))
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "trap.Config", "AutoModel": "trap.Model"}} if config else {})
+    )
     (tmp_path / "model" / "trap.py").write_text(BOOBY_TRAP.format(tmp_path / "ran"))
     message = stops(model_name_or_path=tmp_path / "model", trust_remote_code=trust)
     assert message == f"error: {tmp_path / 'model'} {expected}" and not (tmp_path / "ran").exists()
@@ -436,7 +507,12 @@ def test_26_without_its_code_is_one_message_and_no_question(tiny_minicpm26, stop
     monkeypatch.setattr(builtins, "input", lambda *args: pytest.fail("a question on the terminal"))
     for flags in ({}, {"trust_remote_code": False}):
         message = stops(model_name_or_path=tiny_minicpm26 / "model", **flags)
-        assert re.search("brings code of its own that runs on this machine.*--model_revision.*--trust_remote_code", message) and "\n" not in message
+        assert (
+            re.search(
+                "brings code of its own that runs on this machine.*--model_revision.*--trust_remote_code", message
+            )
+            and "\n" not in message
+        )
 
 
 def test_26_whose_code_wants_another_package(tiny_minicpm26, stops, tmp_path):
@@ -444,7 +520,10 @@ def test_26_whose_code_wants_another_package(tiny_minicpm26, stops, tmp_path):
     code = tmp_path / "model" / "configuration_minicpm.py"
     code.write_text(f"import nowhere_at_all\n{code.read_text()}")
     message = stops(model_name_or_path=tmp_path / "model", trust_remote_code=True)
-    assert re.search("--model_name_or_path .*nowhere_at_all. Run `pip install nowhere_at_all`", message) and "\n" not in message
+    assert (
+        re.search("--model_name_or_path .*nowhere_at_all. Run `pip install nowhere_at_all`", message)
+        and "\n" not in message
+    )
 
 
 def test_26_knows_no_4x(tiny_minicpm26, stops):
@@ -453,7 +532,9 @@ def test_26_knows_no_4x(tiny_minicpm26, stops):
         assert message == "error: --downsample_mode 4x: 2.6 does not know it; 4.6 and 4.7 do"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\x00"], ids=["empty", "damaged", "a list", "a number", "no text"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", "\x00"], ids=["empty", "damaged", "a list", "a number", "no text"]
+)
 def test_a_config_that_cannot_be_read_is_one_message(text, tiny_minicpm, stops, tmp_path):
     shutil.copytree(tiny_minicpm / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(text)
@@ -464,7 +545,10 @@ def test_a_config_that_cannot_be_read_is_one_message(text, tiny_minicpm, stops, 
 @pytest.mark.parametrize("name", ["nowhere", "nobody/nothing"])
 def test_no_such_model(name, stops, tmp_path):
     (tmp_path / "run").mkdir()  # an adapter, say
-    assert stops(model_name_or_path=tmp_path / "run") == f"error: {tmp_path / 'run'} has no config.json that names a model_type: {REFUSED}"
+    assert (
+        stops(model_name_or_path=tmp_path / "run")
+        == f"error: {tmp_path / 'run'} has no config.json that names a model_type: {REFUSED}"
+    )
     message = stops(model_name_or_path=name)
     assert message.startswith(f"error: --model_name_or_path {name}: ") and "\n" not in message, message
 
@@ -501,7 +585,14 @@ def test_damaged_weights_are_one_message(every_minicpm, write, odd_images, tmp_p
     shutil.copytree(every_minicpm / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     whole = weights.read_bytes()
-    argv = minicpm_run(every_minicpm, tmp_path / "out", model_name_or_path=tmp_path / "model", data_path=write([GOOD]), eval_fraction=0, image_folder=tmp_path)
+    argv = minicpm_run(
+        every_minicpm,
+        tmp_path / "out",
+        model_name_or_path=tmp_path / "model",
+        data_path=write([GOOD]),
+        eval_fraction=0,
+        image_folder=tmp_path,
+    )
     for damaged in (whole[:-99], b"", None):
         weights.write_bytes(damaged) if damaged is not None else weights.unlink()
         assert refusal(recipe.main, argv).startswith(f"error: cannot load the weights of {tmp_path / 'model'}")
@@ -513,7 +604,9 @@ def adapter(tiny_minicpm, tmp_path_factory):
     """A folder with an adapter of rank 4 for the tiny 4.6, untrained."""
     out = tmp_path_factory.mktemp("adapter")
     settings, training = recipe.parse(minicpm_run(tiny_minicpm, out / "run", lora_r=4, lora_alpha=4))
-    recipe.add_adapter(recipe.load_model(settings, training), settings, recipe.lora_config(settings)).save_pretrained(out)
+    recipe.add_adapter(recipe.load_model(settings, training), settings, recipe.lora_config(settings)).save_pretrained(
+        out
+    )
     return out
 
 
@@ -523,7 +616,10 @@ def damaged(content):
 
 def of_another_width(folder):
     weights = load_file(folder / "adapter_model.safetensors")
-    save_file({name: torch.cat([value, value], -1) if "lora_A" in name else value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: torch.cat([value, value], -1) if "lora_A" in name else value for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 ADAPTERS = {  # how to spoil it, flags, what the message says
@@ -537,7 +633,11 @@ ADAPTERS = {  # how to spoil it, flags, what the message says
     "another rank": (None, {"lora_r": 8}, "has r 4, not 8: give the flags that it was trained with"),
     "another alpha": (None, {"lora_alpha": 8}, "has lora_alpha 4, not 8: give the flags"),
     "another dropout": (None, {"lora_dropout": 0}, "has lora_dropout 0.05, not 0"),
-    "other modules": (None, {"lora_target_modules": ".*q_proj"}, "has target_modules .*, not .*q_proj: give the flags"),
+    "other modules": (
+        None,
+        {"lora_target_modules": ".*q_proj"},
+        "has target_modules .*, not .*q_proj: give the flags",
+    ),
     "other layers": (None, {"lora_layers_to_transform": 0}, "has target_modules "),
     "another bias": (None, {"lora_bias": "all"}, "has bias none, not all"),
     "a frozen projector": (None, {"projector_learning_rate": 0}, "has modules_to_save "),
@@ -546,15 +646,25 @@ ADAPTERS = {  # how to spoil it, flags, what the message says
 
 
 @pytest.mark.parametrize("spoil, flags, expected", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_one_message(spoil, flags, expected, adapter, minicpm_flags, write, odd_images, tmp_path):
+def test_an_adapter_that_does_not_fit_is_one_message(
+    spoil, flags, expected, adapter, minicpm_flags, write, odd_images, tmp_path
+):
     shutil.copytree(adapter, tmp_path / "old")
     if spoil:
         spoil(tmp_path / "old")
-    argv = minicpm_flags(lora_weight_path=tmp_path / "old", data_path=write([GOOD]), eval_fraction=0, image_folder=tmp_path, **{"lora_r": 4, "lora_alpha": 4, **flags})
+    argv = minicpm_flags(
+        lora_weight_path=tmp_path / "old",
+        data_path=write([GOOD]),
+        eval_fraction=0,
+        image_folder=tmp_path,
+        **{"lora_r": 4, "lora_alpha": 4, **flags},
+    )
     with pytest.raises(SystemExit) as end:
         recipe.main(argv)
     message = end.value.code
-    assert message.startswith(f"error: --lora_weight_path {tmp_path / 'old'}") and re.search(expected, message), message
+    assert message.startswith(f"error: --lora_weight_path {tmp_path / 'old'}") and re.search(expected, message), (
+        message
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -569,7 +679,9 @@ def test_an_adapter_that_does_not_fit_is_one_message(spoil, flags, expected, ada
     ],
 )
 def test_modules_that_are_not_there(flags, every_minicpm, write, odd_images, tmp_path):
-    argv = minicpm_run(every_minicpm, tmp_path / "out", data_path=write([GOOD]), eval_fraction=0, image_folder=tmp_path, **flags)
+    argv = minicpm_run(
+        every_minicpm, tmp_path / "out", data_path=write([GOOD]), eval_fraction=0, image_folder=tmp_path, **flags
+    )
     with pytest.raises(SystemExit) as end:
         recipe.main(argv)
     assert re.match("error: .*target", end.value.code), end.value.code
@@ -577,7 +689,12 @@ def test_modules_that_are_not_there(flags, every_minicpm, write, odd_images, tmp
 
 def test_an_adapter_inside_of_what_is_trained_in_full_is_refused(every_minicpm, write, odd_images, tmp_path):
     """PEFT would pass over these layers."""
-    flags = {"data_path": write([GOOD]), "eval_fraction": 0, "image_folder": tmp_path, "lora_target_modules": ["q_proj", "up_proj"]}
+    flags = {
+        "data_path": write([GOOD]),
+        "eval_fraction": 0,
+        "image_folder": tmp_path,
+        "lora_target_modules": ["q_proj", "up_proj"],
+    }
     message = refusal(recipe.main, minicpm_run(every_minicpm, tmp_path / "out", lora_modules_to_save="mlp", **flags))
     assert re.search(r"--lora_target_modules: \['.*mlp.up_proj'\] is in mlp, which is trained in full", message)
 
@@ -588,12 +705,22 @@ def test_a_module_that_stays_frozen_is_not_trained_in_full(every_minicpm, write,
     is_26 = "26" in every_minicpm.name
     vision, projector = ("vpm", "resampler") if is_26 else ("model.vision_tower", "model.merger")
     inside = "patch_embedding"
-    for wanted, more, frozen in ((inside, {}, [vision]), (vision, {}, [vision]), (projector, {"projector_learning_rate": 0}, [vision, projector])):
-        message = refusal(recipe.main, minicpm_run(every_minicpm, tmp_path / "out", lora_modules_to_save=wanted, **flags, **more))
-        assert message == f"error: --lora_modules_to_save {wanted}: no such module outside of the frozen parts {frozen}"
+    for wanted, more, frozen in (
+        (inside, {}, [vision]),
+        (vision, {}, [vision]),
+        (projector, {"projector_learning_rate": 0}, [vision, projector]),
+    ):
+        message = refusal(
+            recipe.main, minicpm_run(every_minicpm, tmp_path / "out", lora_modules_to_save=wanted, **flags, **more)
+        )
+        assert (
+            message == f"error: --lora_modules_to_save {wanted}: no such module outside of the frozen parts {frozen}"
+        )
 
 
-@pytest.mark.parametrize("text, names", [(".*q_proj", [".*q_proj"]), ("[q_proj, k_proj]", ["q_proj", "k_proj"]), ("null", None)])
+@pytest.mark.parametrize(
+    "text, names", [(".*q_proj", [".*q_proj"]), ("[q_proj, k_proj]", ["q_proj", "k_proj"]), ("null", None)]
+)
 def test_lora_target_modules_of_a_file_may_be_a_text(text, names, minicpm_flags, tmp_path):
     """As earlier runs wrote it."""
     (tmp_path / "run.yaml").write_text(f"lora_target_modules: {text}")
@@ -605,13 +732,24 @@ def test_lora_target_modules_of_a_file_may_be_a_text(text, names, minicpm_flags,
 def test_good_input_passes_every_check(stops, write, odd_images, capsys):
     """The other side of this file: with the same machinery, good rows get as far as the weights."""
     with pytest.raises(Loaded):
-        stops(data_path=write([GOOD, shows("lime.png"), asks("<image_01>, <image_00>", "a", image=TWO), asks("q", "a", image=None)]))
-    assert f"Which digit is this?{END}\n<|im_start|>assistant\n<think>\n\n</think>\n\n«seven{END}»\n" in capsys.readouterr().out
+        stops(
+            data_path=write(
+                [GOOD, shows("lime.png"), asks("<image_01>, <image_00>", "a", image=TWO), asks("q", "a", image=None)]
+            )
+        )
+    assert (
+        f"Which digit is this?{END}\n<|im_start|>assistant\n<think>\n\n</think>\n\n«seven{END}»\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_program_that_fails_ends_with_the_message(tiny_minicpm, write, odd_images, tmp_path):
-    argv = minicpm_run(tiny_minicpm, tmp_path / "out", data_path=write([GOOD, asks("q", " ")]), eval_fraction=0, image_folder=tmp_path)
-    done = subprocess.run([sys.executable, str(ROOT / "finetune_minicpm_lora.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    argv = minicpm_run(
+        tiny_minicpm, tmp_path / "out", data_path=write([GOOD, asks("q", " ")]), eval_fraction=0, image_folder=tmp_path
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune_minicpm_lora.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
     assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: empty answer") and "--on_bad_rows skip" in last[2]
@@ -622,14 +760,23 @@ def test_26_asks_nothing_of_a_terminal(tiny_minicpm26, tmp_path):
     """In a process with a terminal of its own, where the library would ask."""
     argv = [*minicpm_run(tiny_minicpm26, tmp_path / "out"), "--trust_remote_code", "false"]
     mother, child = os.openpty()
-    done = subprocess.run([sys.executable, str(ROOT / "finetune_minicpm_lora.py"), *argv], cwd=tmp_path, stdin=child, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune_minicpm_lora.py"), *argv],
+        cwd=tmp_path,
+        stdin=child,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     os.close(mother), os.close(child)
     assert done.returncode == 1 and "[y/N]" not in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].endswith("then give --trust_remote_code")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, minicpm_flags, write, images, tmp_path, monkeypatch):
+def test_an_image_that_changes_under_the_run_ends_it_with_one_message(
+    workers, minicpm_flags, write, images, tmp_path, monkeypatch
+):
     names, load_model = images(4), recipe.load_model
 
     def change_then_load(*args):

@@ -59,7 +59,10 @@ VARIANTS = {
     "projector": {"use_lora": False},
     "regex": {"lora_target_modules": QUERIES},
     "names": {"lora_target_modules": ("q_proj", "mlp.down_proj", "layers.0.mlp.up_proj")},
-    "alternatives": {"lora_target_modules": r".*language_model.*\.q_proj|.*llm.*\.q_proj|.*\.k_proj", "lora_layers_to_transform": 1},
+    "alternatives": {
+        "lora_target_modules": r".*language_model.*\.q_proj|.*llm.*\.q_proj|.*\.k_proj",
+        "lora_layers_to_transform": 1,
+    },
     "one layer": {"lora_layers_to_transform": 1},
     "biases": {"lora_bias": "lora_only"},
     "every bias": {"lora_bias": "all"},
@@ -69,7 +72,10 @@ VARIANTS = {
     "4-bit, words": {"q_lora": True, "lora_modules_to_save": "embed_tokens"},
 }
 CASES = [("4.6", v) for v in VARIANTS] + [("4.7", v) for v in ("default", "vision", "full")]
-CASES += [("2.6", v) for v in ("default", "vision", "full", "projector", "regex", "names", "biases", "every bias", "words", "4-bit")]
+CASES += [
+    ("2.6", v)
+    for v in ("default", "vision", "full", "projector", "regex", "names", "biases", "every bias", "words", "4-bit")
+]
 cases = pytest.mark.parametrize("family, variant", CASES)
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -102,7 +108,11 @@ def command(folders, data):
     """A function: family, where to, settings as keywords -> the flags of a short run on the CPU."""
 
     def make(family, out, rows="nine", **settings):
-        own = {"data_path": data / f"{rows}.json", "eval_data_path": data / "held_out.json", "image_folder": data / "images"}
+        own = {
+            "data_path": data / f"{rows}.json",
+            "eval_data_path": data / "held_out.json",
+            "image_folder": data / "images",
+        }
         return minicpm_run(folders[family], out, **{**own, **SHORT, **settings})
 
     return make
@@ -125,13 +135,17 @@ def run(argv, train=True, *callbacks):
         with contextlib.nullcontext() if train else pytest.raises(SystemExit):
             recipe.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen)
+    return SimpleNamespace(
+        argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen
+    )
 
 
 @pytest.fixture(scope="session")
 def trained(command, tmp_path_factory):
     """A function: family, settings as keywords -> a finished short run; each is run once."""
-    return functools.cache(lambda family, **settings: run(command(family, tmp_path_factory.mktemp("run") / "out", **settings)))
+    return functools.cache(
+        lambda family, **settings: run(command(family, tmp_path_factory.mktemp("run") / "out", **settings))
+    )
 
 
 def load(argv):
@@ -153,7 +167,11 @@ def wanted(family, variant, base):
     vision, projector, language = PARTS[family]
     settings, names = VARIANTS[variant], [name for name, _ in base.named_parameters()]
     linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    full = [projector] * (variant != "no projector") + [vision] * settings.get("tune_vision", False) + [language] * settings.get("tune_llm", False)
+    full = (
+        [projector] * (variant != "no projector")
+        + [vision] * settings.get("tune_vision", False)
+        + [language] * settings.get("tune_llm", False)
+    )
     adapters = {name for name in linear if within(name, language) and not name.endswith("lm_head")}
     if not settings.get("use_lora", True):
         adapters = set()
@@ -162,7 +180,11 @@ def wanted(family, variant, base):
     elif variant == "names":
         adapters = {name for name in adapters if name.endswith(settings["lora_target_modules"])}
     elif "lora_layers_to_transform" in settings:
-        adapters = {name for name in adapters if ".layers.1." in name and (variant == "one layer" or name.endswith((".q_proj", ".k_proj")))}
+        adapters = {
+            name
+            for name in adapters
+            if ".layers.1." in name and (variant == "one layer" or name.endswith((".q_proj", ".k_proj")))
+        }
         if variant == "alternatives":  # the regex reaches the tower, too
             adapters |= {name for name in linear if ".layers.1." in name and name.endswith(".k_proj")}
     weights = {name for name in names if within(name, *full) or "embed_tokens" in name and "words" in variant}
@@ -176,7 +198,9 @@ def wanted(family, variant, base):
 def sections(out):
     """samples.md -> {step: [[pictures, question, right, answered] of a row]}."""
     parts = re.split(r"^## Step (\d+)$", (out / "samples.md").read_text(encoding="utf-8"), flags=re.M)[1:]
-    cut = lambda text: [[c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    cut = lambda text: [
+        [c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     tables = {int(step): cut(text) for step, text in zip(*[iter(parts)] * 2)}
     assert all(rows[0] == ["picture", "question", "right", "answered"] for rows in tables.values())
     return {step: rows[1:] for step, rows in tables.items()}
@@ -191,7 +215,9 @@ def says(model, collator, messages, tokens=16):
     """A model's answer to a conversation, by generate() itself."""
     batch = collator.tokenize([messages], prompt=True)
     with torch.no_grad():
-        ids = model.eval().generate(**batch, max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=collator.stop_ids)
+        ids = model.eval().generate(
+            **batch, max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=collator.stop_ids
+        )
     return collator.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -204,7 +230,10 @@ def logits(model, batch):
 @cases
 def test_only_what_was_named_is_trained(trained, family, variant):
     """Its every matrix, in float32; beneath and beside it not a bit changes."""
-    done, first, last = trained(family, **VARIANTS[variant]), *(trained(family, **VARIANTS[variant]).weights[n] for n in (0, -1))
+    done, first, last = (
+        trained(family, **VARIANTS[variant]),
+        *(trained(family, **VARIANTS[variant]).weights[n] for n in (0, -1)),
+    )
     base = load(done.argv)
     adapters, weights = wanted(family, variant, base)
     assert {plain(name).split(".lora_")[0] for name in first if ".lora_" in name} == adapters
@@ -213,11 +242,17 @@ def test_only_what_was_named_is_trained(trained, family, variant):
     assert [name for name in first if torch.equal(first[name], last[name])] == []
 
     before = base.state_dict()  # of 4-bit weights also their scales
-    now = {plain(n): v for n, v in done.trainer.model.state_dict().items() if ".lora_" not in n and ".modules_to_save." not in n}
+    now = {
+        plain(n): v
+        for n, v in done.trainer.model.state_dict().items()
+        if ".lora_" not in n and ".modules_to_save." not in n
+    }
     tied = {name for name in before if name.endswith("lm_head.weight") and base.config.tie_word_embeddings}
     assert now.keys() | tied == before.keys() and bool(tied) == (family != "2.6")
     moved = {name for name in before if name in now and not torch.equal(now[name], before[name])}
-    copied = {plain(name) for name in first if ".modules_to_save." in name}  # trained is a copy, what it was is beneath
+    copied = {
+        plain(name) for name in first if ".modules_to_save." in name
+    }  # trained is a copy, what it was is beneath
     assert moved - tied == weights - copied
 
 
@@ -230,14 +265,20 @@ def test_says_what_is_trained(trained, family, variant):
     said = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
     assert f"\nlearning rates (0: frozen): {said}\n" in done.text
     for name, rate in zip(PARTS[family], rates.values()):
-        said = re.search(rf"^{re.escape(name)} +([\d,]+) of +([\d,]+) parameters trained, +([\d,]+) in 4-bit", done.text, re.M)
+        said = re.search(
+            rf"^{re.escape(name)} +([\d,]+) of +([\d,]+) parameters trained, +([\d,]+) in 4-bit", done.text, re.M
+        )
         taught, total, packed = (int(said[n].replace(",", "")) for n in (1, 2, 3))
         own = {n: p.numel() for n, p in done.weights[0].items() if within(plain(n), name)}
         assert taught == sum(own.values()) and (rate > 0 or all(".lora_" in n for n in own))
         adapter = sum(count for n, count in own.items() if ".lora_" in n)
         assert total == adapter + sum(p.numel() for p in plainly.get_submodule(name).parameters())
-        linear = {n: m for n, m in plainly.named_modules() if isinstance(m, torch.nn.Linear) and within(n, PARTS[family][2])}
-        four = sum(m.weight.numel() for n, m in linear.items() if not n.endswith("lm_head")) if "4-bit" in variant else 0
+        linear = {
+            n: m for n, m in plainly.named_modules() if isinstance(m, torch.nn.Linear) and within(n, PARTS[family][2])
+        }
+        four = (
+            sum(m.weight.numel() for n, m in linear.items() if not n.endswith("lm_head")) if "4-bit" in variant else 0
+        )
         assert packed == (four if name == PARTS[family][2] else 0)
     assert "9 rows to train on, 4 to evaluate; 4 steps of 9 rows, 4.00 epochs; from the start\n" in done.text
 
@@ -250,15 +291,21 @@ def test_what_is_trained_is_float32_where_the_rest_is_not(command, tmp_path, fam
     assert {p.dtype for p in done.trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in done.trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     first, last = done.weights[0], done.weights[-1]
-    assert [name for name in first if torch.equal(first[name], last[name])] == [] and list(log(done.out, "eval_loss")) == [2, 4]
+    assert [name for name in first if torch.equal(first[name], last[name])] == [] and list(
+        log(done.out, "eval_loss")
+    ) == [2, 4]
 
 
 @families
 def test_4bit_is_the_language_model_and_nothing_else(trained, command, tmp_path, family):
     model = trained(family, q_lora=True).trainer.model.get_base_model()
     packed = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    linear = {name for name, module in load(command(family, tmp_path)).named_modules() if isinstance(module, torch.nn.Linear)}
-    assert packed == {f"{name}.base_layer" for name in linear if within(name, PARTS[family][2]) and not name.endswith("lm_head")}
+    linear = {
+        name for name, module in load(command(family, tmp_path)).named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    assert packed == {
+        f"{name}.base_layer" for name in linear if within(name, PARTS[family][2]) and not name.endswith("lm_head")
+    }
     for dtype in (torch.float32, torch.bfloat16):
         settings, training = recipe.parse(command(family, tmp_path, q_lora=True))
         training.bf16 = dtype == torch.bfloat16
@@ -297,8 +344,13 @@ def test_untied_words_are_counted_and_trained_with_the_language_model(folders, c
     model.save_pretrained(tmp_path / "model")
     done = run(command("4.6", tmp_path / "out", model_name_or_path=tmp_path / "model", **FULL))
     count = sum(p.numel() for n, p in model.named_parameters() if within(n, "model.language_model", "lm_head"))
-    assert re.search(rf"model.language_model +{count:,} of +{count:,} parameters trained", done.text) and count == 133_528 + model.lm_head.weight.numel()
-    assert "lm_head.weight" in done.weights[0] and not torch.equal(done.weights[0]["lm_head.weight"], done.weights[-1]["lm_head.weight"])
+    assert (
+        re.search(rf"model.language_model +{count:,} of +{count:,} parameters trained", done.text)
+        and count == 133_528 + model.lm_head.weight.numel()
+    )
+    assert "lm_head.weight" in done.weights[0] and not torch.equal(
+        done.weights[0]["lm_head.weight"], done.weights[-1]["lm_head.weight"]
+    )
 
 
 class Rates(transformers.TrainerCallback):
@@ -308,14 +360,18 @@ class Rates(transformers.TrainerCallback):
         self.seen = []
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
-        self.seen.append([{key: group[key] for key in ("lr", "initial_lr", "weight_decay")} for group in optimizer.param_groups])
+        self.seen.append(
+            [{key: group[key] for key in ("lr", "initial_lr", "weight_decay")} for group in optimizer.param_groups]
+        )
 
 
 @families
 @pytest.mark.parametrize("lora", [True, False])
 def test_each_part_has_its_learning_rate(command, tmp_path, family, lora):
     seen = Rates()
-    settings = {**VISION, "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.2, "max_steps": 6} | ({} if lora else FULL)
+    settings = {**VISION, "learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.2, "max_steps": 6} | (
+        {} if lora else FULL
+    )
     trainer = run(command(family, tmp_path / str(lora), **settings), True, seen).trainer
     names = {id(p): plain(name) for name, p in trainer.model.named_parameters()}
     found = {}
@@ -323,7 +379,9 @@ def test_each_part_has_its_learning_rate(command, tmp_path, family, lora):
         found |= {names[id(p)]: (group["initial_lr"], group["weight_decay"]) for p in group["params"]}
     assert len(found) == sum(p.requires_grad for p in trainer.model.parameters())
     for name, (rate, decay) in found.items():
-        assert rate == {PARTS[family][0]: 1e-4, PARTS[family][1]: 1e-2}.get(next((p for p in PARTS[family] if within(name, p)), None), 1e-3)
+        assert rate == {PARTS[family][0]: 1e-4, PARTS[family][1]: 1e-2}.get(
+            next((p for p in PARTS[family] if within(name, p)), None), 1e-3
+        )
         norm = re.search(r"norm\d?\.|\.ln_\w+\.|\.A_log$|dt_bias", name)
         assert decay == (0 if name.endswith("bias") else 0.2) or norm
     assert {decay for name, (_, decay) in found.items() if name.endswith("norm1.weight")} <= {0}
@@ -342,7 +400,9 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, fami
     """With and without checkpointing; a frozen tower runs once, without a graph."""
     settings, found = {**VARIANTS[variant], "lora_dropout": 0}, {}
     for checkpointing in (True, False):
-        trainer = run(command(family, tmp_path, activation_checkpointing=checkpointing, **settings), train=False).trainer
+        trainer = run(
+            command(family, tmp_path, activation_checkpointing=checkpointing, **settings), train=False
+        ).trainer
         model, seen = trainer.model.train(), []
         if checkpointing:
             model.activation_checkpointing_enable()
@@ -354,11 +414,18 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, fami
         tower = base.get_submodule(PARTS[family][0])
         tower = tower.modules_to_save["default"] if hasattr(tower, "modules_to_save") else tower
         layer = tower.encoder.layers[0]
-        layer.register_forward_hook(lambda module, args, out, seen=seen: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad))
-        looked, spoken = [], []  # within a layer: the hooks of the layer itself are not called when it is computed again
+        layer.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+        )
+        looked, spoken = (
+            [],
+            [],
+        )  # within a layer: the hooks of the layer itself are not called when it is computed again
         layer.mlp.register_forward_pre_hook(lambda *args, looked=looked: looked.append(1))
         words = base.get_submodule(PARTS[family][2])
-        (words.model if family == "2.6" else words).layers[0].mlp.register_forward_pre_hook(lambda *args, spoken=spoken: spoken.append(1))
+        (words.model if family == "2.6" else words).layers[0].mlp.register_forward_pre_hook(
+            lambda *args, spoken=spoken: spoken.append(1)
+        )
         batch = trainer.data_collator([trainer.train_dataset[n] for n in range(9)])
         loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
         loss.backward()
@@ -406,7 +473,9 @@ def test_logits_only_where_there_is_a_label(command, tmp_path, family, settings)
         found[name] = [loss.detach() for loss, _ in steps], gradients, [out["logits"].detach() for _, out in steps]
     for logits, mine, batch in zip(found["stock"][2], found["recipe"][2], batches):
         torch.testing.assert_close(mine, logits[:, :-1][batch["labels"][:, 1:] != -100], rtol=1e-5, atol=1e-6)
-    assert scored == [batch["labels"].numel() for batch in batches] + [int(batch["labels"].ne(-100).sum()) for batch in batches]
+    assert scored == [batch["labels"].numel() for batch in batches] + [
+        int(batch["labels"].ne(-100).sum()) for batch in batches
+    ]
     torch.testing.assert_close(found["recipe"][0], found["stock"][0], rtol=1e-5, atol=0)
     for key, grad in found["stock"][1].items():
         assert grad.norm() > 0 and (found["recipe"][1][key] - grad).norm() <= 1e-5 * grad.norm(), key
@@ -417,16 +486,23 @@ def test_logits_only_where_there_is_a_label(command, tmp_path, family, settings)
 
 
 @families
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": False}, {"lora_target_modules": QUERIES}, VISION], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"activation_checkpointing": False}, {"lora_target_modules": QUERIES}, VISION], ids=str
+)
 def test_the_trained_model_can_be_merged_in_the_same_process(command, tmp_path, family, settings):
     """The tower has its own forward back, and merged the model says what the adapter says."""
     trainer = run(command(family, tmp_path, **settings)).trainer
-    assert not any("forward" in vars(module) for module in trainer.model.get_base_model().get_submodule(PARTS[family][0]).modules())
+    assert not any(
+        "forward" in vars(module)
+        for module in trainer.model.get_base_model().get_submodule(PARTS[family][0]).modules()
+    )
     batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
     words, adapted = batch["attention_mask"].bool(), logits(trainer.model, batch)
     with trainer.model.disable_adapter():
         assert (logits(trainer.model, batch) - adapted)[words].abs().max() > 0.01
-    torch.testing.assert_close(logits(trainer.model.merge_and_unload(), batch)[words], adapted[words], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(trainer.model.merge_and_unload(), batch)[words], adapted[words], atol=1e-4, rtol=1e-4
+    )
 
 
 @families
@@ -452,8 +528,15 @@ def test_accumulated_batches_are_one_batch(command, tmp_path, family):
     """Every trained token counts the same, however rows are divided: also where one has no image."""
     losses = []
     for size, steps in ((6, 1), (2, 3), (1, 6)):
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2, "lora_dropout": 0}
-        done = run(command(family, tmp_path / str(size), rows="fourteen", warmup_steps=0, eval_strategy="no", **settings))
+        settings = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 2,
+            "lora_dropout": 0,
+        }
+        done = run(
+            command(family, tmp_path / str(size), rows="fourteen", warmup_steps=0, eval_strategy="no", **settings)
+        )
         losses.append([*log(done.out).values(), *log(done.out, "grad_norm").values()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
@@ -486,7 +569,9 @@ def test_2_6_loads_without_the_name_that_torch_has_no_more(hub, monkeypatch):
 
 def test_2_6_is_ended_by_post_init(hub, monkeypatch):
     stock = PreTrainedModel.post_init
-    monkeypatch.setattr(PreTrainedModel, "post_init", lambda self: None if type(self).__name__ == "MiniCPMV" else stock(self))
+    monkeypatch.setattr(
+        PreTrainedModel, "post_init", lambda self: None if type(self).__name__ == "MiniCPMV" else stock(self)
+    )
     with pytest.raises(AttributeError, match="all_tied_weights_keys"):
         recipe.load_26(hub, None)
     monkeypatch.undo()
@@ -508,7 +593,9 @@ def test_2_6_has_its_positions(hub, monkeypatch):
         again = recipe.load_26(hub, None, dtype=dtype).resampler
         assert torch.equal(again.pos_embed, model.resampler.pos_embed) and again.query.dtype == dtype
     kind, stock = type(model.resampler), type(model.resampler)._set_2d_pos_cache
-    monkeypatch.setattr(kind, "_set_2d_pos_cache", lambda self, size, device=None: None if device else stock(self, size))
+    monkeypatch.setattr(
+        kind, "_set_2d_pos_cache", lambda self, size, device=None: None if device else stock(self, size)
+    )
     torch.use_deterministic_algorithms(True)  # what is not written to is NaN, and not whatever lies there
     try:
         assert recipe.load_26(hub, None).resampler.pos_embed.isnan().all()
@@ -557,7 +644,11 @@ def test_2_6_generates_as_transformers_does(trained, monkeypatch):
     monkeypatch.setattr(model.llm, "generate", lambda **kwargs: asked.append(kwargs) or said)
     out = model.generate(**batch, max_new_tokens=6, max_length=None, do_sample=False, eos_token_id=collator.stop_ids)
     assert torch.equal(out, torch.cat([ids, torch.tensor([[0, 7, 0, end, pad, pad], [8, 9, 0, 0, 7, 7]])], dim=1))
-    assert asked[0]["eos_token_id"] == [end, pad] and asked[0]["max_new_tokens"] == 6 and torch.equal(asked[0]["attention_mask"], batch["attention_mask"])
+    assert (
+        asked[0]["eos_token_id"] == [end, pad]
+        and asked[0]["max_new_tokens"] == 6
+        and torch.equal(asked[0]["attention_mask"], batch["attention_mask"])
+    )
     stock = super(type(model), model).generate(
         **{k: v for k, v in batch.items() if k != "position_ids"}, tokenizer=collator.processor.tokenizer, max_new_tokens=6)  # fmt: skip
     assert torch.equal(stock, said)  # of the code itself: neither
@@ -579,9 +670,27 @@ def test_2_6_answers_rows_together_as_one_by_one(trained):
 @pytest.fixture(scope="session")
 def learnt(command, data, tmp_path_factory):
     """A function: family -> a run that has learnt nine rows by heart, on which it is evaluated too."""
-    settings = {"eval_data_path": data / "nine.json", "max_steps": 60, "eval_steps": 20, "save_steps": 20, "logging_steps": 10}
-    settings |= {"learning_rate": 1e-2, "warmup_steps": 5, "lora_r": 32, "lora_alpha": 32, "lora_dropout": 0, "weight_decay": 0}
-    settings |= {"sample_rows": 9, "sample_tokens": 16, "per_device_eval_batch_size": 4, "activation_checkpointing": False}
+    settings = {
+        "eval_data_path": data / "nine.json",
+        "max_steps": 60,
+        "eval_steps": 20,
+        "save_steps": 20,
+        "logging_steps": 10,
+    }
+    settings |= {
+        "learning_rate": 1e-2,
+        "warmup_steps": 5,
+        "lora_r": 32,
+        "lora_alpha": 32,
+        "lora_dropout": 0,
+        "weight_decay": 0,
+    }
+    settings |= {
+        "sample_rows": 9,
+        "sample_tokens": 16,
+        "per_device_eval_batch_size": 4,
+        "activation_checkpointing": False,
+    }
     return functools.cache(lambda family: run(command(family, tmp_path_factory.mktemp("learnt") / "out", **settings)))
 
 
@@ -591,10 +700,18 @@ def test_it_learns(learnt, family):
     """Rows of every kind, from nothing: asked, it says what it was taught."""
     done = learnt(family)
     losses = log(done.out, "eval_loss")
-    least = 0.01 if family == "2.6" else 0.9  # below, 4.6 and 4.7 cannot come: their last norm and the words are frozen, and small
-    assert list(losses) == [20, 40, 60] and losses[20] > losses[40] > losses[60] < least and log(done.out)[60] < 0.25 * log(done.out)[10]
+    least = (
+        0.01 if family == "2.6" else 0.9
+    )  # below, 4.6 and 4.7 cannot come: their last norm and the words are frozen, and small
+    assert (
+        list(losses) == [20, 40, 60]
+        and losses[20] > losses[40] > losses[60] < least
+        and log(done.out)[60] < 0.25 * log(done.out)[10]
+    )
     rows = sections(done.out)[60]
-    assert len(rows) == 9 and [row[3] for row in rows] == [row[2] for row in rows] and len({row[2] for row in rows}) > 3
+    assert (
+        len(rows) == 9 and [row[3] for row in rows] == [row[2] for row in rows] and len({row[2] for row in rows}) > 3
+    )
 
 
 @pytest.mark.slow
@@ -608,7 +725,13 @@ def test_samples_show_pictures_question_and_answers(learnt, data, family):
     for row, (pictures, question, right, answered) in zip(done.trainer.eval_dataset, tables[60]):
         messages = collator.messages_of(row)
         here = given[row["row"]]
-        named = [] if not here.get("image") else [here["image"]] if isinstance(here["image"], str) else list(here["image"].values())
+        named = (
+            []
+            if not here.get("image")
+            else [here["image"]]
+            if isinstance(here["image"], str)
+            else list(here["image"].values())
+        )
         paths = re.findall(r"!\[\]\((samples/[\d-]+\.png)\)", pictures)
         assert paths == [f"samples/{row['row']}-{n}.png" for n in range(len(named))]
         for path, name in zip(paths, named):
@@ -633,13 +756,23 @@ def test_samples_and_evaluation_can_be_bounded(command, tmp_path):
     done = run(command("4.6", tmp_path / "b", sample_rows=0))
     assert log(done.out, "eval_loss") and not list(done.out.glob("samples*"))
     done = run(command("4.6", tmp_path / "c", eval_strategy="no"))
-    assert not log(done.out, "eval_loss") and not list(done.out.glob("samples*")) and "9 rows to train on, 0 to evaluate" in done.text
+    assert (
+        not log(done.out, "eval_loss")
+        and not list(done.out.glob("samples*"))
+        and "9 rows to train on, 0 to evaluate" in done.text
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what is saved
 def test_output_dir_holds_everything(command, tmp_path):
     done = run(command("4.6", tmp_path / "out", report_to="tensorboard", hub_token="secret"))
-    for name in ("adapter_config.json", "adapter_model.safetensors", "settings.yaml", "samples.md", "trainer_state.json"):
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "settings.yaml",
+        "samples.md",
+        "trainer_state.json",
+    ):
         assert (done.out / name).stat().st_size > 0
     assert {path.name for path in done.out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert list(done.out.glob("**/events.out.tfevents.*")) and not list(done.out.glob("**/model*.safetensors"))
@@ -695,7 +828,12 @@ for variant, (out, base, batch, argv) in work.items():
     result["projector"] = {name: p.detach().clone() for name, p in projector.named_parameters()}
 torch.save(results, sys.argv[2])
 """
-RELOADED = {"lora": {}, "lora, vision": VISION, "lora, words": {"lora_modules_to_save": "embed_tokens"}, "lora, biases": {"lora_bias": "lora_only"}}
+RELOADED = {
+    "lora": {},
+    "lora, vision": VISION,
+    "lora, words": {"lora_modules_to_save": "embed_tokens"},
+    "lora, biases": {"lora_bias": "lora_only"},
+}
 RELOADED |= {"lora, 4-bit": {"q_lora": True}, "full": FULL, "projector": {"use_lora": False}}
 
 
@@ -707,7 +845,9 @@ def test_the_result_stands_alone(trained, folders, tmp_path, family):
     for name, settings in RELOADED.items():
         done = trained(family, **settings)
         batch = done.trainer.data_collator([done.trainer.eval_dataset[n] for n in range(4)])
-        batches[name] = {key: dict(value) if isinstance(value, dict) else value for key, value in batch.items() if key != "labels"}
+        batches[name] = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in batch.items() if key != "labels"
+        }
         work[name] = str(done.out), str(folders[family] / "model"), batches[name], done.argv
     torch.save(work, tmp_path / "work.pt")
     fresh(RELOAD, tmp_path / "work.pt", tmp_path / "results.pt", family)
@@ -723,7 +863,9 @@ def test_the_result_stands_alone(trained, folders, tmp_path, family):
                 shutil.rmtree(done.out / "merged", ignore_errors=True)
         own = {re.sub(r".*(merger|resampler)\.(modules_to_save\.default\.)?", "", n): p for n, p in done.weights[-1].items()
                if within(plain(n), PARTS[family][1])}  # fmt: skip
-        assert own.keys() == result["projector"].keys() and all(torch.equal(own[n], result["projector"][n]) for n in own)
+        assert own.keys() == result["projector"].keys() and all(
+            torch.equal(own[n], result["projector"][n]) for n in own
+        )
 
 
 @families
@@ -734,7 +876,9 @@ def test_the_saved_processor_makes_the_same_batches(trained, folders, family):
     again = recipe.Collator(recipe.load_processor(mine[0]), *mine)
     rows = [done.trainer.train_dataset[n] for n in range(9)]
     one, two = done.trainer.data_collator(rows), again(rows)
-    assert torch.equal(one["labels"], two["labels"]) and torch.equal(one.get("data", one)["input_ids"], two.get("data", two)["input_ids"])
+    assert torch.equal(one["labels"], two["labels"]) and torch.equal(
+        one.get("data", one)["input_ids"], two.get("data", two)["input_ids"]
+    )
     if family != "2.6":
         saved = json.loads((done.out / "processor_config.json").read_text())["image_processor"]
         assert (saved["max_slice_nums"], saved["downsample_mode"]) == (2 if family == "4.6" else 9, "16x")
@@ -742,7 +886,13 @@ def test_the_saved_processor_makes_the_same_batches(trained, folders, family):
 
 @pytest.mark.parametrize(
     "family, settings",
-    [("4.6", {}), ("4.7", FULL), ("4.6", {"lora_modules_to_save": "embed_tokens"}), ("2.6", {}), ("2.6", {"use_lora": False})],
+    [
+        ("4.6", {}),
+        ("4.7", FULL),
+        ("4.6", {"lora_modules_to_save": "embed_tokens"}),
+        ("2.6", {}),
+        ("2.6", {"use_lora": False}),
+    ],
 )
 def test_the_best_checkpoint_is_saved(command, tmp_path, monkeypatch, family, settings):
     losses, stock = [3.0, 1.0, 2.0, 4.0], recipe.Trainer.evaluation_loop
@@ -756,7 +906,9 @@ def test_the_best_checkpoint_is_saved(command, tmp_path, monkeypatch, family, se
     done = run(command(family, tmp_path, **settings, load_best_model_at_end=True, eval_steps=1, save_steps=1))
     assert "best eval_loss: 1, at step 2; that is saved" in done.text
     name = "adapter_model.safetensors" if settings.get("use_lora", True) else "model.safetensors"
-    saved, kept, last = (load_file(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"))
+    saved, kept, last = (
+        load_file(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
+    )
     assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
     assert any(not torch.equal(saved[key], last[key]) for key in saved)
     now = {n: p for n, p in done.trainer.model.named_parameters() if p.requires_grad}
@@ -788,7 +940,9 @@ def test_an_adapter_is_gone_on_from(trained, command, tmp_path, family, settings
 )
 def test_an_adapter_of_another_shape_is_refused(trained, command, tmp_path, settings, words):
     message = refusal(recipe.main, command("4.6", tmp_path / "out", **settings, lora_weight_path=trained("4.6").out))
-    assert words in message and "give the flags that it was trained with" in message and not (tmp_path / "out").exists()
+    assert (
+        words in message and "give the flags that it was trained with" in message and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize("where", ["nowhere", "empty", "2.6"])
@@ -837,14 +991,22 @@ recipe.main(sys.argv[1:])
 """
 # 14 rows, 2 x 2 rows a step: the fifth step begins the second epoch; the run is killed in mid-epoch, the last checkpoint is of 6;
 # the last step of 11 is in mid-epoch, too
-LONG = {"max_steps": 11, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_total_limit": 9, "rows": "fourteen"}
+LONG = {
+    "max_steps": 11,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_total_limit": 9,
+    "rows": "fourteen",
+}
 LONG |= {"eval_steps": 1, "save_steps": 1, "lora_dropout": 0.1, "load_best_model_at_end": True}
 
 
 @pytest.fixture(scope="session")
 def whole(command, tmp_path_factory):
     """A function: family, settings as keywords -> a run of 11 steps that nothing interrupted."""
-    return functools.cache(lambda family, **settings: run(command(family, tmp_path_factory.mktemp("whole") / "out", **LONG, **settings)))
+    return functools.cache(
+        lambda family, **settings: run(command(family, tmp_path_factory.mktemp("whole") / "out", **LONG, **settings))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -854,7 +1016,9 @@ def dead(command, tmp_path_factory):
     @functools.cache
     def make(family):
         out = tmp_path_factory.mktemp("killed") / "out"
-        done = subprocess.run([sys.executable, "-c", KILL, *command(family, out, **LONG)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", KILL, *command(family, out, **LONG)], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
         assert {path.name for path in out.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, 7)}
         assert not (out / "trainer_state.json").exists()
@@ -870,7 +1034,9 @@ def same_end(whole, resumed, after):
         assert want == got and 11 in got
     assert len(resumed.weights) == 1 + 11 - after  # weights[0] of the resumed run is the checkpoint's
     for step in range(12 - after):
-        assert all(torch.equal(value, resumed.weights[step][name]) for name, value in whole.weights[after + step].items())
+        assert all(
+            torch.equal(value, resumed.weights[step][name]) for name, value in whole.weights[after + step].items()
+        )
     saved = [load_file(next(out.glob("*model.safetensors"))) for out in (whole.out, resumed.out)]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
@@ -890,7 +1056,8 @@ def test_killed_and_started_again(whole, dead, command, tmp_path, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, variant", [("4.6", "vision"), ("4.6", "words"), ("4.7", "full"), ("2.6", "full"), ("2.6", "4-bit"), ("2.6", "projector")]
+    "family, variant",
+    [("4.6", "vision"), ("4.6", "words"), ("4.7", "full"), ("2.6", "full"), ("2.6", "4-bit"), ("2.6", "projector")],
 )
 def test_resumes_whatever_was_trained(whole, command, tmp_path, family, variant):
     done = whole(family, **VARIANTS[variant])
@@ -902,7 +1069,8 @@ def test_resumes_whatever_was_trained(whole, command, tmp_path, family, variant)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, variant, best", [("4.6", "default", True), ("4.7", "full", False), ("2.6", "default", False), ("2.6", "full", True)]
+    "family, variant, best",
+    [("4.6", "default", True), ("4.7", "full", False), ("2.6", "default", False), ("2.6", "full", True)],
 )
 def test_killed_before_the_end_was_written(whole, command, tmp_path, family, variant, best):
     """All steps are done, the last one in the middle of an epoch, and the result is not saved: started again it is, without another step."""
@@ -926,14 +1094,18 @@ def test_killed_before_the_end_was_written(whole, command, tmp_path, family, var
 def test_a_best_checkpoint_that_is_gone_is_named(whole, command, tmp_path):
     out = Path(shutil.copytree(whole("4.6").out, tmp_path / "out"))
     (out / "trainer_state.json").unlink()
-    state = json.loads((out / "checkpoint-11" / "trainer_state.json").read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}
+    state = json.loads((out / "checkpoint-11" / "trainer_state.json").read_text()) | {
+        "best_model_checkpoint": "elsewhere/checkpoint-1"
+    }
     (out / "checkpoint-11" / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(SystemExit, match="^error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged"):
         run(command("4.6", out, **LONG))
 
 
 def test_a_misspelt_module_to_save_is_named(command, tmp_path):
-    with pytest.raises(SystemExit, match="^error: --lora_modules_to_save embed_token: no such module outside of the frozen parts "):
+    with pytest.raises(
+        SystemExit, match="^error: --lora_modules_to_save embed_token: no such module outside of the frozen parts "
+    ):
         run(command("4.6", tmp_path / "out", lora_modules_to_save="embed_token"))
 
 
@@ -952,7 +1124,9 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(trained, command, tmp_pa
     assert f"resuming from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"]
+)
 def test_a_damaged_checkpoint_is_not_whole(trained, tmp_path, file):
     """Missing, empty or cut off: any of its files (the random state's end is not looked at)."""
     good = trained("4.6").out / "checkpoint-4"
@@ -1010,7 +1184,9 @@ def test_a_finished_run_says_so(trained, monkeypatch, capsys, more):
 # ------------------------------------------------------------------------------------------- what happens under way
 @pytest.mark.parametrize("name, workers", [("held_out", 0), ("nine", 2)])
 @pytest.mark.parametrize("family", ["4.6", "2.6"])
-def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tmp_path, monkeypatch, family, name, workers):
+def test_a_picture_that_vanishes_ends_the_run_with_one_message(
+    command, data, tmp_path, monkeypatch, family, name, workers
+):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     rows = json.loads((folder / f"{name}.json").read_text())
     n = next(n for n, row in enumerate(rows) if isinstance(row.get("image"), str))
@@ -1020,16 +1196,28 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tm
         return load(*args)
 
     monkeypatch.setattr(recipe, "load_model", vanish)
-    own = {"data_path": folder / "nine.json", "eval_data_path": folder / "held_out.json", "image_folder": folder / "images"}
+    own = {
+        "data_path": folder / "nine.json",
+        "eval_data_path": folder / "held_out.json",
+        "image_folder": folder / "images",
+    }
     message = refusal(recipe.main, command(family, tmp_path / "out", **own, dataloader_num_workers=workers))
-    assert message.startswith("error: the data changed during the run: unreadable image: ") and rows[n]["image"] in message
+    assert (
+        message.startswith("error: the data changed during the run: unreadable image: ")
+        and rows[n]["image"] in message
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ rows of a step
 @families
 def test_rows_can_be_grouped_by_length(command, family, tmp_path, monkeypatch):
     """The Trainer's own sampler reads the column `length`: there is less padding."""
-    settings = LONG | {"lora_dropout": 0, "learning_rate": 1e-4, "eval_strategy": "no", "load_best_model_at_end": False}
+    settings = LONG | {
+        "lora_dropout": 0,
+        "learning_rate": 1e-4,
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+    }
     padding, stock = [], recipe.Trainer.training_step
 
     def count(self, model, inputs, *args, **kwargs):
@@ -1048,23 +1236,40 @@ def test_rows_can_be_grouped_by_length(command, family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family, variant", [("4.6", "default"), ("4.7", "full"), ("2.6", "vision")])
 def test_two_processes_train_like_one(command, tmp_path, family, variant):
     """Twice the batch. Each has one row at a time, so that one may have an image while the other has none; what is shown is there once."""
-    settings = {**VARIANTS[variant], "lora_dropout": 0, "learning_rate": 1e-4, "rows": "fourteen", "gradient_accumulation_steps": 2}
+    settings = {
+        **VARIANTS[variant],
+        "lora_dropout": 0,
+        "learning_rate": 1e-4,
+        "rows": "fourteen",
+        "gradient_accumulation_steps": 2,
+    }
     settings |= {"max_steps": 8, "save_total_limit": 9}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv, environment = command(family, tmp_path / "two", **settings, per_device_train_batch_size=1), {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv, environment = (
+        command(family, tmp_path / "two", **settings, per_device_train_batch_size=1),
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     program = [*launch, str(ROOT / "finetune_minicpm_lora.py"), *argv]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for words in ("rows to train on", "One row as the model sees it", "8 steps of 4 rows", "parameters trained"):
         assert done.stdout.count(words) == (3 if "parameters" in words else 1)
-    one = run(command(family, tmp_path / "one", **settings, per_device_train_batch_size=2, per_device_eval_batch_size=2))
+    one = run(
+        command(family, tmp_path / "one", **settings, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    )
     for key in ("loss", "grad_norm", "eval_loss"):
         assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), rel=1e-4) and log(one.out, key)
     assert sections(tmp_path / "two") == sections(one.out) and list(sections(one.out)) == [2, 4, 6, 8]
     saved = [load_file(next((tmp_path / name).glob("*model.safetensors"))) for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
-    again = command(family, tmp_path / "again", **settings, per_device_train_batch_size=1, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    again = command(
+        family,
+        tmp_path / "again",
+        **settings,
+        per_device_train_batch_size=1,
+        resume_from_checkpoint=tmp_path / "two" / "checkpoint-6",
+    )
     done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
@@ -1082,7 +1287,10 @@ def test_the_recipe_alone_in_an_empty_folder(command, trained, tmp_path):
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in folder.iterdir()} == {"finetune_minicpm_lora.py", "out"}
-    assert log(folder / "out") == pytest.approx(log(trained("2.6").out), abs=1e-6) and "saved out: model or adapter" in done.stdout
+    assert (
+        log(folder / "out") == pytest.approx(log(trained("2.6").out), abs=1e-6)
+        and "saved out: model or adapter" in done.stdout
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- tools/generate.py
@@ -1097,10 +1305,19 @@ def test_generate_gives_the_answers_shown(learnt, data, tmp_path, capsys, family
     """Of the rows held out, which are those learnt here; without the adapter, those of the untouched base; of a file, each turn."""
     done, collator = learnt(family), learnt(family).trainer.data_collator
     rows, given = sections(done.out)[60], json.loads((data / "nine.json").read_text())
-    after, before = (answered(done.out, tmp_path / f"{n}.jsonl", *flags) for n, flags in enumerate(([], ["--base_only"])))
-    last = {line["row"]: line for line in after}  # a row of several turns has several lines, the last turn's is the last
+    after, before = (
+        answered(done.out, tmp_path / f"{n}.jsonl", *flags) for n, flags in enumerate(([], ["--base_only"]))
+    )
+    last = {
+        line["row"]: line for line in after
+    }  # a row of several turns has several lines, the last turn's is the last
     assert [shown(last[row["row"]]["prediction"]) for row in done.trainer.eval_dataset] == [row[3] for row in rows]
-    turns = [turn["content"] for row in done.trainer.eval_dataset for turn in row["conversations"] if turn["role"] == "assistant"]
+    turns = [
+        turn["content"]
+        for row in done.trainer.eval_dataset
+        for turn in row["conversations"]
+        if turn["role"] == "assistant"
+    ]
     assert [line["reference"] for line in after] == turns and len(turns) > 9 and len(before) == len(after)
     base = load(done.argv)
     for n in (0, 5):
@@ -1111,7 +1328,9 @@ def test_generate_gives_the_answers_shown(learnt, data, tmp_path, capsys, family
 
     flags = ["--data_path", data / "held_out.json", "--image_folder", data / "images", "--batch_size", 3]
     lines, held = answered(done.out, tmp_path / "test.jsonl", *flags), json.loads((data / "held_out.json").read_text())
-    assert {line["row"] for line in lines} == {*range(4)} and {line["id"] for line in lines} == {row["id"] for row in held}
+    assert {line["row"] for line in lines} == {*range(4)} and {line["id"] for line in lines} == {
+        row["id"] for row in held
+    }
     for line in lines:
         messages = collator.messages_of(held[line["row"]] | {"folder": str(data / "images")})
         upto = [k for k, m in enumerate(messages) if m["role"] == "assistant"][line["turn"]]
@@ -1120,7 +1339,19 @@ def test_generate_gives_the_answers_shown(learnt, data, tmp_path, capsys, family
 
     pictures = sorted((data / "images").iterdir())[:2]
     capsys.readouterr()
-    generate.main([str(done.out), "--image", str(pictures[0]), "--image", str(pictures[1]), "--question", "Which digits are these?", "--max_new_tokens", "16"])
+    generate.main(
+        [
+            str(done.out),
+            "--image",
+            str(pictures[0]),
+            "--image",
+            str(pictures[1]),
+            "--question",
+            "Which digits are these?",
+            "--max_new_tokens",
+            "16",
+        ]
+    )
     asked = recipe.question_turn("Which digits are these?", [recipe.load_image(str(path)) for path in pictures])
     assert capsys.readouterr().out.splitlines()[-1] == says(done.trainer.model, collator, [asked]).strip()
 
@@ -1139,16 +1370,34 @@ def test_generate_asks_a_whole_model(trained, data, tmp_path, family):
             assert line["prediction"] == says(model, collator, messages[:upto]).strip()
     lines = [(tmp_path / f"{n}.jsonl").read_text() for n in range(2)]
     assert lines[0] != lines[1]
-    own = ["--recipe", ROOT / "finetune_minicpm_lora.py", "--use_cpu", *(["--trust_remote_code"] if family == "2.6" else [])]
+    own = [
+        "--recipe",
+        ROOT / "finetune_minicpm_lora.py",
+        "--use_cpu",
+        *(["--trust_remote_code"] if family == "2.6" else []),
+    ]
     shutil.copytree(done.out, tmp_path / "whole", ignore=shutil.ignore_patterns("settings.yaml", "checkpoint-*"))
     answered(tmp_path / "whole", tmp_path / "3.jsonl", *flags, *own)
     assert (tmp_path / "3.jsonl").read_text() == lines[0]
 
 
 # ----------------------------------------------------------------------------------------------- at its real size
-REAL = {"vocab_size": 151666, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+REAL = {
+    "vocab_size": 151666,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+}
 REAL |= {"num_key_value_heads": 4, "query_num": 64, "image_size": 448, "drop_vision_last_layer": False, "version": 2.6}
-TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 980, "patch_size": 14}
+TOWER = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 980,
+    "patch_size": 14,
+}
 
 
 @pytest.mark.parametrize(

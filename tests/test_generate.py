@@ -28,8 +28,19 @@ def lines(path):
 def train(tiny, out, **settings):
     """A short run of the tiny LLaVA without 4-bit, 6 rows held out by the run itself; -> its folder."""
     short = {"use_cpu": True, "model_name_or_path": tiny / "model", "dataset_name": tiny / "data", "output_dir": out}
-    short |= {"max_steps": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    short |= {"sample_rows": 0, "max_eval_rows": 6, "logging_steps": 1, "load_in_4bit": False, "dataloader_num_workers": 0}
+    short |= {
+        "max_steps": 6,
+        "learning_rate": 2e-2,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+    }
+    short |= {
+        "sample_rows": 0,
+        "max_eval_rows": 6,
+        "logging_steps": 1,
+        "load_in_4bit": False,
+        "dataloader_num_workers": 0,
+    }
     settings = {**short, "report_to": "none", **settings}
     sft_llava.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     return out
@@ -81,7 +92,9 @@ def test_answers_are_those_of_the_model(run, tiny_llava, ask, base_only):
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava / "model")
     model = model if base_only else PeftModel.from_pretrained(model, run)
     processor, rows = AutoProcessor.from_pretrained(run), json.loads(data.read_text())
-    assert [line["row"] for line in found] == [n for n, r in enumerate(rows) for _ in range(len(r["conversations"]) // 2)]
+    assert [line["row"] for line in found] == [
+        n for n, r in enumerate(rows) for _ in range(len(r["conversations"]) // 2)
+    ]
     for line in found:
         row = rows[line["row"]]
         question, right = (row["conversations"][2 * line["turn"] + k]["value"] for k in (0, 1))
@@ -163,17 +176,25 @@ def test_a_text_after_every_question(run, tmp_path, ask, calls):
     Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
     image = {"type": "image", "index": 0}
     after, alone = ([*text, image] for text in ([{"type": "text", "text": "Is it odd?"}], []))
-    rows = [said("Is three odd?", "yes", "Is it six?", "no"), *(chat(("user", parts), images=["red.png"]) for parts in (after, alone))]
+    rows = [
+        said("Is three odd?", "yes", "Is it six?", "no"),
+        *(chat(("user", parts), images=["red.png"]) for parts in (after, alone)),
+    ]
     (tmp_path / "rows.json").write_text(json.dumps([chat(("user", "Why?")), *rows[1:]]))
     (tmp_path / "turns.json").write_text(json.dumps(rows[:1]))
     tokenizer = AutoProcessor.from_pretrained(run).tokenizer
-    typed = lambda: [tokenizer.decode(asked["input_ids"][0]).split("USER:", 1)[1].replace("<image>", "") for asked, _ in calls]
+    typed = lambda: [
+        tokenizer.decode(asked["input_ids"][0]).split("USER:", 1)[1].replace("<image>", "") for asked, _ in calls
+    ]
     found = ask(run, "--dataset_name", tmp_path / "rows.json", "--append", "Yes or no?", "--batch_size", 1)
     assert [line["question"] for line in found] == ["Why? Yes or no?", "Is it odd? Yes or no?", "Yes or no?"]
     assert [" ".join(text.split()) for text in typed()] == [f"{line['question']} ASSISTANT:" for line in found]
     calls.clear()
     found = ask(run, "--dataset_name", tmp_path / "turns.json", "--append", "Yes or no?", "--batch_size", 1)
-    assert [(line["question"], line["reference"]) for line in found] == [("Is three odd? Yes or no?", "yes"), ("Is it six? Yes or no?", "no")]
+    assert [(line["question"], line["reference"]) for line in found] == [
+        ("Is three odd? Yes or no?", "yes"),
+        ("Is it six? Yes or no?", "no"),
+    ]
     assert typed()[1].count("Yes or no?") == 2 and "yes Yes" not in typed()[1]
     one = ask(run, "--question", "Is three odd?", "--append", "Yes or no?")[0]
     assert (one["question"], one["prediction"]) == (found[0]["question"], found[0]["prediction"])
@@ -181,9 +202,25 @@ def test_a_text_after_every_question(run, tmp_path, ask, calls):
 
 def test_a_checkpoint_is_of_its_run(tmp_path, tiny_forms, ask):
     """It has no settings.yaml: recipe, instruction and data are those of the run around it."""
-    more = {"load_in_4bit": False, "instruction": "Answer in one word.", "dataset_name": tiny_forms / "data", "model_name_or_path": tiny_forms / "model", "image_splitting": False,
-            "output_dir": tmp_path / "run", "max_steps": 2, "save_steps": 1, "eval_steps": 1, "sample_rows": 0, "max_eval_rows": 2, "eval_fraction": 0.1, "max_new_tokens": 4,
-            "report_to": "none", "dataloader_num_workers": 0, "learning_rate": 2e-2, "load_best_model_at_end": False}
+    more = {
+        "load_in_4bit": False,
+        "instruction": "Answer in one word.",
+        "dataset_name": tiny_forms / "data",
+        "model_name_or_path": tiny_forms / "model",
+        "image_splitting": False,
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "sample_rows": 0,
+        "max_eval_rows": 2,
+        "eval_fraction": 0.1,
+        "max_new_tokens": 4,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "learning_rate": 2e-2,
+        "load_best_model_at_end": False,
+    }
     idefics2_docvqa.main(["--use_cpu", *(part for name, value in more.items() for part in (f"--{name}", str(value)))])
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert not (checkpoint / "settings.yaml").exists()
@@ -213,10 +250,22 @@ def begun(out, flags):
         ("damaged", "nobody knows how it was begun"),
     ],
 )
-def test_a_file_is_not_gone_on_with_by_another_model_or_otherwise(run, tiny_llava, ask, tmp_path, monkeypatch, change, message):
-    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+def test_a_file_is_not_gone_on_with_by_another_model_or_otherwise(
+    run, tiny_llava, ask, tmp_path, monkeypatch, change, message
+):
+    flags = [
+        run,
+        "--dataset_name",
+        tiny_llava / "json" / "test.json",
+        "--image_folder",
+        tiny_llava / "json" / "images",
+        "--batch_size",
+        "4",
+    ]
     ask(*flags, name="whole.jsonl")
-    (out := tmp_path / "half.jsonl").write_text("".join((tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)[:6]))
+    (out := tmp_path / "half.jsonl").write_text(
+        "".join((tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)[:6])
+    )
     begun(out, flags)
     match change:
         case "run":
@@ -248,7 +297,15 @@ def test_a_file_says_how_it_was_begun(run, tiny_llava, ask, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return stock(*args)
 
-    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    flags = [
+        run,
+        "--dataset_name",
+        tiny_llava / "json" / "test.json",
+        "--image_folder",
+        tiny_llava / "json" / "images",
+        "--batch_size",
+        "4",
+    ]
     whole = ask(*flags, name="whole.jsonl")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(generate, "answer", killed)
@@ -256,16 +313,37 @@ def test_a_file_says_how_it_was_begun(run, tiny_llava, ask, tmp_path, monkeypatc
     assert len(lines(tmp_path / "half.jsonl")) == 8 and generate.record(tmp_path / "half.jsonl").exists()
     generate.main([*map(str, flags), "--max_new_tokens", "6", "--output", str(tmp_path / "half.jsonl"), "--resume"])
     assert lines(tmp_path / "half.jsonl") == whole
-    for other in (["--base_only"], ["--batch_size", "3"]):  # it is finished now: these are still not that model's answers, or not asked for in that way
+    for other in (
+        ["--base_only"],
+        ["--batch_size", "3"],
+    ):  # it is finished now: these are still not that model's answers, or not asked for in that way
         with pytest.raises(SystemExit, match="half.jsonl: it was begun otherwise"):
-            generate.main([*map(str, flags), *other, "--max_new_tokens", "6", "--output", str(tmp_path / "half.jsonl"), "--resume"])
+            generate.main(
+                [
+                    *map(str, flags),
+                    *other,
+                    "--max_new_tokens",
+                    "6",
+                    "--output",
+                    str(tmp_path / "half.jsonl"),
+                    "--resume",
+                ]
+            )
     assert lines(tmp_path / "half.jsonl") == whole
 
 
 @pytest.mark.parametrize("kept, cut", [(0, 0), (1, 30), (4, 0), (7, 12), (10, 1), (-1, 0), (-1, 5), (None, 0)])
 def test_a_file_half_written_is_gone_on_with(run, tiny_llava, ask, tmp_path, calls, kept, cut):
     """After whole lines, and a part of one; the batches are the same, so are the answers. None: there is no file yet."""
-    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    flags = [
+        run,
+        "--dataset_name",
+        tiny_llava / "json" / "test.json",
+        "--image_folder",
+        tiny_llava / "json" / "images",
+        "--batch_size",
+        "4",
+    ]
     whole = ask(*flags, name="whole.jsonl")
     text, out = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True), tmp_path / "half.jsonl"
     kept = len(text) + kept + (cut == 0) if (kept or 0) < 0 else kept  # -1: all of them, or all but the last
@@ -285,7 +363,9 @@ def test_a_file_begun_by_resume_can_be_resumed(run, tiny_llava, ask, tmp_path, m
     """As a script does that is started again and again."""
     flags = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test", "--batch_size", "4"]
     whole, out, stock = ask(run, *flags), tmp_path / "again.jsonl", generate.answer
-    again = lambda: generate.main([*map(str, (run, *flags)), "--max_new_tokens", "6", "--output", str(out), "--resume"])
+    again = lambda: generate.main(
+        [*map(str, (run, *flags)), "--max_new_tokens", "6", "--output", str(out), "--resume"]
+    )
     calls = iter(range(3))
 
     def killed(*args):
@@ -302,7 +382,16 @@ def test_a_file_begun_by_resume_can_be_resumed(run, tiny_llava, ask, tmp_path, m
 
 
 def test_a_full_disk_is_said_and_gone_on_after(run, tiny_llava, ask, tmp_path, monkeypatch):
-    flags = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test", "--batch_size", "4", "--max_new_tokens", "6"]
+    flags = [
+        "--dataset_name",
+        tiny_llava / "data",
+        "--dataset_train_split",
+        "test",
+        "--batch_size",
+        "4",
+        "--max_new_tokens",
+        "6",
+    ]
     whole, out, calls, stock = ask(run, *flags[:-2]), tmp_path / "full.jsonl", iter(range(9)), json.dumps
 
     def full(*args, **kwargs):
@@ -311,7 +400,12 @@ def test_a_full_disk_is_said_and_gone_on_after(run, tiny_llava, ask, tmp_path, m
         return stock(*args, **kwargs)
 
     command = [*map(str, (run, *flags)), "--output", str(out)]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="full.jsonl cannot be written, after 5 answers: No space left on device; .*--resume"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            SystemExit, match="full.jsonl cannot be written, after 5 answers: No space left on device; .*--resume"
+        ),
+    ):
         patch.setattr(generate.json, "dumps", full)
         generate.main(command)
     generate.main([*command, "--resume"])
@@ -333,9 +427,20 @@ def test_the_bar_counts_rows(run, tiny_llava, ask, tmp_path, monkeypatch):
             self.seen.append(self.n)
 
     monkeypatch.setattr(generate, "tqdm", Bar)
-    flags = [run, "--dataset_name", tiny_llava / "json" / "test.json", "--image_folder", tiny_llava / "json" / "images", "--batch_size", "4"]
+    flags = [
+        run,
+        "--dataset_name",
+        tiny_llava / "json" / "test.json",
+        "--image_folder",
+        tiny_llava / "json" / "images",
+        "--batch_size",
+        "4",
+    ]
     found = ask(*flags)
-    over = [len({x["row"] for x in found[:n]}) - (n < len(found) and found[n]["row"] == found[n - 1]["row"]) for n in range(0, len(found), 4)]
+    over = [
+        len({x["row"] for x in found[:n]}) - (n < len(found) and found[n]["row"] == found[n - 1]["row"])
+        for n in range(0, len(found), 4)
+    ]
     answering = lambda: next(bar for bar in reversed(bars) if bar.desc and bar.desc.startswith("Answering"))
     assert answering().total == 24 and answering().seen == [0, *over[1:], 24]
     text = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)
@@ -353,7 +458,12 @@ def test_a_file_of_other_questions_is_not_gone_on_with(run, tiny_llava, ask, tmp
     monkeypatch.setattr(sft_llava, "load_model", None)  # it is found before weights load
     rows = [json.loads(line) for line in text.splitlines()]
     other = json.dumps(rows[1] | {"question": "What is it?"})
-    for start, line in (("\n".join(text.splitlines()[:1] + [other]), 2), (text + text.splitlines()[0], len(rows) + 1), ("no json\n" + text, 1), ("[]\n", 1)):
+    for start, line in (
+        ("\n".join(text.splitlines()[:1] + [other]), 2),
+        (text + text.splitlines()[0], len(rows) + 1),
+        ("no json\n" + text, 1),
+        ("[]\n", 1),
+    ):
         out.write_text(start.removesuffix("\n") + "\n")
         with pytest.raises(SystemExit, match=f"^error: --resume .*other.jsonl: line {line} is no answer"):
             generate.main([str(run), *data, "--output", str(out), "--resume"])
@@ -369,7 +479,9 @@ def test_whole_models(tiny_llava, tmp_path, ask):
     data = ["--dataset_name", tiny_llava / "data", "--dataset_train_split", "test"]
     found = ask(full, *data)
     model, processor = AutoModelForImageTextToText.from_pretrained(full), AutoProcessor.from_pretrained(full)
-    row = sft_llava.datasets.load_dataset("parquet", data_files=str(tiny_llava / "data" / "test.parquet"), split="train")[0]
+    row = sft_llava.datasets.load_dataset(
+        "parquet", data_files=str(tiny_llava / "data" / "test.parquet"), split="train"
+    )[0]
     messages = [{"role": "user", "content": [{"type": "image", "image": row["images"][0]}]}]
     messages[0]["content"].append({"type": "text", "text": row["messages"][0]["content"][0]["text"]})
     assert found[0]["prediction"] == by_hand(model, processor, messages)
@@ -401,17 +513,31 @@ def test_flags_may_have_dashes(run, ask, tmp_path):
     """The recipe's own parser takes them: they must not mean something else here."""
     (tmp_path / "own.json").write_text(json.dumps([said("Is three odd?", "odd"), said("Is four odd?", "even")]))
     assert ask(run, "--dataset-name", tmp_path / "own.json") == ask(run, "--dataset_name", tmp_path / "own.json") != []
-    assert generate.underscored(["--a-b=c-d", "--use-cpu", "-1", "a-b", "--x_y"]) == ["--a_b=c-d", "--use_cpu", "-1", "a-b", "--x_y"]
+    assert generate.underscored(["--a-b=c-d", "--use-cpu", "-1", "a-b", "--x_y"]) == [
+        "--a_b=c-d",
+        "--use_cpu",
+        "-1",
+        "a-b",
+        "--x_y",
+    ]
 
 
 def test_what_leaves_no_room_for_an_answer_is_found_before_weights_load(run, ask, tmp_path, monkeypatch, capsys):
-    (tmp_path / "long.json").write_text(json.dumps([said("Is three odd?", "odd"), said("odd " * 1200, "odd", "And?", "even")]))
+    (tmp_path / "long.json").write_text(
+        json.dumps([said("Is three odd?", "odd"), said("odd " * 1200, "odd", "And?", "even")])
+    )
     assert [line["row"] for line in ask(run, "--dataset_name", tmp_path / "long.json", "--on_bad_rows", "skip")] == [0]
     assert "row 1: too long: " in capsys.readouterr().err
     monkeypatch.setattr(generate, "load_recipe", lambda *_: sft_llava)
     monkeypatch.setattr(sft_llava, "load_model", None)
-    for argv in (["--dataset_name", str(tmp_path / "long.json")], ["--question", "odd " * 1200], ["--question", "odd?", "--append", "odd " * 1200]):
-        with pytest.raises(SystemExit, match=r"too long: \d+ tokens with its pictures, and the model reads 1024 with its answer"):
+    for argv in (
+        ["--dataset_name", str(tmp_path / "long.json")],
+        ["--question", "odd " * 1200],
+        ["--question", "odd?", "--append", "odd " * 1200],
+    ):
+        with pytest.raises(
+            SystemExit, match=r"too long: \d+ tokens with its pictures, and the model reads 1024 with its answer"
+        ):
             generate.main([str(run), *argv])
 
 
@@ -457,7 +583,10 @@ def test_a_recipe_is_loaded_once(run, tmp_path):
         (["RUN", "--question", "x", "--recipe", "FOLDER"], "it is a folder; needed is a recipe"),
         (["RUN", "--question", "x", "--recipe", "README"], "is no Python file; needed is a recipe"),
         (["RUN", "--question", "x", "--recipe", str(ROOT / "idefics2_docvqa.py")], "is of sft_llava.py, and "),
-        (["RUN", "--question", "x", "--model-name-or-path", "RUN"], "is an adapter itself; needed is the model beneath"),
+        (
+            ["RUN", "--question", "x", "--model-name-or-path", "RUN"],
+            "is an adapter itself; needed is the model beneath",
+        ),
         (["RUN", "--question", "x", "--temperature", "inf"], "--temperature 0 or more"),
         (["RUN", "--question", "x", "--dataset-name", "BAD"], "--question and a data set: one of them"),
     ],
@@ -465,7 +594,9 @@ def test_a_recipe_is_loaded_once(run, tmp_path):
 def test_mistakes_get_one_message(run, tmp_path, argv, message):
     (tmp_path / "TAKEN").write_text("")
     (tmp_path / "BAD.json").write_text(json.dumps([said("a", "b"), said("a", "")]))
-    (tmp_path / "AMBER.json").write_text(json.dumps([{"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"}]))
+    (tmp_path / "AMBER.json").write_text(
+        json.dumps([{"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny in this image?"}])
+    )
     (tmp_path / "FOLDER").mkdir()
     names = {"FOLDER": tmp_path / "FOLDER", "README": ROOT / "README.md"}
     names |= {"RUN": run, "TAKEN": tmp_path / "TAKEN", "BAD": tmp_path / "BAD.json", "AMBER": tmp_path / "AMBER.json"}
@@ -482,14 +613,34 @@ def cut(path, size=200):
     "change, flags, message",
     [
         (lambda run: (run / "adapter_model.safetensors").unlink(), [], "holds an adapter without its weights"),
-        (lambda run: cut(run / "adapter_model.safetensors"), [], "adapter_model.safetensors is damaged, or cannot be read"),
+        (
+            lambda run: cut(run / "adapter_model.safetensors"),
+            [],
+            "adapter_model.safetensors is damaged, or cannot be read",
+        ),
         (lambda run: cut(run / "adapter_config.json", 40), [], "its adapter_config.json is damaged (JSONDecodeError"),
-        (lambda run: (run / "adapter_config.json").write_text("[]"), [], "its adapter_config.json is damaged (TypeError"),
+        (
+            lambda run: (run / "adapter_config.json").write_text("[]"),
+            [],
+            "its adapter_config.json is damaged (TypeError",
+        ),
         (lambda run: (run / "processor_config.json").unlink(), [], "holds no processor (processor_config.json)"),
         (lambda run: (run / "settings.yaml").write_bytes(b"\xff\xfe# sft"), [], "settings.yaml cannot be read: "),
-        (lambda run: (run / "adapter_config.json").unlink(), [], "holds no adapter (adapter_config.json) and no model (config.json); needed is"),
-        (lambda run: (run / "adapter_config.json").rename(run / "checkpoint-6"), [], "but checkpoints: the same training command finishes it"),
-        (None, ["--model_name_or_path", "NEXT"], "does not fit NEXT: that is a llava_next, and the run has a LlavaProcessor"),
+        (
+            lambda run: (run / "adapter_config.json").unlink(),
+            [],
+            "holds no adapter (adapter_config.json) and no model (config.json); needed is",
+        ),
+        (
+            lambda run: (run / "adapter_config.json").rename(run / "checkpoint-6"),
+            [],
+            "but checkpoints: the same training command finishes it",
+        ),
+        (
+            None,
+            ["--model_name_or_path", "NEXT"],
+            "does not fit NEXT: that is a llava_next, and the run has a LlavaProcessor",
+        ),
     ],
 )
 def test_what_is_no_whole_run_is_said(run, tiny_next, tmp_path, capsys, change, flags, message):
@@ -506,8 +657,12 @@ def test_an_adapter_of_other_layers_is_not_half_put_on(run, tmp_path):
     """PEFT would warn of weights that it has no place for, and answer with the rest."""
     shutil.copytree(run, out := tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     config = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(config | {"target_modules": config["target_modules"].replace("q|k|v", "q|k")}))
-    with pytest.raises(SystemExit, match=r"^error: the adapter in .* does not fit .*: \d+ weights are of the adapter only"):
+    (out / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": config["target_modules"].replace("q|k|v", "q|k")})
+    )
+    with pytest.raises(
+        SystemExit, match=r"^error: the adapter in .* does not fit .*: \d+ weights are of the adapter only"
+    ):
         generate.main([str(out), "--question", "Is three odd?"])
 
 
@@ -522,7 +677,11 @@ def test_which_recipe_is_said_where_nothing_says_it(tiny_minicpm, tmp_path, caps
 def test_a_program_ends_without_a_traceback(what, code):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.generate import start\ndef main(): raise {what}\nstart(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr and ("interrupted" in done.stderr) == (what == "KeyboardInterrupt")
+    assert (
+        done.returncode == code
+        and "Traceback" not in done.stderr
+        and ("interrupted" in done.stderr) == (what == "KeyboardInterrupt")
+    )
 
 
 def test_as_a_program(run, ask):
@@ -541,7 +700,9 @@ def test_answers_about_documents(learnt, ask, base_only):
     found = ask(learnt / "run", *data, *["--base_only"] * base_only)
     rows = json.loads((learnt / "held_out.json").read_text())
     want = [(n, row["id"], 0, 1, row["question"], row["answers"]) for n, row in enumerate(rows)]
-    assert [tuple(line[key] for key in ("row", "id", "turn", "images", "question", "reference")) for line in found] == want
+    assert [
+        tuple(line[key] for key in ("row", "id", "turn", "images", "question", "reference")) for line in found
+    ] == want
     right = [line["prediction"] in line["reference"] for line in found]
     assert sum(right[:16]) == 0 if base_only else sum(right[:16]) >= 15
 
@@ -580,7 +741,9 @@ def test_one_question_about_a_page(learnt, ask, calls):
     assert text == f"<s> User: Answer briefly.{edge}{edge} {row['question']}<end_of_utterance>\nAssistant:"
     assert (asked["input_ids"][0] == processor.image_token_id).sum() == processor.image_seq_len
     assert asked["pixel_values"].shape[1] == 1 and line["images"] == 1 and line["reference"] is None
-    assert [line["prediction"]] == [answer.strip() for answer in processor.batch_decode(said, skip_special_tokens=True)]
+    assert [line["prediction"]] == [
+        answer.strip() for answer in processor.batch_decode(said, skip_special_tokens=True)
+    ]
     data = ["--dataset_name", learnt / "train.json", "--image_folder", learnt / "images"]
     assert line["prediction"] == ask(learnt / "run", *data)[0]["prediction"]
 
@@ -622,7 +785,14 @@ def test_the_questions_of_amber(learnt, tmp_path, ask, calls):
     rows = json.loads((learnt / "train.json").read_text())[:6]
     asked = [{"id": 1005 + n, "image": row["image"], "query": row["question"]} for n, row in enumerate(rows)]
     (tmp_path / "query_discriminative.json").write_text(json.dumps(asked))
-    data = ["--dataset_name", tmp_path / "query_discriminative.json", "--image_folder", learnt / "images", "--question_column", "query"]
+    data = [
+        "--dataset_name",
+        tmp_path / "query_discriminative.json",
+        "--image_folder",
+        learnt / "images",
+        "--question_column",
+        "query",
+    ]
     found = ask(learnt / "run", *data, "--append", "Please answer yes or no.", name="after.jsonl")
     assert [(line["id"], line["row"], line["question"], line["reference"]) for line in found] == [
         (1005 + n, n, f"{row['question']} Please answer yes or no.", None) for n, row in enumerate(rows)]  # fmt: skip
@@ -637,8 +807,17 @@ def test_the_questions_of_amber(learnt, tmp_path, ask, calls):
     content = [{"type": "text", "text": "Answer briefly."}, {"type": "image", "image": page}]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": found[0]["question"]}]}]
     assert found[0]["prediction"] == by_hand(model, processor, messages)
-    one = ["--question", rows[0]["question"], "--image", learnt / "images" / rows[0]["image"], "--append", "Please answer yes or no."]
-    assert [ask(learnt / "run", *one)[0][key] for key in ("question", "prediction")] == [found[0][key] for key in ("question", "prediction")]
+    one = [
+        "--question",
+        rows[0]["question"],
+        "--image",
+        learnt / "images" / rows[0]["image"],
+        "--append",
+        "Please answer yes or no.",
+    ]
+    assert [ask(learnt / "run", *one)[0][key] for key in ("question", "prediction")] == [
+        found[0][key] for key in ("question", "prediction")
+    ]
 
     truth = [{"id": row["id"], "type": "discriminative-attribute-number", "truth": "no"} for row in asked]
     (tmp_path / "annotations.json").write_text(json.dumps(truth))
@@ -655,9 +834,21 @@ def test_how_pages_are_shown_is_kept_where_they_lie_is_not(learnt, tiny_forms, t
     own = [{"picture": row["image"], "asks": {"fr": row["question"]}, "says": row["answers"]} for row in rows]
     (tmp_path / "own.json").write_text(json.dumps(own))
     own = {"dataset_name": tmp_path / "own.json", "image_folder": tmp_path / "pages", "image_column": "picture"}
-    own |= {"question_column": "asks", "answers_column": "says", "language": "fr", "instruction": "Say it.", "image_splitting": True}
+    own |= {
+        "question_column": "asks",
+        "answers_column": "says",
+        "language": "fr",
+        "instruction": "Say it.",
+        "image_splitting": True,
+    }
     own |= {"longest_edge": 84, "model_name_or_path": learnt / "model", "output_dir": tmp_path / "run", "max_steps": 1}
-    own |= {"eval_fraction": 0.25, "max_new_tokens": 2, "report_to": "none", "dataloader_num_workers": 0, "use_cpu": True}
+    own |= {
+        "eval_fraction": 0.25,
+        "max_new_tokens": 2,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
     idefics2_docvqa.main([part for name, value in own.items() for part in (f"--{name}", str(value))])
     assert len(ask(tmp_path / "run")) == 1  # its own row, by its own columns
 
@@ -666,7 +857,9 @@ def test_how_pages_are_shown_is_kept_where_they_lie_is_not(learnt, tiny_forms, t
         calls.clear()
         found = ask(tmp_path / "run", *data, *flags)
         rows, language = forms.make_rows(0, train=False, n=24), "de" if flags else "fr"
-        assert [line["question"] for line in found] == [forms.ask(row["asked"], row["phrasing"])[language] for row in rows]
+        assert [line["question"] for line in found] == [
+            forms.ask(row["asked"], row["phrasing"])[language] for row in rows
+        ]
         assert [line["reference"] for line in found] == [forms.answers(row) for row in rows]
         asked = calls[0][0]
         assert asked["pixel_values"].shape[1] == (1 if flags else 5) and max(asked["pixel_values"].shape[3:]) == 84

@@ -58,7 +58,9 @@ def test_trained_are_the_answer_and_its_end(side, pad, split, form_collate, page
     collator = form_collate(model_name_or_path=tmp_path / "model", image_splitting=split)
     tokenizer, batch = collator.processor.tokenizer, collator(ROWS)
     assert tokenizer.padding_side == side and tokenizer.pad_token == (pad or "</s>")
-    assert trained(batch, tokenizer) == [[f" {row['answers'][0].strip()}{END}"] for row in ROWS]  # nothing else: no page, no question
+    assert trained(batch, tokenizer) == [
+        [f" {row['answers'][0].strip()}{END}"] for row in ROWS
+    ]  # nothing else: no page, no question
     padded = batch["attention_mask"] == 0
     assert padded.any() and (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
     assert (batch["attention_mask"][:, 0 if side == "right" else -1] == 1).all()
@@ -71,7 +73,9 @@ def test_trained_are_the_answer_and_its_end(side, pad, split, form_collate, page
         assert unpadded(batch, n) == unpadded(alone)
         assert torch.equal(batch["labels"][n][~padded[n]], alone["labels"][0])
         text = tokenizer.decode(unpadded(alone))
-        assert text.startswith("<s> User: Answer briefly.<fake") and text.endswith(f"{row['answers'][0].strip()}{END}\n")
+        assert text.startswith("<s> User: Answer briefly.<fake") and text.endswith(
+            f"{row['answers'][0].strip()}{END}\n"
+        )
 
 
 def test_quarters_and_the_whole_are_what_splitting_shows(form_collate):
@@ -83,7 +87,9 @@ def test_quarters_and_the_whole_are_what_splitting_shows(form_collate):
     assert colours({"pixel_values": views[4, None, :, :40, 70:]}) == "g"  # the whole: its quarter at the top right
 
 
-@pytest.mark.parametrize("settings", [{}, {"image_splitting": True}, {"instruction": ""}, {"instruction": "Be brief, bitte:"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_splitting": True}, {"instruction": ""}, {"instruction": "Be brief, bitte:"}]
+)
 def test_a_row_is_what_the_chat_template_makes_of_it(settings, form_collate, pages, tmp_path):
     collator = form_collate(**settings)
     processor = collator.processor
@@ -96,13 +102,18 @@ def test_a_row_is_what_the_chat_template_makes_of_it(settings, form_collate, pag
     processor.save_pretrained(tmp_path / "saved")  # with this run's splitting
     saved = AutoProcessor.from_pretrained(tmp_path / "saved")
     prompts = [collator.tokenize([c[:1] for c in conversations], prompt=True)]
-    prompts += [saved.apply_chat_template([c[:1] for c in conversations], add_generation_prompt=True,
-                                          processor_kwargs={"padding": True}, **options)]
+    prompts += [
+        saved.apply_chat_template(
+            [c[:1] for c in conversations], add_generation_prompt=True, processor_kwargs={"padding": True}, **options
+        )
+    ]
     assert all((prompt["attention_mask"][:, -1] == 1).all() for prompt in prompts)  # padded on the left
     for n, row in enumerate(ROWS):
         alone = collator([row])
         ids, first = unpadded(alone), (alone["labels"][0] != -100).nonzero()[0].item()
-        assert [unpadded(prompt, n) for prompt in prompts] == [ids[:first]] * 2  # the prompt ends where the answer begins
+        assert [unpadded(prompt, n) for prompt in prompts] == [
+            ids[:first]
+        ] * 2  # the prompt ends where the answer begins
         assert ids.count(processor.tokenizer.bos_token_id) == 1 == ids[0]
     assert torch.equal(prompts[0]["pixel_values"], batch["pixel_values"])
 
@@ -123,12 +134,17 @@ def test_the_printed_example(form_collate, pages):
         f"<s> User: Answer briefly.{page} What is the total?{END}\nAssistant:« 47{END}»\n"
     )
     plain = form_collate(instruction="")
-    assert recipe.mark_trained_tokens(plain([ROWS[0]]), plain.processor) == f"<s> User:{page} What is the total?{END}\nAssistant:« 47{END}»\n"
+    assert (
+        recipe.mark_trained_tokens(plain([ROWS[0]]), plain.processor)
+        == f"<s> User:{page} What is the total?{END}\nAssistant:« 47{END}»\n"
+    )
 
 
 def test_white_space_around_texts_is_not_learnt(form_collate, pages):
     collator, padded = form_collate(), asks("  What is the total?\r\n", "  47 \r\n", "\t47 dollars ")
-    assert recipe.mark_trained_tokens(collator([padded]), collator.processor) == recipe.mark_trained_tokens(collator([asks("What is the total?", "47")]), collator.processor)
+    assert recipe.mark_trained_tokens(collator([padded]), collator.processor) == recipe.mark_trained_tokens(
+        collator([asks("What is the total?", "47")]), collator.processor
+    )
     assert collator.messages_of(padded)[1]["references"] == ["47", "47 dollars"]
 
 
@@ -148,20 +164,26 @@ def test_the_answer_is_drawn_by_seed_epoch_and_row_alone(form_collate, pages):
     torch.manual_seed(5)
     states = random.getstate(), torch.get_rng_state()
     first = drawn(collator, rows)
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])  # draws from no shared stream
+    assert random.getstate() == states[0] and torch.equal(
+        torch.get_rng_state(), states[1]
+    )  # draws from no shared stream
     random.seed(6)
     assert drawn(form_collate(seed=1), rows[::-1]) == first[::-1]  # whatever was drawn before it
     assert [drawn(collator, [row]) for row in rows[:8]] == [[answer] for answer in first[:8]]
     assert set(first) == set(THREE) and drawn(other, rows) != first
     by_epoch = [tuple(first[epoch::4]) for epoch in range(4)]
     assert len(set(by_epoch)) == 4 and all(len(set(answers)) > 1 for answers in by_epoch)
-    changed = [{**row, "question": "Which city?", "image": "blue.png", "answers": ["six", "seven", "eight"]} for row in rows]
+    changed = [
+        {**row, "question": "Which city?", "image": "blue.png", "answers": ["six", "seven", "eight"]} for row in rows
+    ]
     assert drawn(collator, changed) == [dict(zip(THREE, ["six", "seven", "eight"]))[answer] for answer in first]
 
 
 def test_without_an_epoch_it_is_the_first(form_collate, pages):
     rows = [asks("What?", *THREE, row=row) for row in range(12)]
-    assert drawn(form_collate(), rows) == drawn(form_collate(), [{**row, "epoch": None} for row in rows]) == ["one"] * 12
+    assert (
+        drawn(form_collate(), rows) == drawn(form_collate(), [{**row, "epoch": None} for row in rows]) == ["one"] * 12
+    )
     assert drawn(form_collate(), [asks("What?", "one", row=row, epoch=row) for row in range(5)]) == ["one"] * 5
 
 
@@ -169,7 +191,9 @@ def test_without_an_epoch_it_is_the_first(form_collate, pages):
 def test_every_accepted_answer_comes_about_equally_often(rows, form_collate, pages):
     page = Image.new("RGB", (8, 8))
     counts = Counter(drawn(form_collate(), [asks("What?", *THREE, image=page, **rows(n)) for n in range(300)]))
-    assert counts.keys() == set(THREE) and all(abs(count - 100) <= 25 for count in counts.values()), counts  # three sigma
+    assert counts.keys() == set(THREE) and all(abs(count - 100) <= 25 for count in counts.values()), (
+        counts
+    )  # three sigma
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -184,7 +208,12 @@ def test_loader_workers_draw_the_same_in_every_epoch(kind, workers, form_parse, 
         column = recipe.EpochColumn()
         data = train.with_transform(column.add)
         loader = torch.utils.data.DataLoader(
-            data, 5, collate_fn=collator, num_workers=count, persistent_workers=count > 0, multiprocessing_context="fork" if count else None
+            data,
+            5,
+            collate_fn=collator,
+            num_workers=count,
+            persistent_workers=count > 0,
+            multiprocessing_context="fork" if count else None,
         )
         for epoch in range(3):  # the workers live through all of them: they see the number change
             column.on_epoch_begin(training, TrainerState(epoch=float(epoch)), None)
@@ -192,9 +221,9 @@ def test_loader_workers_draw_the_same_in_every_epoch(kind, workers, form_parse, 
     for epoch in range(3):
         assert all(map(same, batches[0, epoch], batches[workers, epoch])) and len(batches[workers, epoch]) == 3
         expected = drawn(collator, [{**row, "epoch": epoch} for row in train])
-        assert [text for batch in batches[workers, epoch] for [text] in trained(batch, collator.processor.tokenizer)] == [
-            f" {answer}{END}" for answer in expected
-        ]
+        assert [
+            text for batch in batches[workers, epoch] for [text] in trained(batch, collator.processor.tokenizer)
+        ] == [f" {answer}{END}" for answer in expected]
     assert not same(batches[0, 0][0], batches[0, 1][0]) and not same(batches[0, 1][0], batches[0, 2][0])
 
 
@@ -213,11 +242,22 @@ def test_forms_of_one_row(form_collate, images, tmp_path):
     """A page as path, list of one, absolute path, bytes, PIL image; an answer as a text or a list; a question by language."""
     collator, [red] = form_collate(), images(1, (112, 56))
     png = (tmp_path / red).read_bytes()
-    cells = [red, [red], str(tmp_path / red), png, {"bytes": png}, {"bytes": png, "path": None}, {"bytes": None, "path": red}]
+    cells = [
+        red,
+        [red],
+        str(tmp_path / red),
+        png,
+        {"bytes": png},
+        {"bytes": png, "path": None},
+        {"bytes": None, "path": red},
+    ]
     cells += [[{"bytes": png, "path": "elsewhere.png"}], Image.open(io.BytesIO(png)), [Image.open(io.BytesIO(png))]]
     batches = [collator([asks("What?", "two", image=cell)]) for cell in cells]
     batches += [collator([{**asks("What?", image=red), "answers": "two"}])]
-    batches += [collator([asks({"en": "What?", "fr": None}, "two")]), collator([{**asks("What?", "two"), "folder": str(tmp_path)}])]
+    batches += [
+        collator([asks({"en": "What?", "fr": None}, "two")]),
+        collator([{**asks("What?", "two"), "folder": str(tmp_path)}]),
+    ]
     assert all(same(batches[0], batch) for batch in batches)
     assert colours({"pixel_values": batches[0]["pixel_values"][0]}) == "r"
     assert drawn(collator, [asks("What?", "two")]) == ["two"]
@@ -321,7 +361,9 @@ def docvqa(tiny_forms, tmp_path):
 
 @pytest.mark.parametrize("kind", DOCVQA)
 def test_every_schema_gives_the_same_batches(kind, docvqa, tiny_forms, form_parse):
-    settings, training = form_parse(dataset_name=docvqa(kind), image_folder=tiny_forms / "json" / "images", eval_fraction=0)
+    settings, training = form_parse(
+        dataset_name=docvqa(kind), image_folder=tiny_forms / "json" / "images", eval_fraction=0
+    )
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     rows = sorted(load_data(recipe, settings, training)[0], key=lambda row: row["id"])
     expected = sorted(map(forms.to_docvqa, forms.make_rows(0, train=False, n=24)[:10]), key=lambda row: row["id"])
@@ -360,8 +402,20 @@ def said_of(data):
     return [int(answer) for [answer] in data["answers"]]
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "folder", "json folder", "saved", "saved dict", "image folder",
-                                  "image folder with test"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "json",
+        "jsonl",
+        "parquet",
+        "folder",
+        "json folder",
+        "saved",
+        "saved dict",
+        "image folder",
+        "image folder with test",
+    ],
+)
 def test_every_kind_of_data_set_is_read(kind, saved, form_parse, tmp_path):
     options = {"dataset_name": saved[kind], "eval_fraction": 0.2, "image_folder": tmp_path}
     (train, held_out), again, other = (load_data(recipe, *form_parse(**options, seed=seed)) for seed in (5, 5, 6))
@@ -397,7 +451,9 @@ def test_what_is_evaluated_on_can_be_said(settings, expected, saved, form_parse,
 
 
 def test_rows_trained_on_are_not_held_out_by_default(saved, form_parse, tmp_path):
-    train, held_out = load_data(recipe, *form_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path))
+    train, held_out = load_data(
+        recipe, *form_parse(dataset_name=saved["saved dict"], dataset_train_split="test", image_folder=tmp_path)
+    )
     assert not set(said_of(train)) & set(said_of(held_out)) and len(train) + len(held_out) == 5
 
 
@@ -429,7 +485,9 @@ def test_questions_about_one_page_are_on_one_side(kind, form_parse, tmp_path):
             image.save(tmp_path / f"{n}.png")
         path.write_text(json.dumps([{**row, "image": f"{n % 8}.png"} for n, row in enumerate(rows)]))
     else:
-        data = datasets.Dataset.from_list([{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows)
+        data = datasets.Dataset.from_list(
+            [{**row, "image": [row["image"]]} for row in rows] if "lists" in kind else rows
+        )
         data.to_parquet(path) if path.suffix == ".parquet" else data.save_to_disk(path)
     train, held_out = load_data(recipe, *form_parse(dataset_name=path, eval_fraction=0.25))
     there = [{n % 8 for n in said_of(data)} for data in (train, held_out)]
@@ -467,7 +525,9 @@ COLUMNS = {  # columns of a row, flags, what is asked and answered
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 @pytest.mark.parametrize("row, flags, expected", COLUMNS.values(), ids=COLUMNS)
-def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, expected, kind, form_parse, write, images, tmp_path):
+def test_columns_have_their_names_by_themselves_or_by_flags(
+    row, flags, expected, kind, form_parse, write, images, tmp_path
+):
     images(1)
     path = write([{"image": "red.png", **row}] * 2, f"rows.{kind}")
     settings, training = form_parse(dataset_name=path, eval_fraction=0, **flags)
@@ -481,15 +541,29 @@ def test_columns_have_their_names_by_themselves_or_by_flags(row, flags, expected
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_columns_of_the_names_used_here_do_no_harm(kind, form_parse, write, images):
     images(1)
-    mine = {"row": "mine", "folder": "/nowhere", "length": "long", "epoch": 7, "labels": [3], "question": 5, "problem": "p", "answer": {"text": 1}}
-    rows = [{**mine, "id": n, "image": "red.png", "query": "q", "answers": ["six", str(n)], "pixel_values": [n]} for n in range(3)]
+    mine = {
+        "row": "mine",
+        "folder": "/nowhere",
+        "length": "long",
+        "epoch": 7,
+        "labels": [3],
+        "question": 5,
+        "problem": "p",
+        "answer": {"text": 1},
+    }
+    rows = [
+        {**mine, "id": n, "image": "red.png", "query": "q", "answers": ["six", str(n)], "pixel_values": [n]}
+        for n in range(3)
+    ]
     settings, training = form_parse(dataset_name=write(rows, f"rows.{kind}"), eval_fraction=0)
     train, _ = load_data(recipe, settings, training)
     assert (train["row"], train["id"]) == ([0, 1, 2], [0, 1, 2]) and train["length"][0] > 5
     assert set(train.column_names) == {"id", "image", "question", "answers", "row", "folder", "length", "image_keys"}
     collator = recipe.Collator(recipe.load_processor(settings), settings, training)
     marked = train.with_transform(recipe.EpochColumn().add)
-    assert drawn(collator, [marked[n] for n in range(3)]) == drawn(collator, [asks("q", "six", str(n), row=n, epoch=0, folder=train["folder"][0]) for n in range(3)])
+    assert drawn(collator, [marked[n] for n in range(3)]) == drawn(
+        collator, [asks("q", "six", str(n), row=n, epoch=0, folder=train["folder"][0]) for n in range(3)]
+    )
 
 
 def test_types_may_differ_between_rows_and_texts_stay_texts(form_parse, write, images, tmp_path):
@@ -523,15 +597,30 @@ def test_the_question_is_asked_in_the_language_wanted(language, tiny_forms, form
     for data, is_train in ((train, True), (held_out, False)):
         rows = sorted(data, key=lambda row: row["row"])
         made = forms.make_rows(0, train=is_train, n=96 if is_train else 24)
-        assert questions(rows, settings, training) == [forms.ask(row["asked"], row["phrasing"])[language] for row in made]
+        assert questions(rows, settings, training) == [
+            forms.ask(row["asked"], row["phrasing"])[language] for row in made
+        ]
 
 
 def test_the_hub_is_asked_for_what_the_flags_say(form_parse, monkeypatch, images, tmp_path):
     seen, process = [], AutoProcessor.from_pretrained
-    data = datasets.DatasetDict(train=datasets.Dataset.from_list([asks("q", "a", image=str(tmp_path / name)) for name in images(4)]))
+    data = datasets.DatasetDict(
+        train=datasets.Dataset.from_list([asks("q", "a", image=str(tmp_path / name)) for name in images(4)])
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [data, seen.append((args, kwargs))][0])
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0])
-    assert len(load_data(recipe, *form_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e"))[0]) == 3
+    monkeypatch.setattr(
+        AutoProcessor,
+        "from_pretrained",
+        lambda *args, **kwargs: [process(args[0]), seen.append(kwargs["revision"])][0],
+    )
+    assert (
+        len(
+            load_data(
+                recipe, *form_parse(dataset_name="a/b", dataset_config="c", dataset_revision="d", model_revision="e")
+            )[0]
+        )
+        == 3
+    )
     assert seen == ["e", (("a/b", "c"), {"revision": "d"}), (("a/b", "c"), {"revision": "d"})]
 
 
@@ -551,7 +640,11 @@ def checked(form_parse, monkeypatch):
 
 def test_the_check_is_cached_until_a_page_changes(checked, write, pages, tmp_path):
     path = write([asks("Which?", "two", image=name) for name in ("red.png", "lime.png", "blue.png")])
-    assert [checked(dataset_name=path), checked(dataset_name=path), checked(dataset_name=path, learning_rate=1)] == [3, 0, 0]
+    assert [checked(dataset_name=path), checked(dataset_name=path), checked(dataset_name=path, learning_rate=1)] == [
+        3,
+        0,
+        0,
+    ]
     Image.new("RGB", (9, 9)).save(tmp_path / "lime.png")
     assert [checked(dataset_name=path), checked(dataset_name=path)] == [3, 0]
     assert checked(dataset_name=path, image_splitting=True) == 3
@@ -573,7 +666,10 @@ def test_a_page_that_changes_in_an_image_folder_is_checked_again(checked, saved)
 
 def test_the_check_is_cached_whatever_the_settings_that_have_no_say_in_it(checked, write, pages):
     path = write([asks("Which?", "two", image=name) for name in ("red.png", "lime.png", "blue.png")])
-    assert [checked(dataset_name=path, **more) for more in ({}, {"on_bad_rows": "skip"}, {"lora_r": 3}, {"output_dir": "x"})] == [3, 0, 0, 0]
+    assert [
+        checked(dataset_name=path, **more)
+        for more in ({}, {"on_bad_rows": "skip"}, {"lora_r": 3}, {"output_dir": "x"})
+    ] == [3, 0, 0, 0]
 
 
 def test_many_rows_are_checked_in_parallel(form_parse, write, images, monkeypatch):
@@ -597,13 +693,20 @@ def test_long_rows_are_dropped_or_refused_by_their_longest_answer(form_parse, wr
     lengths = [max(collator([{**row, "image": "red.png", "folder": str(options[0].dataset_name).rsplit("/", 1)[0],
                               "answers": [answer]}])["input_ids"].shape[1] for answer in row["answers"]) for row in rows]  # fmt: skip
     assert lengths[0] == lengths[3] < lengths[1] < lengths[2]
-    for limit, kept in ((lengths[2], [0, 1, 2, 3]), (lengths[2] - 1, [0, 1, 3]), (lengths[1], [0, 1, 3]), (lengths[1] - 1, [0, 3])):
+    for limit, kept in (
+        (lengths[2], [0, 1, 2, 3]),
+        (lengths[2] - 1, [0, 1, 3]),
+        (lengths[1], [0, 1, 3]),
+        (lengths[1] - 1, [0, 3]),
+    ):
         train, _ = load_data(recipe, *form_parse(**settings, max_length=limit))
         assert train["row"] == kept
         out = capsys.readouterr().out
         assert (f"row 2: too long: {lengths[2]} tokens, --max_length is {limit}" in out) == (2 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
-    with pytest.raises(SystemExit, match=rf"(?s)2 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
+    with pytest.raises(
+        SystemExit, match=rf"(?s)2 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"
+    ):
         load_data(recipe, *form_parse(**settings, max_length=limit, on_long_rows="stop"))
 
 
@@ -611,7 +714,12 @@ def test_long_rows_are_dropped_or_refused_by_their_longest_answer(form_parse, wr
 def test_settings_that_may_be_none(form_flags, tmp_path):
     (tmp_path / "run.yaml").write_text("longest_edge: null\nquestion_column:\nlora_r: 3\n")
     settings, _ = recipe.parse(["--config", str(tmp_path / "run.yaml")])
-    assert (settings.longest_edge, settings.question_column, settings.lora_r, settings.lora_alpha) == (None, None, 3, 8)
+    assert (settings.longest_edge, settings.question_column, settings.lora_r, settings.lora_alpha) == (
+        None,
+        None,
+        3,
+        8,
+    )
     settings, _ = recipe.parse(["--config", str(tmp_path / "run.yaml"), "--longest_edge", "60", "--instruction", ""])
     assert (settings.longest_edge, settings.instruction) == (60, "")
     for argv, named in ((["--longest_edge", "9.5"], "9.5"), (["--image_splitting", "perhaps"], "perhaps")):

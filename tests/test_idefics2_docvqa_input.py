@@ -39,7 +39,12 @@ def answered(answers):
     return {**GOOD, "answers": answers}
 
 
-NONE, NO_TEXT, BLANK, NO_PAGE = "no accepted answer: .*--answers_column", "is not a text: ", "empty answer: .*white space", "unreadable image: "
+NONE, NO_TEXT, BLANK, NO_PAGE = (
+    "no accepted answer: .*--answers_column",
+    "is not a text: ",
+    "empty answer: .*white space",
+    "unreadable image: ",
+)
 LANGUAGE = r"language: no question in 'en', there are "
 BAD_ROWS = {  # what is wrong: the row, what the message says
     "answers null": (answered(None), NONE),
@@ -63,7 +68,10 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     "question blank": (asks(" \n", "47"), "empty question: .*white space"),
     "question blank in this language": (asks({"en": "\t", "de": "Was?"}, "47"), "empty question: .*white space"),
     "question a number in this language": (asks({"en": 5}, "47"), rf"question {NO_TEXT}5"),
-    "question not in this language": (asks({"en": None, "de": "Was?", "fr": "Quoi ?"}, "47"), LANGUAGE + r"\['de', 'fr'\].*--language"),
+    "question not in this language": (
+        asks({"en": None, "de": "Was?", "fr": "Quoi ?"}, "47"),
+        LANGUAGE + r"\['de', 'fr'\].*--language",
+    ),
     "question empty in this language": (asks({"en": "", "de": "Was?"}, "47"), LANGUAGE + r"\['de'\].*--language"),
     "question in another language": (asks({"de": "Was?"}, "47"), LANGUAGE + r"\['de'\].*--language"),
     "question in no language": (asks({}, "47"), LANGUAGE),
@@ -129,25 +137,39 @@ def test_bad_rows_of_other_files_and_with_ids(name, stops, write, pages):
     rows = [{**page(image), "id": f"n{n}"} for n, image in enumerate(["red.png", "text.png", "nowhere.png"])]
     rows += [{**answered([]), "id": ""}, {**GOOD, "question": " ", "id": None}]
     message = stops(dataset_name=write(rows, name))
-    assert re.search(r"4 of 5 rows of .*rows\.\w+ .*\n  row 1 \(id n1\): .*\n  row 2 \(id n2\): .*\n  row 3: no.*\n  row 4: empty", message)
+    assert re.search(
+        r"4 of 5 rows of .*rows\.\w+ .*\n  row 1 \(id n1\): .*\n  row 2 \(id n2\): .*\n  row 3: no.*\n  row 4: empty",
+        message,
+    )
 
 
 def test_ids_may_be_numbers(stops, write, pages):
-    assert re.search(r"\n  row 1 \(id 0\): ", stops(dataset_name=write([{**GOOD, "id": 5}, {**page("text.png"), "id": 0}])))
+    assert re.search(
+        r"\n  row 1 \(id 0\): ", stops(dataset_name=write([{**GOOD, "id": 5}, {**page("text.png"), "id": 0}]))
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_embedded_pages_that_are_none(listed, kind, stops, tmp_path, pages):
     good = (tmp_path / "red.png").read_bytes()
-    cells = [{"bytes": good, "path": None}, {"bytes": b"no picture", "path": "scan.png"}, {"bytes": b"no picture", "path": None}, None]
-    kinds = datasets.Features(image=datasets.Image(), question=datasets.Value("string"), answers=datasets.List(datasets.Value("string")))
+    cells = [
+        {"bytes": good, "path": None},
+        {"bytes": b"no picture", "path": "scan.png"},
+        {"bytes": b"no picture", "path": None},
+        None,
+    ]
+    kinds = datasets.Features(
+        image=datasets.Image(), question=datasets.Value("string"), answers=datasets.List(datasets.Value("string"))
+    )
     if listed:
         kinds["image"], cells = datasets.List(datasets.Image()), [cell and [cell] for cell in cells]
     data = datasets.Dataset.from_list([page(cell) for cell in cells], features=kinds)
     (data.to_parquet if kind == "parquet" else data.save_to_disk)(tmp_path / f"x.{kind}")
     message = stops(dataset_name=tmp_path / f"x.{kind}")
-    assert re.search(r"3 of 4 (?s:.)*row 1: .*scan.png(?s:.)*row 2: unreadable image: its bytes (?s:.)*row 3: .*page", message), message
+    assert re.search(
+        r"3 of 4 (?s:.)*row 1: .*scan.png(?s:.)*row 2: unreadable image: its bytes (?s:.)*row 3: .*page", message
+    ), message
 
 
 def test_a_prompt_that_the_answer_changes_is_refused(stops, write, pages, tmp_path):
@@ -159,7 +181,9 @@ def test_a_prompt_that_the_answer_changes_is_refused(stops, write, pages, tmp_pa
     processor.save_pretrained(tmp_path / "model")
     rows = [asks("What is the", "?"), asks("What is t", "?", "he total"), asks("What is t", "he total", "47")]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model", instruction="")
-    assert "2 of 3" in message and re.search(r"\n  row 1: prompt changed: .*'he total' change the prompt's tokens", message), message
+    assert "2 of 3" in message and re.search(
+        r"\n  row 1: prompt changed: .*'he total' change the prompt's tokens", message
+    ), message
     assert "\n  row 2: " in message
 
 
@@ -201,7 +225,12 @@ def test_bad_rows_to_evaluate_on(stops, form_parse, write, pages, capsys, tmp_pa
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write, pages):
     message = stops(dataset_name=write([row] * 3), **settings)
-    assert re.search("3 of 3 rows", message) and remedy in message and other not in message and "No row would be left" in message, message
+    assert (
+        re.search("3 of 3 rows", message)
+        and remedy in message
+        and other not in message
+        and "No row would be left" in message
+    ), message
 
 
 def test_long_rows_do_not_hide_bad_ones(stops, write, pages):
@@ -219,18 +248,34 @@ FILES = {  # name, how to write it, what the message says beside its name
     "empty json": ("x.json", lambda path: path.write_text("[]"), EMPTY),
     "empty jsonl": ("x.jsonl", lambda path: path.write_text(""), EMPTY),
     "empty parquet": ("x.parquet", empty_parquet, EMPTY),
-    "empty saved": ("x", lambda path: datasets.Dataset.from_dict({"image": [], "question": []}).save_to_disk(path), EMPTY),
+    "empty saved": (
+        "x",
+        lambda path: datasets.Dataset.from_dict({"image": [], "question": []}).save_to_disk(path),
+        EMPTY,
+    ),
     "empty folder": ("x", lambda path: path.mkdir(), UNREADABLE),
     "json cut off": ("x.json", lambda path: path.write_text(json.dumps([GOOD] * 9)[:-30]), UNREADABLE),
     "json with a slip": ("x.json", lambda path: path.write_text('[{"image": }]'), UNREADABLE),
     "json of one row": ("x.json", lambda path: path.write_text(json.dumps(GOOD)), UNREADABLE),
     "json of texts": ("x.json", lambda path: path.write_text('["a", "b"]'), UNREADABLE),
-    "json that is jsonl": ("x.json", lambda path: path.write_text("\n".join([json.dumps(GOOD)] * 2)), "(?s)cannot read.*jsonl"),
+    "json that is jsonl": (
+        "x.json",
+        lambda path: path.write_text("\n".join([json.dumps(GOOD)] * 2)),
+        "(?s)cannot read.*jsonl",
+    ),
     "jsonl with a slip": ("x.jsonl", lambda path: path.write_text(json.dumps(GOOD) + '\n{"image": \n'), UNREADABLE),
     "json not in UTF-8": ("x.json", lambda path: path.write_bytes('[{"a": "é"}]'.encode("latin-1")), UNREADABLE),
-    "half a character": ("x.json", lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])), r"row 0 has invalid Unicode .a lone surrogate.; fix"),
+    "half a character": (
+        "x.json",
+        lambda path: path.write_text(json.dumps([asks("What\ud83d?", "47")])),
+        r"row 0 has invalid Unicode .a lone surrogate.; fix",
+    ),
     "no parquet": ("x.parquet", lambda path: path.write_text("PAR1"), UNREADABLE),
-    "another kind": ("x.csv", lambda path: path.write_text("image,question"), r"cannot read.*\.json, \.jsonl and \.parquet"),
+    "another kind": (
+        "x.csv",
+        lambda path: path.write_text("image,question"),
+        r"cannot read.*\.json, \.jsonl and \.parquet",
+    ),
     "nowhere.json": ("nowhere.json", lambda path: None, UNREADABLE),
     "nowhere.parquet": ("nowhere.parquet", lambda path: None, UNREADABLE),
     "nowhere": ("nowhere", lambda path: None, UNREADABLE),
@@ -242,7 +287,9 @@ FILES = {  # name, how to write it, what the message says beside its name
 def test_a_data_set_that_cannot_be_read_is_named(name, create, expected, flag, stops, write, pages, tmp_path):
     create(tmp_path / name)
     message = stops(**{"dataset_name": write([GOOD] * 2), flag: tmp_path / name})
-    assert (str(tmp_path / name) in message or "the evaluation data" in message) and re.search(expected, message), message
+    assert (str(tmp_path / name) in message or "the evaluation data" in message) and re.search(expected, message), (
+        message
+    )
 
 
 def test_the_hub_cannot_be_reached(stops):
@@ -252,16 +299,31 @@ def test_the_hub_cannot_be_reached(stops):
 @pytest.mark.parametrize("flag", ["dataset_train_split", "dataset_test_split"])
 def test_an_unknown_split_is_answered_with_the_known_ones(flag, stops):
     message = stops(**{flag: "dev"})
-    assert re.search("no split 'dev'; it has ", message) and set(re.split("[ ,]+", message.split("it has ")[1])) == {"train", "test"}
+    assert re.search("no split 'dev'; it has ", message) and set(re.split("[ ,]+", message.split("it has ")[1])) == {
+        "train",
+        "test",
+    }
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 @pytest.mark.parametrize(
     "row, flags, expected",
     [
-        ({"page": "red.png", "question": "q", "answer": "a"}, {}, "no column 'image' .--image_column.*page, question, answer"),
-        ({"image": "red.png", "frage": "q", "answer": "a"}, {}, "no column 'question' .--question_column.*image, frage, answer"),
-        ({"page": "red.png", "frage": "q"}, {}, "no column 'image' .--image_column. and 'question' .--question_column. and 'answer' .--answers"),
+        (
+            {"page": "red.png", "question": "q", "answer": "a"},
+            {},
+            "no column 'image' .--image_column.*page, question, answer",
+        ),
+        (
+            {"image": "red.png", "frage": "q", "answer": "a"},
+            {},
+            "no column 'question' .--question_column.*image, frage, answer",
+        ),
+        (
+            {"page": "red.png", "frage": "q"},
+            {},
+            "no column 'image' .--image_column. and 'question' .--question_column. and 'answer' .--answers",
+        ),
         (GOOD, {"image_column": "scan"}, "no column 'scan' .--image_column"),
         (GOOD, {"question_column": "frage"}, "no column 'frage' .--question_column"),
         (GOOD, {"answers_column": "antwort"}, "no column 'antwort' .--answers_column.*image, question, answers"),
@@ -295,7 +357,11 @@ def test_no_answers_anywhere_is_a_matter_of_columns(stops, write, pages):
 def test_one_page_cannot_be_divided(stops, write, pages):
     for rows in ([GOOD], [GOOD] * 5):
         message = stops(dataset_name=write(rows), eval_fraction=0.1)
-        assert f"{len(rows)} rows cannot be divided" in message and "without an image in both" in message and "--eval_fraction" in message
+        assert (
+            f"{len(rows)} rows cannot be divided" in message
+            and "without an image in both" in message
+            and "--eval_fraction" in message
+        )
 
 
 # ------------------------------------------------------------------------------------------- machine, flags, model
@@ -306,11 +372,17 @@ def test_one_page_cannot_be_divided(stops, write, pages):
         ({"lora_r": -1}, "--lora_r"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
         ({"max_length": 0}, "--max_length"),
-        ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
+        (
+            {"eval_steps": 5, "save_steps": 10, "max_steps": 20},
+            "--save_steps equal to --eval_steps.*--load_best_model_at_end false",
+        ),
         ({"learning_rate": -1}, "--learning_rate"),
         ({"learning_rate": "nan"}, "--learning_rate"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
-        ({"metric_for_best_model": "rouge"}, "--metric_for_best_model rouge: this recipe computes anls and exact_match and loss only"),
+        (
+            {"metric_for_best_model": "rouge"},
+            "--metric_for_best_model rouge: this recipe computes anls and exact_match and loss only",
+        ),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
         ({"push_to_hub": True}, "--push_to_hub"),
@@ -323,7 +395,15 @@ def test_flags_that_cannot_work(settings, expected, stops):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eval_fraction": 0, "lora_dropout": 0, "sample_rows": 0, "lora_r": 1, "max_length": 1, "max_eval_rows": 1, "max_new_tokens": 1},
+        {
+            "eval_fraction": 0,
+            "lora_dropout": 0,
+            "sample_rows": 0,
+            "lora_r": 1,
+            "max_length": 1,
+            "max_eval_rows": 1,
+            "max_new_tokens": 1,
+        },
         {"metric_for_best_model": "eval_exact_match"},
         {"eval_steps": 5, "save_steps": 10, "load_best_model_at_end": False},
         {"metric_for_best_model": "loss"},
@@ -372,15 +452,27 @@ def write_clip(folder):
 MODELS = {
     "nowhere": (lambda folder: None, "--model_name_or_path"),
     "empty": (lambda folder: folder.mkdir(), "--model_name_or_path"),
-    "LLaVA": (lambda folder: llava.processor().save_pretrained(folder), "LlavaProcessor.*this needs an Idefics2Processor"),
+    "LLaVA": (
+        lambda folder: llava.processor().save_pretrained(folder),
+        "LlavaProcessor.*this needs an Idefics2Processor",
+    ),
     "CLIP": (write_clip, "CLIPProcessor.*this needs an Idefics2Processor"),
-    "no template": (write_without_template, f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}"),
-    "another template": (write_with_another_template, f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}"),
+    "no template": (
+        write_without_template,
+        f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}",
+    ),
+    "another template": (
+        write_with_another_template,
+        f"Idefics2Processor.; this needs an Idefics2Processor whose chat template.*{END}",
+    ),
     "images only": (
         lambda folder: idefics2.processor().image_processor.save_pretrained(folder),
         "ImageProcessor|--model_name_or_path",
     ),
-    "texts only": (lambda folder: idefics2.processor().tokenizer.save_pretrained(folder), "Tokenizer|--model_name_or_path"),
+    "texts only": (
+        lambda folder: idefics2.processor().tokenizer.save_pretrained(folder),
+        "Tokenizer|--model_name_or_path",
+    ),
 }
 
 
@@ -393,7 +485,12 @@ def test_another_kind_of_model_is_refused(create, expected, stops, write, pages,
 
 @pytest.mark.parametrize(
     "name, damage",
-    [("config.json", None), ("config.json", lambda whole: b"{"), ("model.safetensors", None), ("model.safetensors", lambda whole: whole[:-99])],
+    [
+        ("config.json", None),
+        ("config.json", lambda whole: b"{"),
+        ("model.safetensors", None),
+        ("model.safetensors", lambda whole: whole[:-99]),
+    ],
 )
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_damaged_weights_are_one_message(load_in_4bit, name, damage, tiny_forms, form_flags, write, pages, tmp_path):
@@ -402,7 +499,9 @@ def test_damaged_weights_are_one_message(load_in_4bit, name, damage, tiny_forms,
     (tmp_path / "model" / name).unlink()
     if damage:
         (tmp_path / "model" / name).write_bytes(damage(whole))
-    argv = form_flags(model_name_or_path=tmp_path / "model", dataset_name=write([GOOD]), eval_fraction=0, load_in_4bit=load_in_4bit)
+    argv = form_flags(
+        model_name_or_path=tmp_path / "model", dataset_name=write([GOOD]), eval_fraction=0, load_in_4bit=load_in_4bit
+    )
     with pytest.raises(SystemExit, match=rf"^error: .*{tmp_path / 'model'}"):
         recipe.main(argv)
     assert not (tmp_path / "out").exists()
@@ -419,16 +518,23 @@ def test_good_input_passes_every_check(form_flags, write, pages, monkeypatch, ca
 
 def test_a_program_that_fails_ends_with_the_message(form_flags, write, pages, tmp_path):
     argv = form_flags(dataset_name=write([GOOD, answered([" "])]), eval_fraction=0)
-    done = subprocess.run([sys.executable, str(ROOT / "idefics2_docvqa.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "idefics2_docvqa.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
     assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: empty answer") and "--on_bad_rows skip" in last[2]
     assert len(last) == 3 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("row", [asks("What\ud83d?", "47"), asks("What?", "47", "\udc00"), asks({"en": "\ud83d"}, "47")])
+@pytest.mark.parametrize(
+    "row", [asks("What\ud83d?", "47"), asks("What?", "47", "\udc00"), asks({"en": "\ud83d"}, "47")]
+)
 def test_half_a_character_is_not_dropped(row, stops, write, pages):
-    assert re.search(r"cannot read .*row 1 has invalid Unicode .a lone surrogate.; fix", stops(dataset_name=write([GOOD, row, GOOD, row])))
+    assert re.search(
+        r"cannot read .*row 1 has invalid Unicode .a lone surrogate.; fix",
+        stops(dataset_name=write([GOOD, row, GOOD, row])),
+    )
 
 
 def test_a_page_that_changes_after_the_check(form_parse, write, images, tmp_path):
@@ -443,7 +549,9 @@ def test_a_page_that_changes_after_the_check(form_parse, write, images, tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_page_that_changes_under_the_run_ends_it_with_one_message(workers, form_flags, write, images, tmp_path, monkeypatch):
+def test_a_page_that_changes_under_the_run_ends_it_with_one_message(
+    workers, form_flags, write, images, tmp_path, monkeypatch
+):
     names, load_model = images(4), recipe.load_model
 
     def change_then_load(*args):

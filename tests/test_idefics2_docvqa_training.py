@@ -53,7 +53,11 @@ PARTS = ("vision_model", "modality_projection", "perceiver_resampler", "text_mod
 # ------------------------------------------------------------------------------------------------- what the tests use
 def command(folder, out, **settings):
     """The flags of a short run on the CPU: of the model and the rows in `folder`, into `out`."""
-    own = {"model_name_or_path": folder / "model", "dataset_name": folder / "train.json", "image_folder": folder / "images"}
+    own = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "train.json",
+        "image_folder": folder / "images",
+    }
     settings = {**own, "eval_dataset_name": folder / "held_out.json", "output_dir": out, **SHORT, **settings}
     return ["--use_cpu", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
@@ -73,7 +77,9 @@ def run(argv, train=True):
 
     def step(self, model, inputs, *args, **kwargs):
         decode = self.processing_class.tokenizer.decode
-        drawn.append([decode(labels[labels != -100]).removesuffix("<end_of_utterance>").strip() for labels in inputs["labels"]])
+        drawn.append(
+            [decode(labels[labels != -100]).removesuffix("<end_of_utterance>").strip() for labels in inputs["labels"]]
+        )
         return stock_step(self, model, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
@@ -82,7 +88,14 @@ def run(argv, train=True):
         with contextlib.nullcontext() if train else pytest.raises(SystemExit):
             idefics2_docvqa.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen, drawn=drawn)
+    return SimpleNamespace(
+        argv=argv,
+        out=out,
+        trainer=trainers[0] if trainers else None,
+        text=text.getvalue(),
+        weights=weights.seen,
+        drawn=drawn,
+    )
 
 
 def plain(name):
@@ -106,8 +119,12 @@ def stir(model):
 
 def sections(out):
     """samples.md -> {step: (its ANLS, [[page, question, answered, accepted, ANLS] of a row])}."""
-    parts = re.split(r"^## Step (\d+): ANLS ([\d.]+)$", (out / "samples.md").read_text(encoding="utf-8"), flags=re.M)[1:]
-    cut = lambda text: [[c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    parts = re.split(r"^## Step (\d+): ANLS ([\d.]+)$", (out / "samples.md").read_text(encoding="utf-8"), flags=re.M)[
+        1:
+    ]
+    cut = lambda text: [
+        [c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     tables = {int(step): (float(mean), cut(text)) for step, mean, text in zip(*[iter(parts)] * 3)}
     assert all(rows[0] == ["page", "question", "answered", "accepted", "ANLS"] for _, rows in tables.values())
     return {step: (mean, rows[1:]) for step, (mean, rows) in tables.items()}
@@ -135,7 +152,9 @@ def several(learnt, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(several, tmp_path_factory):
     """A function: settings as keywords -> a finished short run; each is run once."""
-    return functools.cache(lambda **settings: run(command(several, tmp_path_factory.mktemp("run") / "out", **settings)))
+    return functools.cache(
+        lambda **settings: run(command(several, tmp_path_factory.mktemp("run") / "out", **settings))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +172,23 @@ def wise(several, learnt, tmp_path_factory):
 def real():
     """Idefics2-8b without its weights, as a function: with an adapter where settings are given."""
     text = {"vocab_size": 32003, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    text |= {"model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "pad_token_id": 0}
+    text |= {
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+    }
     vision = {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "num_hidden_layers": 27}
     vision |= {"num_attention_heads": 16, "patch_size": 14}
     perceiver = {"resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16, "resampler_head_dim": 96}
     perceiver |= {"num_key_value_heads": 4, "hidden_size": 4096, "rms_norm_eps": 1e-5}
     config = transformers.Idefics2Config(
-        text_config=text, vision_config=vision, perceiver_config=perceiver, image_token_id=32001, tie_word_embeddings=False
+        text_config=text,
+        vision_config=vision,
+        perceiver_config=perceiver,
+        image_token_id=32001,
+        tie_word_embeddings=False,
     )
 
     def make(settings=None):
@@ -199,7 +228,9 @@ def loaded(folder, out, dtype=torch.float32, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_4bit_is_language_model_and_connector_and_nothing_else(several, tmp_path, dtype):
     (some, settings), (none, _) = (loaded(several, tmp_path, dtype, load_in_4bit=on) for on in (True, False))
-    packed, whole = ({n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)} for model in (some, none))
+    packed, whole = (
+        {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)} for model in (some, none)
+    )
     linear = {n for n, m in none.named_modules() if isinstance(m, torch.nn.Linear)}
     outside = {n for n in linear if n.startswith("model.vision_model.")} | {"lm_head"}
     assert set(packed) == linear - outside and len(packed) > 7 and len(outside) > 1 and not whole
@@ -212,12 +243,16 @@ def test_4bit_is_language_model_and_connector_and_nothing_else(several, tmp_path
         assert not any(p.requires_grad for p in model.parameters())
         model = get_peft_model(model, idefics2_docvqa.lora_config(settings))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        assert adapted(model) == {n for n in linear if n.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))} - outside | {"lm_head"}
+        assert adapted(model) == {
+            n for n in linear if n.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+        } - outside | {"lm_head"}
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_adapter_starts_gaussian_and_without_effect(several, tmp_path, dora):
-    base, settings = loaded(several, tmp_path, load_in_4bit=False, use_dora=dora, lora_r=16, lora_alpha=4, lora_dropout=0.25)
+    base, settings = loaded(
+        several, tmp_path, load_in_4bit=False, use_dora=dora, lora_r=16, lora_alpha=4, lora_dropout=0.25
+    )
     columns = {n: m.weight.norm(dim=1) for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
     torch.manual_seed(0)
     model = get_peft_model(base, idefics2_docvqa.lora_config(settings))
@@ -265,7 +300,9 @@ def test_fp16_as_on_a_t4(several, tmp_path, form_collate, four_bits):
 @variants
 def test_only_adapters_are_trained(trained, variant):
     done = trained(**VARIANTS[variant])
-    base = idefics2_docvqa.load_model(*idefics2_docvqa.parse(done.argv)).state_dict()  # of 4-bit weights also their scales
+    base = idefics2_docvqa.load_model(
+        *idefics2_docvqa.parse(done.argv)
+    ).state_dict()  # of 4-bit weights also their scales
     now = {plain(n): v for n, v in done.trainer.model.state_dict().items() if "lora_" not in n}
     assert now.keys() == base.keys() and all(torch.equal(now[name], base[name]) for name in base)
     first, last = done.weights[0], done.weights[-1]
@@ -295,8 +332,12 @@ class Watch(TrainerCallback):
     def __init__(self, model):
         base, self.rows, self.layers, self.graphs, self.gradients = model.get_base_model(), [], 0, [], {}
         base.lm_head.register_forward_hook(lambda module, args, out: self.rows.append(out.numel() // out.shape[-1]))
-        base.model.vision_model.register_forward_hook(lambda module, args, out: self.graphs.append(out[0].requires_grad))
-        base.model.vision_model.encoder.layers[0].self_attn.register_forward_pre_hook(self.count)  # the layer itself calls once
+        base.model.vision_model.register_forward_hook(
+            lambda module, args, out: self.graphs.append(out[0].requires_grad)
+        )
+        base.model.vision_model.encoder.layers[0].self_attn.register_forward_pre_hook(
+            self.count
+        )  # the layer itself calls once
 
     def count(self, module, args):
         self.layers += 1
@@ -333,7 +374,9 @@ def test_the_stock_trainers_step_for_less(several, tmp_path, checkpointing, caps
             trainer.train()
         results.append((trainer.state.log_history[0]["loss"], watch, flops.get_total_flops()))
     (loss, mine, flops), (right, theirs, all_flops) = results
-    assert mine.gradients.keys() == theirs.gradients.keys() and all(g.abs().max() > 0 for g in theirs.gradients.values())
+    assert mine.gradients.keys() == theirs.gradients.keys() and all(
+        g.abs().max() > 0 for g in theirs.gradients.values()
+    )
     apart = max((mine.gradients[name] - grad).norm() / grad.norm() for name, grad in theirs.gradients.items())
     with capsys.disabled():
         print(f"\n  checkpointing {checkpointing}: loss {loss:.6f}, apart {abs(loss - right):.1e}; gradients apart {apart:.1e} of their "
@@ -355,7 +398,11 @@ def test_the_layers_to_adapt_can_be_named(several, tmp_path, names, expected):
     """Names within the language model, or one regex of full paths."""
     argv = [*command(several, tmp_path, **FLOAT), "--lora_target_modules", *names]
     model = run(argv, train=False).trainer.model
-    assert adapted(model) == {name for name, _ in model.get_base_model().named_modules() if re.fullmatch(expected, name)} != set()
+    assert (
+        adapted(model)
+        == {name for name, _ in model.get_base_model().named_modules() if re.fullmatch(expected, name)}
+        != set()
+    )
 
 
 @pytest.mark.parametrize("names, message", [
@@ -365,7 +412,9 @@ def test_the_layers_to_adapt_can_be_named(several, tmp_path, names, expected):
     ([".*q_proj"], r"--lora_target_modules: \['model.vision_model.*q_proj'\] is in vision_model, which runs without a graph")])  # fmt: skip
 def test_layers_that_cannot_be_adapted_are_refused(several, tmp_path, monkeypatch, names, message):
     monkeypatch.setattr(idefics2_docvqa, "load_model", None)
-    assert re.search(message, refusal(idefics2_docvqa.main, [*command(several, tmp_path), "--lora_target_modules", *names]))
+    assert re.search(
+        message, refusal(idefics2_docvqa.main, [*command(several, tmp_path), "--lora_target_modules", *names])
+    )
 
 
 @pytest.mark.parametrize("variant", ["float", "float, DoRA"])
@@ -424,14 +473,19 @@ def test_scores_are_those_of_the_answers(learnt, tmp_path, capsys):
     assert list(scores) == list(exact) == list(log(out, "eval_loss")) == list(shown) == list(range(10, 80, 10))
     for step, (mean, rows) in shown.items():
         single = [docvqa.anls(answered, accepted.split(" / ")) for _, _, answered, accepted, _ in rows]
-        assert sum(single) / 19 == pytest.approx(scores[step], abs=0.01) and mean == pytest.approx(scores[step], abs=6e-4)
+        assert sum(single) / 19 == pytest.approx(scores[step], abs=0.01) and mean == pytest.approx(
+            scores[step], abs=6e-4
+        )
         assert [float(row[4]) for row in rows] == pytest.approx(single, abs=0.01)
     assert any(0 < scores[step] < 1 and exact[step] != scores[step] for step in scores)
 
     best = json.loads((out / "trainer_state.json").read_text())["best_global_step"]
     generate.main([str(out), "--output", str(tmp_path / "a.jsonl"), "--max_new_tokens", "8"])
     rows = docvqa.score(tmp_path / "a.jsonl")
-    assert sum(row["anls"] for row in rows) / 19 == scores[best] and sum(row["exact_match"] for row in rows) / 19 == exact[best]
+    assert (
+        sum(row["anls"] for row in rows) / 19 == scores[best]
+        and sum(row["exact_match"] for row in rows) / 19 == exact[best]
+    )
     generated = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [" ".join(line["prediction"].split()) for line in generated] == [row[2] for row in shown[best][1]]
     assert [line["reference"] for line in generated] == [row[3].split(" / ") for row in shown[best][1]]
@@ -440,14 +494,18 @@ def test_scores_are_those_of_the_answers(learnt, tmp_path, capsys):
 def test_samples_show_page_question_answer(learnt):
     """The same rows each time, in the same order, with the right picture."""
     out, given = learnt / "run", {row["id"]: row for row in json.loads((learnt / "held_out.json").read_text())}
-    tables = [[(page, question, accepted) for page, question, _, accepted, _ in rows] for _, rows in sections(out).values()]
+    tables = [
+        [(page, question, accepted) for page, question, _, accepted, _ in rows] for _, rows in sections(out).values()
+    ]
     assert len(tables[0]) == 19 and all(table == tables[0] for table in tables)
     numbered = list(given.values())
     for page, question, accepted in tables[0]:
         n = int(re.fullmatch(r"!\[\]\(samples/(\d+)-0\.png\)", page)[1])
         right = numbered[n]
         assert question == right["question"] and accepted == " / ".join(right["answers"])
-        shown, page = (Image.open(path).convert("L") for path in (out / f"samples/{n}-0.png", learnt / "images" / right["image"]))
+        shown, page = (
+            Image.open(path).convert("L") for path in (out / f"samples/{n}-0.png", learnt / "images" / right["image"])
+        )
         assert shown.size == (336, 168)
         drawn = torch.tensor(list(shown.resize(page.size, Image.Resampling.BOX).tobytes())).float()
         apart = [(drawn - torch.tensor(list(Image.open(learnt / "images" / row["image"]).convert("L").tobytes()))).norm()
@@ -459,12 +517,18 @@ def test_what_is_shown_can_be_bounded(several, tmp_path):
     done = run(command(several, tmp_path / "a", sample_rows=1, max_eval_rows=3, report_to="none"))
     assert len(done.trainer.eval_dataset) == 3 and all(len(rows) == 1 for _, rows in sections(done.out).values())
     done = run(command(several, tmp_path / "b", sample_rows=0, report_to="none"))
-    assert log(done.out, "eval_anls") and not list(done.out.glob("samples*")) and not list(done.out.glob("**/*tfevents*"))
+    assert (
+        log(done.out, "eval_anls") and not list(done.out.glob("samples*")) and not list(done.out.glob("**/*tfevents*"))
+    )
 
 
 def test_a_pipe_or_a_line_end_keeps_the_table_whole(several, tmp_path, monkeypatch):
     trainer = run(command(several, tmp_path), train=False).trainer
-    monkeypatch.setattr(idefics2_docvqa, "answer_rows", lambda trainer, rows, most: [idefics2_docvqa.Answer("a | b\nc", 3, True)] * len(rows))
+    monkeypatch.setattr(
+        idefics2_docvqa,
+        "answer_rows",
+        lambda trainer, rows, most: [idefics2_docvqa.Answer("a | b\nc", 3, True)] * len(rows),
+    )
     trainer.evaluate()
     assert [row[2] for row in sections(tmp_path)[0][1]] == ["a &#124; b c"] * 2
 
@@ -474,7 +538,11 @@ def test_scores_and_loss_are_of_the_rows_that_are_evaluated(several, tmp_path, m
     trainer = run(command(several, tmp_path, sample_rows=9), train=False).trainer
     others = trainer.eval_dataset.select([3, 1])
     answered, stock = [], idefics2_docvqa.answer_rows
-    monkeypatch.setattr(idefics2_docvqa, "answer_rows", lambda trainer, rows, most: [answered.append(rows["row"]), stock(trainer, rows, most)][1])
+    monkeypatch.setattr(
+        idefics2_docvqa,
+        "answer_rows",
+        lambda trainer, rows, most: [answered.append(rows["row"]), stock(trainer, rows, most)][1],
+    )
     loss = trainer.evaluate(others)["eval_loss"]
     assert [list(rows) for rows in answered] == [list(others["row"])] and loss != trainer.evaluate()["eval_loss"]
     table = sections(tmp_path)[0][1]  # of the two evaluations, both at step 0, the second
@@ -482,7 +550,11 @@ def test_scores_and_loss_are_of_the_rows_that_are_evaluated(several, tmp_path, m
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
-FAKED = {"eval_anls": [0.2, 0.9, 0.9, 0.1], "eval_exact_match": [0.1, 0.2, 0.6, 0.5], "eval_loss": [1.0, 3.0, 2.0, 4.0]}
+FAKED = {
+    "eval_anls": [0.2, 0.9, 0.9, 0.1],
+    "eval_exact_match": [0.1, 0.2, 0.6, 0.5],
+    "eval_loss": [1.0, 3.0, 2.0, 4.0],
+}
 
 
 @pytest.mark.parametrize("metric, best", [(None, 2), ("exact_match", 3), ("eval_loss", 1), ("loss", 1)])
@@ -500,10 +572,14 @@ def test_the_best_checkpoint_is_saved(several, tmp_path, monkeypatch, metric, be
     done = run(command(several, tmp_path, **chosen, eval_steps=1, save_steps=1, report_to="none"))
     assert {name: list(log(tmp_path, name).values()) for name in FAKED} == FAKED
     assert re.search(rf"best .*: [\d.]+, at step {best}; that is saved", done.text)
-    saved, kept = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
+    saved, kept = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / f"checkpoint-{best}")
+    )
     assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
     for name, value in done.weights[best].items():
-        assert torch.equal(saved[name.replace(".default", "")], value) and not torch.equal(value, done.weights[4][name])
+        assert torch.equal(saved[name.replace(".default", "")], value) and not torch.equal(
+            value, done.weights[4][name]
+        )
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
 
 
@@ -528,7 +604,13 @@ def test_a_run_shorter_than_eval_steps_is_evaluated(several, tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is saved
 def test_output_dir_holds_everything(trained, several):
     done = trained(longest_edge=84)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "settings.yaml", "samples.md", "trainer_state.json"):
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "settings.yaml",
+        "samples.md",
+        "trainer_state.json",
+    ):
         assert (done.out / name).stat().st_size > 0
     assert {path.name for path in done.out.glob("checkpoint-*")} <= {"checkpoint-2", "checkpoint-4"}
     assert list(done.out.glob("runs/*/events.out.tfevents.*")) and not list(done.out.glob("**/model*.safetensors"))
@@ -543,8 +625,16 @@ def test_output_dir_holds_everything(trained, several):
 
     first, *lines = (done.out / "settings.yaml").read_text().splitlines()
     written = yaml.safe_load("\n".join(lines))
-    assert first == "# idefics2_docvqa.py" and {name: written[name] for name in SHORT} == SHORT and "hub_token" not in written
-    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (8, True, str(several / "model"))
+    assert (
+        first == "# idefics2_docvqa.py"
+        and {name: written[name] for name in SHORT} == SHORT
+        and "hub_token" not in written
+    )
+    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (
+        8,
+        True,
+        str(several / "model"),
+    )
     assert list(log(done.out)) == [1, 2, 3, 4] and list(log(done.out, "eval_anls")) == [2, 4]
     for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_anls", "eval_exact_match"):
         assert all(map(math.isfinite, log(done.out, name).values())) and log(done.out, name)
@@ -570,7 +660,9 @@ def test_settings_yaml_repeats_the_run(trained, tmp_path):
     again = run(["--config", str(first.out / "settings.yaml"), "--output_dir", str(tmp_path / "again")])
     for key in ("loss", "grad_norm", "eval_loss", "eval_anls"):
         assert log(again.out, key) == log(first.out, key)
-    assert again.drawn == first.drawn and (again.out / "samples.md").read_text() == (first.out / "samples.md").read_text()
+    assert (
+        again.drawn == first.drawn and (again.out / "samples.md").read_text() == (first.out / "samples.md").read_text()
+    )
 
 
 RELOAD = """
@@ -630,7 +722,9 @@ def by_number(dataset):
 def test_the_result_stands_alone(trained, reloaded, variant):
     done, result = trained(**VARIANTS[variant]), reloaded[variant]
     collator, model = done.trainer.data_collator, done.trainer.model.eval()
-    batch = collator.tokenize([collator.messages_of(row)[:1] for row in by_number(done.trainer.eval_dataset)], prompt=True)
+    batch = collator.tokenize(
+        [collator.messages_of(row)[:1] for row in by_number(done.trainer.eval_dataset)], prompt=True
+    )
     for name in ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"):
         assert torch.equal(result[name], batch[name])
     words = batch["attention_mask"].bool()
@@ -668,14 +762,22 @@ idefics2_docvqa.Trainer.train = doomed
 idefics2_docvqa.main(sys.argv[1:])
 """
 # 14 rows, 2 x 2 rows a step: the fifth step begins the second epoch; the run is killed in mid-epoch, the last checkpoint is of 6
-LONG = {"max_steps": 12, "gradient_accumulation_steps": 2, "lora_dropout": 0.1, "report_to": "none", "save_total_limit": 9}
+LONG = {
+    "max_steps": 12,
+    "gradient_accumulation_steps": 2,
+    "lora_dropout": 0.1,
+    "report_to": "none",
+    "save_total_limit": 9,
+}
 WORKERS = {"dataloader_num_workers": 2}
 
 
 @pytest.fixture(scope="module")
 def whole(several, tmp_path_factory):
     """A function: settings as keywords -> a run of 12 steps that nothing interrupted."""
-    return functools.cache(lambda **settings: run(command(several, tmp_path_factory.mktemp("whole") / "out", **LONG | settings)))
+    return functools.cache(
+        lambda **settings: run(command(several, tmp_path_factory.mktemp("whole") / "out", **LONG | settings))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -742,11 +844,15 @@ def test_a_path_names_the_checkpoint(whole, several, tmp_path, step):
 @pytest.mark.parametrize("settings", [DORA, FLOAT], ids=["4-bit, DoRA", "float"])
 def test_resumes_whatever_was_trained(whole, several, tmp_path, settings):
     done = whole(**settings)
-    same_end(done, run(command(several, tmp_path, **LONG, **settings, resume_from_checkpoint=done.out / "checkpoint-6")), 6)
+    same_end(
+        done, run(command(several, tmp_path, **LONG, **settings, resume_from_checkpoint=done.out / "checkpoint-6")), 6
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"]
+)
 def test_a_damaged_checkpoint_is_not_whole(whole, tmp_path, file):
     """Missing, empty or cut off: any of its files (the random state's end is not looked at)."""
     good = whole().out / "checkpoint-6"
@@ -822,7 +928,9 @@ def test_killed_before_the_end_was_written(several, tmp_path, more, best):
     if best:  # one that is gone is named
         (out / "trainer_state.json").unlink()
         state = out / "checkpoint-11" / "trainer_state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}))
+        state.write_text(
+            json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"})
+        )
         gone = refusal(idefics2_docvqa.main, command(several, out, **settings))
         assert gone.startswith("error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged")
 
@@ -891,7 +999,10 @@ def test_rows_can_be_grouped_by_length(several, tmp_path):
     settings = {"max_steps": 7, "eval_strategy": "no", "report_to": "none", **FLOAT}
     done = run(command(several, tmp_path, train_sampling_strategy="group_by_length", **settings))
     which = {answer: n for n in range(14) for answer in answers(n)}
-    rows, lengths = [which[answer] for batch in done.drawn for answer in batch], list(done.trainer.train_dataset["length"])
+    rows, lengths = (
+        [which[answer] for batch in done.drawn for answer in batch],
+        list(done.trainer.train_dataset["length"]),
+    )
     assert sorted(rows) == list(range(14)) and lengths[rows[0]] == max(lengths) > min(lengths)
     assert len(log(done.out)) == 7 and all(map(math.isfinite, log(done.out).values()))
 
@@ -900,8 +1011,20 @@ def test_rows_can_be_grouped_by_length(several, tmp_path):
 def test_two_processes_train_like_one(wise, tmp_path):
     """Twice the batch, and scores over all 5 rows held out, 3 answered by one and 2 by the other. (eval_loss is left out: the
     Trainer weighs the rows that are evaluated at a time, here one or two, by their labels.)"""
-    settings = {**FLOAT, "lora_dropout": 0, "learning_rate": 1e-4, "per_device_eval_batch_size": 1, "report_to": "none"}
-    settings |= {"per_device_train_batch_size": 1, "sample_rows": 5, "max_new_tokens": 8, "max_steps": 8, "save_total_limit": 9}
+    settings = {
+        **FLOAT,
+        "lora_dropout": 0,
+        "learning_rate": 1e-4,
+        "per_device_eval_batch_size": 1,
+        "report_to": "none",
+    }
+    settings |= {
+        "per_device_train_batch_size": 1,
+        "sample_rows": 5,
+        "max_new_tokens": 8,
+        "max_steps": 8,
+        "save_total_limit": 9,
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(wise, tmp_path / "two", **settings, gradient_accumulation_steps=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -919,7 +1042,13 @@ def test_two_processes_train_like_one(wise, tmp_path):
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
-    again = command(wise, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    again = command(
+        wise,
+        tmp_path / "again",
+        **settings,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=tmp_path / "two" / "checkpoint-6",
+    )
     done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's
@@ -928,7 +1057,9 @@ def test_two_processes_train_like_one(wise, tmp_path):
 
 def test_pages_in_five_pieces_and_another_language(tiny_forms, tmp_path):
     """The rows of a hub data set: questions by language; image splitting in training and in evaluation."""
-    argv = command(tiny_forms, tmp_path, dataset_name=tiny_forms / "data", image_splitting=True, language="fr", max_eval_rows=3)
+    argv = command(
+        tiny_forms, tmp_path, dataset_name=tiny_forms / "data", image_splitting=True, language="fr", max_eval_rows=3
+    )
     place = argv.index("--eval_dataset_name")
     done = run([*argv[:place], *argv[place + 2 :], "--report_to", "none"])
     assert [log(done.out, key).keys() for key in ("loss", "eval_anls")] == [{1, 2, 3, 4}, {2, 4}]

@@ -96,7 +96,9 @@ def trained(batch, tokenizer):
     for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
         assert all(label in (-100, token) for token, label in zip(ids, labels))
         runs = itertools.groupby(zip(ids, labels), key=lambda pair: pair[1] != -100)
-        rows.append([tokenizer.decode([x, *(token for token, _ in run)]).lstrip()[1:] for learned, run in runs if learned])
+        rows.append(
+            [tokenizer.decode([x, *(token for token, _ in run)]).lstrip()[1:] for learned, run in runs if learned]
+        )
     return rows
 
 
@@ -108,7 +110,9 @@ def plain_tokenizer(folder):
 def seen(batch):
     """The colours of a batch's pictures, r g b y, in their order. Of white the tiny processor makes 0, of no light -2."""
     names = {(1, 0, 0): "r", (0, 1, 0): "g", (0, 0, 1): "b", (1, 1, 0): "y", (0, 0, 0): "k"}
-    return "".join(names[tuple(int(channel > -1) for channel in picture[:, 28, 28])] for picture in batch.get("pixel_values", []))
+    return "".join(
+        names[tuple(int(channel > -1) for channel in picture[:, 28, 28])] for picture in batch.get("pixel_values", [])
+    )
 
 
 def legacy(folder):
@@ -117,12 +121,17 @@ def legacy(folder):
     own = json.loads(file.read_text())
     own["normalizer"] = {
         "type": "Sequence",
-        "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
     }
     own["pre_tokenizer"] = None
     file.write_text(json.dumps(own))
     backend = tokenizers.Tokenizer.from_file(str(file))
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def byte_level(folder, bos=True, eos="</s>"):
@@ -132,18 +141,25 @@ def byte_level(folder, bos=True, eos="</s>"):
         normalizers.NFC(),
         pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+                pre_tokenizers.Split(
+                    Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+                    "isolated",
+                ),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         ),
         decoders.ByteLevel(),
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", eos], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", eos], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([SYSTEM, " USER: ASSISTANT: seven odd digit", "a digit.\n", "it is odd\n"] * 20, trainer)
     if bos:
         bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>" if bos else None, eos_token=eos).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>" if bos else None, eos_token=eos).save_pretrained(
+        folder
+    )
 
 
 KINDS = {  # how to make the tokenizer of a language model, its EOS
@@ -162,7 +178,9 @@ def kind(request, tiny_parts, tmp_path, stage_collate):
         shutil.copytree(tiny_parts / "language", tmp_path / "language")
         make(tmp_path / "language")
     folder = tmp_path / "language" if make else tiny_parts / "language"
-    own = lambda stage, **settings: stage_collate(stage, pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=folder, **settings)
+    own = lambda stage, **settings: stage_collate(
+        stage, pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=folder, **settings
+    )
     return own, plain_tokenizer(folder), eos
 
 
@@ -208,7 +226,9 @@ def test_conversations_are_the_tokens_of_llava(kind):
             begin, end = (len(pieces(tokenizer, v1(*turns[:k], eos=eos))) for k in (n, n + 1))
             before = len(pieces(tokenizer, v1(*turns[: n - 1], eos=eos))) if n > 1 else 0
             labels = batch["labels"][0].tolist()
-            assert labels[begin:end] == batch["input_ids"][0, begin:end].tolist() and set(labels[before:begin]) == {-100}, name
+            assert labels[begin:end] == batch["input_ids"][0, begin:end].tolist() and set(labels[before:begin]) == {
+                -100
+            }, name
 
 
 def test_captions_are_the_tokens_of_llava(kind):
@@ -246,7 +266,9 @@ def test_labels_are_those_of_llavas_own_masking(tiny_parts, stage_collate, tmp_p
     shutil.copytree(tiny_parts / "language", tmp_path / "language")
     legacy(tmp_path / "language")
     tokenizer = plain_tokenizer(tmp_path / "language")
-    collator = stage_collate("instruct", pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=tmp_path / "language")
+    collator = stage_collate(
+        "instruct", pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=tmp_path / "language"
+    )
     for name in (
         "one turn",
         "image last",
@@ -277,9 +299,16 @@ def opened(turns, folder):
     """Turns as LLaVA tells them -> messages for inference, pictures taken from a list of names."""
     names, messages = iter(folder), []
     for n, turn in enumerate(turns):
-        content = [{"type": "image", "path": str(next(names))} for _ in range(turn.count("<image>"))] if n % 2 == 0 else []
+        content = (
+            [{"type": "image", "path": str(next(names))} for _ in range(turn.count("<image>"))] if n % 2 == 0 else []
+        )
         words = turn.replace("<image>\n", "").replace("<image>", "")
-        messages.append({"role": ("user", "assistant")[n % 2], "content": content + [{"type": "text", "text": words}] * bool(words)})
+        messages.append(
+            {
+                "role": ("user", "assistant")[n % 2],
+                "content": content + [{"type": "text", "text": words}] * bool(words),
+            }
+        )
     return messages
 
 
@@ -305,7 +334,10 @@ def test_every_prompt_is_the_beginning_of_what_is_trained(kind, tmp_path):
         start = asked["input_ids"].shape[1]
         assert tokens(collator, asked) == pieces(tokenizer, v1(*turns, eos=eos))
         assert torch.equal(batch["input_ids"][:, :start], asked["input_ids"]) and batch["labels"][0, start] != -100
-        assert batch["labels"][0, start - 1] == -100 and (batch["labels"][0, start:] == batch["input_ids"][0, start:]).all()
+        assert (
+            batch["labels"][0, start - 1] == -100
+            and (batch["labels"][0, start:] == batch["input_ids"][0, start:]).all()
+        )
         assert ("pixel_values" in batch) == ("pixel_values" in asked) == ("<image>" in "".join(turns))
         assert "pixel_values" not in batch or torch.equal(batch["pixel_values"], asked["pixel_values"])
     collator = make("align")
@@ -342,13 +374,17 @@ torch.save(out, sys.argv[2])
     for (row, _, _), asked in zip(all_of, instruct):
         batch, start = collator([row]), asked["input_ids"].shape[1]
         assert torch.equal(batch["input_ids"][:, :start], asked["input_ids"]) and batch["labels"][0, start] != -100
-        assert (batch["labels"][0, start:] == batch["input_ids"][0, start:]).all() and batch["labels"][0, start - 1] == -100
+        assert (batch["labels"][0, start:] == batch["input_ids"][0, start:]).all() and batch["labels"][
+            0, start - 1
+        ] == -100
         assert batch.keys() - {"labels"} == asked.keys()
         assert "pixel_values" not in batch or torch.equal(batch["pixel_values"], asked["pixel_values"])
     collator, asked = stage_collate("align"), align[0]
     batch = collator([{"image": "red.png", "caption": "seven"}])
     start = asked["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"][:, :start], asked["input_ids"]) and torch.equal(batch["pixel_values"], asked["pixel_values"])
+    assert torch.equal(batch["input_ids"][:, :start], asked["input_ids"]) and torch.equal(
+        batch["pixel_values"], asked["pixel_values"]
+    )
     assert batch["labels"][0, start - 1] == -100 and batch["labels"][0, start] != -100
 
 
@@ -373,8 +409,16 @@ def test_padding_is_on_the_left_and_masked_by_place(kind):
         batch = collator(rows)
         pad, mask = batch["attention_mask"] == 0, batch["attention_mask"]
         wanted = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else tokenizer.eos_token_id
-        assert (batch["input_ids"][pad] == wanted).all() and (batch["labels"][pad] == -100).all() and (mask.diff(dim=1) >= 0).all()
-        assert pad.any(1).sum() >= len(rows) - 2 and mask.any(1).all() and not (batch["labels"] == collator.processor.image_token_id).any()
+        assert (
+            (batch["input_ids"][pad] == wanted).all()
+            and (batch["labels"][pad] == -100).all()
+            and (mask.diff(dim=1) >= 0).all()
+        )
+        assert (
+            pad.any(1).sum() >= len(rows) - 2
+            and mask.any(1).all()
+            and not (batch["labels"] == collator.processor.image_token_id).any()
+        )
 
 
 def test_a_row_is_the_same_alone_as_in_company(stage_collate):
@@ -383,7 +427,9 @@ def test_a_row_is_the_same_alone_as_in_company(stage_collate):
     for n, one in enumerate(alone):
         mask = batch["attention_mask"][n].bool()
         assert all(torch.equal(batch[key][n][mask], one[key][0]) for key in ("input_ids", "labels"))
-    assert torch.equal(batch["pixel_values"], torch.cat([one["pixel_values"] for one in alone if "pixel_values" in one]))
+    assert torch.equal(
+        batch["pixel_values"], torch.cat([one["pixel_values"] for one in alone if "pixel_values" in one])
+    )
     assert "pixel_values" not in collator([row for row in ROWS if not row.get("image")])
 
 
@@ -394,14 +440,18 @@ def test_pad_may_be_a_word(tiny_parts, stage_collate, tmp_path):
     own["model"].update(byte_fallback=False, unk_token="<unk>", fuse_unk=False)
     (tmp_path / "language" / "tokenizer.json").write_text(json.dumps(own))
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "language" / "tokenizer.json"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(
-        tmp_path / "language"
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "language")
+    collator = stage_collate(
+        "instruct", pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=tmp_path / "language"
     )
-    collator = stage_collate("instruct", pretrain_mm_mlp_adapter=tiny_parts / "align", language_model=tmp_path / "language")
     unk = collator.processor.tokenizer.unk_token_id
     batch = collator([said("漢 seven", "漢字 odd"), said("Is seven even or odd? " * 5, "odd")])
     assert collator.processor.tokenizer.pad_token_id == unk and (batch["labels"][0] == unk).sum() == 2
-    assert (batch["input_ids"][0][batch["attention_mask"][0].bool()] == unk).sum() == 3 + (batch["input_ids"][1] == unk).sum()
+    assert (batch["input_ids"][0][batch["attention_mask"][0].bool()] == unk).sum() == 3 + (
+        batch["input_ids"][1] == unk
+    ).sum()
 
 
 def test_pictures_come_in_the_order_of_the_text(stage_collate):
@@ -409,7 +459,9 @@ def test_pictures_come_in_the_order_of_the_text(stage_collate):
     two, text = said("<image><image>", "a", image=["blue.png", "red.png"]), said("q", "a")
     apart = said("<image> q", "a", "r", "b", "And <image>", "c", image=["yellow.png", "lime.png"])
     one = said("q <image>", "a", image=["black.png"])
-    assert seen(collator([two, text, apart, text, one])) == "brygk" and seen(collator([text, one, apart, two])) == "kygbr"
+    assert (
+        seen(collator([two, text, apart, text, one])) == "brygk" and seen(collator([text, one, apart, two])) == "kygbr"
+    )
     assert "pixel_values" not in collator([text, text])
     batch = collator([two, text, one])
     assert [(ids == collator.processor.image_token_id).sum().item() for ids in batch["input_ids"]] == [32, 0, 16]
@@ -474,18 +526,24 @@ def test_pixels_are_padded_or_cropped_as_in_llava(stage, clip, tiny_parts, stage
             batch = collator([said("<image>\nq", "a", image="x.png")])
             assert batch["pixel_values"].shape == (1, 3, 56, 56)
             assert torch.allclose(batch["pixel_values"], expected, atol=1e-5), (kind, size)
-            assert torch.equal(again(text="<image>", images=image, return_tensors="pt")["pixel_values"], batch["pixel_values"])
+            assert torch.equal(
+                again(text="<image>", images=image, return_tensors="pt")["pixel_values"], batch["pixel_values"]
+            )
     usual, other = ("square", "pad") if stage == "align" else ("pad", "square")
     noise(tmp_path / "x.png", (120, 56))
     row = said("<image>\nq", "a", image="x.png")
-    default, usual, other = (collator([row])["pixel_values"] for collator in (stage_collate(stage, **own), both[usual], both[other]))
+    default, usual, other = (
+        collator([row])["pixel_values"] for collator in (stage_collate(stage, **own), both[usual], both[other])
+    )
     assert torch.equal(default, usual) and not torch.allclose(default, other)
 
 
 def test_a_model_may_change_from_padded_to_square_and_back(tiny_parts, stage_collate, tmp_path):
     noise(tmp_path / "x.png", (120, 56))
     shutil.copytree(tiny_parts / "align", tmp_path / "model")
-    pixels = lambda **flags: stage_collate("instruct", **flags)([said("<image>\nq", "a", image="x.png")])["pixel_values"]
+    pixels = lambda **flags: stage_collate("instruct", **flags)([said("<image>\nq", "a", image="x.png")])[
+        "pixel_values"
+    ]
     shown = {kind: pixels(image_aspect_ratio=kind) for kind in ("pad", "square")}
     assert not torch.allclose(*shown.values())
     for kind in ("pad", "square", "pad", "pad", "square", "square"):
@@ -493,7 +551,10 @@ def test_a_model_may_change_from_padded_to_square_and_back(tiny_parts, stage_col
         collator.processor.save_pretrained(tmp_path / "model")
         assert torch.equal(pixels(model_name_or_path=tmp_path / "model", image_aspect_ratio=kind), shown[kind])
         saved = AutoProcessor.from_pretrained(tmp_path / "model")
-        assert torch.equal(saved(text="<image>", images=Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"], shown[kind])
+        assert torch.equal(
+            saved(text="<image>", images=Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"],
+            shown[kind],
+        )
 
 
 @pytest.mark.parametrize("image, kind, expected", MODES.values(), ids=MODES)
@@ -520,7 +581,10 @@ def test_the_printed_example(stage_collate):
     align, instruct = stage_collate("align"), stage_collate("instruct")
     caption = {"image": "red.png", "caption": "a digit"}
     assert recipe.mark_trained_tokens(align([caption]), align.processor) == "<s><image> x 16« a digit\n»"
-    first, longer = said("<image>\nWhich?", "seven", "Odd?", "yes", image="red.png"), said("Is seven even or odd? " * 9, "odd")
+    first, longer = (
+        said("<image>\nWhich?", "seven", "Odd?", "yes", image="red.png"),
+        said("Is seven even or odd? " * 9, "odd"),
+    )
     shown = f"<s> {SYSTEM} USER: <image> x 16 \nWhich? ASSISTANT:« seven</s>»USER: Odd? ASSISTANT:« yes</s>»"
     for rows in ([first], [first, longer]):
         assert recipe.mark_trained_tokens(instruct(rows), instruct.processor) == shown
@@ -569,13 +633,16 @@ def test_the_longest_row_comes_in_the_first_step():
 def test_every_epoch_has_its_own_order_and_a_seed_always_the_same():
     data = mixed()
     assert order(*data) == order(*data) != order(*data, epoch=1)
-    assert order(*data, epoch=1) == order(*data, epoch=1) != order(*data, epoch=2) and order(*data, seed=8) != order(*data)
+    assert order(*data, epoch=1) == order(*data, epoch=1) != order(*data, epoch=2) and order(*data, seed=8) != order(
+        *data
+    )
     sampler = recipe.ByModalityAndLength(*data, 8, lambda: torch.Generator().manual_seed(7))
     assert list(sampler) == list(sampler) == order(*data)
 
 
 @pytest.mark.parametrize(
-    "n, share, rows", [(5, 0.5, 8), (1, 1, 8), (20, 1, 8), (20, 0, 8), (16, 1, 8), (9, 0.5, 1), (0, 0, 4), (7, 0.5, 100)]
+    "n, share, rows",
+    [(5, 0.5, 8), (1, 1, 8), (20, 1, 8), (20, 0, 8), (16, 1, 8), (9, 0.5, 1), (0, 0, 4), (7, 0.5, 100)],
 )
 def test_few_rows_or_one_kind(n, share, rows):
     lengths, images = mixed(n=n, share=share)
@@ -583,7 +650,9 @@ def test_few_rows_or_one_kind(n, share, rows):
 
 
 def test_a_run_takes_this_order(stage_parse, tiny_parts):
-    settings, training = stage_parse("instruct", eval_fraction=0, per_device_train_batch_size=2, gradient_accumulation_steps=3, seed=5)
+    settings, training = stage_parse(
+        "instruct", eval_fraction=0, per_device_train_batch_size=2, gradient_accumulation_steps=3, seed=5
+    )
     train, _ = load_data(recipe, settings, training)
     images = [len(keys) for keys in train["image_keys"]]
     trainer = object.__new__(recipe.Trainer)
@@ -618,7 +687,9 @@ def said_of(data):
     return [row["conversations"][-1]["value"] for row in data]
 
 
-@pytest.mark.parametrize("stage, data", [("align", "captions"), ("align", "captions-test"), ("instruct", "train"), ("instruct", "test")])
+@pytest.mark.parametrize(
+    "stage, data", [("align", "captions"), ("align", "captions-test"), ("instruct", "train"), ("instruct", "test")]
+)
 def test_the_whole_of_a_data_set_passes(stage, data, tiny_parts, stage_parse):
     file = tiny_parts / "json" / f"{data}.json"
     settings, training = stage_parse(stage, eval_fraction=0, data_path=file)
@@ -627,19 +698,25 @@ def test_the_whole_of_a_data_set_passes(stage, data, tiny_parts, stage_parse):
     assert held_out is None and train["row"] == list(range(len(own))) and train["id"] == [row["id"] for row in own]
     for row, right in zip(train.select(range(20)), own):
         batch, ends = collator([row]), "\n" if stage == "align" else "</s>"
-        assert row["length"] == batch["labels"].shape[1] and len(row["image_keys"]) == len(batch.get("pixel_values", []))
+        assert row["length"] == batch["labels"].shape[1] and len(row["image_keys"]) == len(
+            batch.get("pixel_values", [])
+        )
         answers = [f"{turn['value']}{ends}" for turn in right["conversations"] if turn["from"] == "gpt"]
         assert trained(batch, collator.processor.tokenizer) == [[f" {text}" for text in answers]]
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "X.JSON", "x.JsonL"])
 def test_files_as_windows_writes_them(name, parse, write, tmp_path):
-    path = write([said("q", "é 😀"), said("r <image>", "b", image="lime.png", id=7)], name.lower()).rename(tmp_path / name)
+    path = write([said("q", "é 😀"), said("r <image>", "b", image="lime.png", id=7)], name.lower()).rename(
+        tmp_path / name
+    )
     text = path.read_text().replace("\\u00e9", "é")
     path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", b"\r\n") + b"\r\n\r\n")
     train, _ = load_data(recipe, *parse(data_path=path, eval_fraction=0))
     assert (
-        said_of(train) == ["é 😀", "b"] and train["id"] == [None, 7] and train["image"] == [None, "lime.png"]
+        said_of(train) == ["é 😀", "b"]
+        and train["id"] == [None, 7]
+        and train["image"] == [None, "lime.png"]
         and [len(keys) for keys in train["image_keys"]] == [0, 1]
     )
 
@@ -648,7 +725,15 @@ def test_texts_stay_texts_and_other_keys_do_not_matter(parse, write):
     texts = ["1", "1e3", "07", "true", "null", '"quoted"', '{"total": 6}', "[1, 2]", "é 😀 \r\n / \\"]
     rows = [said(text, text, id=[n, text, None, [n], {"a": n}, 0.5, 10**30][n % 7]) for n, text in enumerate(texts)]
     rows += [
-        {**said("q", text, "q", text), "row": "mine", "folder": "/nowhere", "length": "long", "images_": 5, "model": None} for text in texts
+        {
+            **said("q", text, "q", text),
+            "row": "mine",
+            "folder": "/nowhere",
+            "length": "long",
+            "images_": 5,
+            "model": None,
+        }
+        for text in texts
     ]
     for name in ("x.json", "x.jsonl"):
         train, _ = load_data(recipe, *parse(data_path=write(rows, name), eval_fraction=0))
@@ -675,13 +760,17 @@ def test_images_are_looked_for_beside_the_data_or_in_image_folder(parse, tmp_pat
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}.png").rename(tmp_path / name / "x.png")
         (tmp_path / name / "rows.json").write_text(
-            json.dumps([said("<image>", "two", image="x.png"), said("<image>", "two", image=str(tmp_path / "lime.png"))])
+            json.dumps(
+                [said("<image>", "two", image="x.png"), said("<image>", "two", image=str(tmp_path / "lime.png"))]
+            )
         )
     paths = {key: tmp_path / name / "rows.json" for name, key in folders.items()}
     for given, expected in (({}, ["rg", "bg"]), ({"image_folder": tmp_path / "blue"}, ["bg", "bg"])):
         settings, training = parse(**paths, **given)
         collator = recipe.Collator(recipe.load_processor(settings), settings, training)
-        assert [seen(collator(sorted(data, key=lambda row: row["row"]))) for data in load_data(recipe, settings, training)] == expected
+        assert [
+            seen(collator(sorted(data, key=lambda row: row["row"]))) for data in load_data(recipe, settings, training)
+        ] == expected
 
 
 # -------------------------------------------------------------------------------------------------------- held out
@@ -697,7 +786,10 @@ def numbered(write, tmp_path):
 def test_rows_are_held_out_by_seed(stage, numbered, parse):
     options = {"stage": stage, "data_path": numbered, "eval_fraction": 0.2}
     (train, held_out), again, other = (load_data(recipe, *parse(**options, seed=seed)) for seed in (5, 5, 6))
-    assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (16, 4)
+    assert (again[0]["row"], again[1]["row"]) == (train["row"], held_out["row"]) and (len(train), len(held_out)) == (
+        16,
+        4,
+    )
     assert sorted([*train["row"], *held_out["row"]]) == list(range(20)) and other[0]["row"] != train["row"]
     assert said_of(train) == [str(n) for n in train["row"]] and said_of(held_out) == [str(n) for n in held_out["row"]]
     for none in ({"eval_fraction": 0}, {"eval_strategy": "no"}):
@@ -713,7 +805,9 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
     train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0.25))
     there = [{int(answer) % 8 for answer in said_of(data)} for data in (train, held_out)]
     assert (len(there[1]), len(held_out), len(train)) == (2, 6, 18) and not there[0] & there[1]
-    chain = [said("<image><image>", str(n), image=[f"{n % 8}.png", f"{(n + 1) % 8}.png"]) for n in range(8)] + [said("q", "x")] * 8
+    chain = [said("<image><image>", str(n), image=[f"{n % 8}.png", f"{(n + 1) % 8}.png"]) for n in range(8)] + [
+        said("q", "x")
+    ] * 8
     train, held_out = load_data(recipe, *parse(data_path=write(chain), eval_fraction=0.1))
     shown = {name for row in train["image"] for name in row or []}
     assert 0 < len(held_out) <= 4 and not set(train["row"]) & set(held_out["row"])
@@ -723,12 +817,17 @@ def test_rows_about_one_image_are_on_one_side(parse, write, tmp_path):
 def test_rows_without_images_are_held_out_too(parse, write):
     path = write([said("q", str(n)) for n in range(20)])
     train, held_out = load_data(recipe, *parse(data_path=path, eval_fraction=0.1))
-    assert (len(train), len(held_out)) == (18, 2) and sorted(map(int, said_of(train) + said_of(held_out))) == list(range(20))
+    assert (len(train), len(held_out)) == (18, 2) and sorted(map(int, said_of(train) + said_of(held_out))) == list(
+        range(20)
+    )
 
 
 def test_evaluation_is_bounded_to_the_same_rows_each_time(numbered, parse):
     for more in ({"eval_fraction": 0.5}, {"eval_data_path": numbered}):
-        runs = [load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"] for seed in (1, 1, 2)]
+        runs = [
+            load_data(recipe, *parse(data_path=numbered, max_eval_rows=3, seed=seed, **more))[1]["row"]
+            for seed in (1, 1, 2)
+        ]
         assert len(runs[0]) == 3 and runs[0] == runs[1] != runs[2]
 
 
@@ -760,7 +859,15 @@ def checked(parse, monkeypatch):
 def test_the_check_is_cached_until_a_file_changes(checked, write, tmp_path):
     path = write([said("<image>", "two", image=name) for name in ("red.png", "lime.png", ["blue.png"])])
     assert [checked(data_path=path), checked(data_path=path)] == [3, 0]
-    no_say = {"learning_rate": 1, "on_bad_rows": "skip", "lora_r": 3, "output_dir": "x", "seed": 7, "sample_rows": 1, "sample_tokens": 9}
+    no_say = {
+        "learning_rate": 1,
+        "on_bad_rows": "skip",
+        "lora_r": 3,
+        "output_dir": "x",
+        "seed": 7,
+        "sample_rows": 1,
+        "sample_tokens": 9,
+    }
     assert checked(data_path=path, **no_say) == 0  # settings that have no say in it
     for say in ({"model_max_length": 500}, {"image_aspect_ratio": "square"}, {"stage": "align"}):
         assert [checked(data_path=path, **say), checked(data_path=path, **say)] == [3, 0], say
@@ -794,13 +901,22 @@ def test_long_rows_are_never_cut_but_dropped_or_refused(stage, parse, write, cap
     settings, collator = {"stage": stage, "data_path": write(rows), "eval_fraction": 0}, stage_collate(stage)
     lengths = [len(tokens(collator, collator([row]))) for row in rows]
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3]
-    for limit, kept in ((lengths[3], [0, 1, 2, 3]), (lengths[3] - 1, [0, 1, 2]), (lengths[2] - 1, [0, 1]), (lengths[1] - 1, [0])):
+    for limit, kept in (
+        (lengths[3], [0, 1, 2, 3]),
+        (lengths[3] - 1, [0, 1, 2]),
+        (lengths[2] - 1, [0, 1]),
+        (lengths[1] - 1, [0]),
+    ):
         train, _ = load_data(recipe, *parse(**settings, model_max_length=limit))
         assert train["row"] == kept and train["length"] == [lengths[n] for n in kept]
         out = capsys.readouterr().out
-        assert (f"row 3: too long: {lengths[3]} tokens, 16 of them of images; --model_max_length is {limit}" in out) == (3 not in kept)
+        assert (
+            f"row 3: too long: {lengths[3]} tokens, 16 of them of images; --model_max_length is {limit}" in out
+        ) == (3 not in kept)
         assert (f"{4 - len(kept)} of 4 rows" in out) == (len(kept) < 4)
-    with pytest.raises(SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"):
+    with pytest.raises(
+        SystemExit, match=rf"(?s)3 of 4 rows.*row 1: too long: {lengths[1]} .*row 2: too long.*--on_long_rows drop"
+    ):
         load_data(recipe, *parse(**settings, model_max_length=limit, on_long_rows="stop"))
 
 

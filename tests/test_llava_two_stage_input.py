@@ -38,7 +38,12 @@ def shows(image):
 
 
 TWO = ["red.png", "lime.png"]
-MATCH, MALFORMED, NO_IMAGE, ORDER = "images do not match: ", "malformed image: ", "unreadable image: ", "wrong order of roles: turn "
+MATCH, MALFORMED, NO_IMAGE, ORDER = (
+    "images do not match: ",
+    "malformed image: ",
+    "unreadable image: ",
+    "wrong order of roles: turn ",
+)
 SAYS = "empty answer: turn 1, the gpt's, says "
 CONTROL = "control token: {} in turn {} .*: remove it"
 BAD_ROWS = {  # what is wrong: the row, what the message says
@@ -152,7 +157,9 @@ def listed(stops, write, cases, stage, good):
     for start in range(0, len(cases), 20):  # so many are listed
         some = list(cases.items())[start : start + 20]
         lines = stops(stage=stage, data_path=write([good, *(row for _, (row, _) in some), good])).splitlines()
-        assert lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2, lines
+        assert (
+            lines[0].startswith(f"error: {len(some)} of {len(some) + 2} rows of ") and len(lines) == len(some) + 2
+        ), lines
         assert lines[-1] == "Fix these rows (counted from 0), or train without them: --on_bad_rows skip"
         for n, (line, (name, (_, expected))) in enumerate(zip(lines[1:], some), 1):
             assert re.match(rf"  row {n}: {expected}", line) and len(line) < 600, (name, line)
@@ -174,7 +181,9 @@ def test_bad_captions_are_named_with_a_remedy(stops, write):
 def test_what_is_bad_to_instruct_is_bad_to_align(stops, write):
     rows = [row for row, _ in BAD_ROWS.values() if row != GOOD_CAPTION]
     lines = stops(stage="align", data_path=write([GOOD_CAPTION, *rows])).splitlines()
-    assert lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and len(lines) == 22  # the first 20 are listed
+    assert (
+        lines[0].startswith(f"error: {len(rows)} of {len(rows) + 1} rows of ") and len(lines) == 22
+    )  # the first 20 are listed
 
 
 def test_a_picture_or_a_text_written_in_the_wrong_place_is_not_printed_as_a_whole(stops, write, tmp_path):
@@ -201,7 +210,11 @@ def test_an_image_too_large_is_named(stops, write, monkeypatch, tmp_path):
 
 
 def test_what_a_telephone_writes_is_one_image(stage_collate):
-    [picture] = [part["image"] for part in stage_collate("instruct").messages_of(shows("telephone.jpg"))[0]["content"] if part["type"] == "image"]
+    [picture] = [
+        part["image"]
+        for part in stage_collate("instruct").messages_of(shows("telephone.jpg"))[0]["content"]
+        if part["type"] == "image"
+    ]
     assert picture.getpixel((5, 5))[0] > 240
 
 
@@ -209,7 +222,9 @@ def test_what_a_telephone_writes_is_one_image(stage_collate):
 def test_rows_are_named_by_their_ids_too(name, stops, write):
     ids = ["n1", 0, "", None, 7.5, ["a\nb"]]
     lines = stops(
-        data_path=write([{**GOOD, "id": "n0"}, *({**shows("text.png"), "id": one} for one in ids), shows("text.png")], name)
+        data_path=write(
+            [{**GOOD, "id": "n0"}, *({**shows("text.png"), "id": one} for one in ids), shows("text.png")], name
+        )
     ).splitlines()
     assert lines[0].startswith("error: 7 of 8 rows") and len(lines) == 9
     shown = [re.match(r"  row \d( \(id .*\))?: ", line)[1] for line in lines[1:-1]]
@@ -230,7 +245,9 @@ def test_a_key_given_twice_does_not_lose_a_picture(stops, tmp_path):
 def test_skipped_rows_are_counted_and_the_first_twenty_listed(stage_parse, write, capsys, tmp_path):
     bad = [said("q", " ") if n % 3 else said("q", "</s>") for n in range(24)]
     path = write([GOOD, *bad, shows("nowhere.png"), said("q", "a", "q"), said("q", "two")])
-    train, _ = load_data(recipe, *stage_parse("instruct", data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    train, _ = load_data(
+        recipe, *stage_parse("instruct", data_path=path, on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path)
+    )
     assert train["row"] == [0, 27]
     out = capsys.readouterr().out
     assert "26 of 28 rows" in out
@@ -240,14 +257,31 @@ def test_skipped_rows_are_counted_and_the_first_twenty_listed(stage_parse, write
 
 
 def test_bad_captions_are_skipped_and_counted(stage_parse, write, capsys, tmp_path):
-    rows = [GOOD_CAPTION, said("q", "a"), {**GOOD_CAPTION, "caption": "USER: a"}, said("<image>", "a", "q", "b", image="red.png"), GOOD]
-    train, _ = load_data(recipe, *stage_parse("align", data_path=write(rows), on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path))
+    rows = [
+        GOOD_CAPTION,
+        said("q", "a"),
+        {**GOOD_CAPTION, "caption": "USER: a"},
+        said("<image>", "a", "q", "b", image="red.png"),
+        GOOD,
+    ]
+    train, _ = load_data(
+        recipe,
+        *stage_parse("align", data_path=write(rows), on_bad_rows="skip", eval_fraction=0, image_folder=tmp_path),
+    )
     out = capsys.readouterr().out
-    assert train["row"] == [0, 4] and "3 of 5 rows" in out and "2 x no caption" in out and "1 x more than a caption" in out
+    assert (
+        train["row"] == [0, 4]
+        and "3 of 5 rows" in out
+        and "2 x no caption" in out
+        and "1 x more than a caption" in out
+    )
 
 
 def test_bad_rows_to_evaluate_on(stops, stage_parse, write, capsys, tmp_path):
-    files = {"data_path": write([GOOD, GOOD], "train.json"), "eval_data_path": write([GOOD, said("q", ""), GOOD], "test.json")}
+    files = {
+        "data_path": write([GOOD, GOOD], "train.json"),
+        "eval_data_path": write([GOOD, said("q", ""), GOOD], "test.json"),
+    }
     assert re.search(r"1 of 3 rows of the evaluation data .*\n  row 1: empty answer", stops(**files))
     train, held_out = load_data(recipe, *stage_parse("instruct", **files, on_bad_rows="skip", image_folder=tmp_path))
     assert len(train) == 2 and sorted(held_out["row"]) == [0, 2] and "row 1: empty answer" in capsys.readouterr().out
@@ -265,7 +299,12 @@ def test_bad_rows_to_evaluate_on(stops, stage_parse, write, capsys, tmp_path):
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write):
     message = stops(data_path=write([row] * 3), **settings)
-    assert re.search("3 of 3 rows", message) and remedy in message and other not in message and "No row would be left" in message, message
+    assert (
+        re.search("3 of 3 rows", message)
+        and remedy in message
+        and other not in message
+        and "No row would be left" in message
+    ), message
 
 
 def test_long_rows_do_not_hide_bad_ones(stops, write):
@@ -315,7 +354,11 @@ def test_a_file_that_cannot_be_read_is_named(name, content, expected, flag, stop
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     message = stops(**{"data_path": write([GOOD] * 2), flag: tmp_path / name})
-    assert message.startswith(f"error: cannot read {tmp_path / name}: ") and re.search(expected, message) and "\n" not in message, message
+    assert (
+        message.startswith(f"error: cannot read {tmp_path / name}: ")
+        and re.search(expected, message)
+        and "\n" not in message
+    ), message
 
 
 def test_the_default_file_or_a_folder(stops, tmp_path, monkeypatch):
@@ -400,7 +443,9 @@ def test_flags_that_do_not_go_together(settings, expected, stops):
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 def test_a_whole_model_and_parts_are_two_beginnings(part, stage, stops, tiny_parts):
     message = stops(stage=stage, model_name_or_path=tiny_parts / "align", **{part: tiny_parts / part.split("_")[0]})
-    assert re.search(f"^error: --{part}.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already", message), message
+    assert re.search(
+        f"^error: --{part}.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already", message
+    ), message
     assert "to join give --pretrain_mm_mlp_adapter and no --model_name_or_path" in message
 
 
@@ -408,7 +453,10 @@ def test_a_whole_model_and_parts_are_two_beginnings(part, stage, stops, tiny_par
 def test_the_projector_of_a_whole_model_is_not_replaced(stage, stops, tiny_parts, tmp_path):
     given = {"model_name_or_path": tiny_parts / "align", "pretrain_mm_mlp_adapter": tmp_path / "mm_projector.bin"}
     message = stops(stage=stage, **given, vision_tower=None, language_model=None)
-    assert re.search(f"^error: --pretrain_mm_mlp_adapter.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already", message), message
+    assert re.search(
+        f"^error: --pretrain_mm_mlp_adapter.* for joining two models, and {tiny_parts / 'align'} is a LLaVA already",
+        message,
+    ), message
 
 
 @pytest.mark.parametrize("stage, rows", [("align", 256), ("instruct", 128)])
@@ -417,9 +465,9 @@ def test_a_step_has_as_many_rows_on_any_number_of_processes(stage, rows, stage_p
 
     def steps(processes, batch, accumulated=None):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        return recipe.fill_defaults({**given, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated})[
-            "gradient_accumulation_steps"
-        ]
+        return recipe.fill_defaults(
+            {**given, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        )["gradient_accumulation_steps"]
 
     for processes in (1, 2, 8):
         assert (
@@ -458,11 +506,19 @@ def test_flags_that_can(settings, stage_parse):
 
 
 def test_what_is_not_given_depends_on_the_stage(stage_parse):
-    free = dict.fromkeys(("output_dir", "data_path", "per_device_train_batch_size", "gradient_accumulation_steps", "model_name_or_path"))
+    free = dict.fromkeys(
+        ("output_dir", "data_path", "per_device_train_batch_size", "gradient_accumulation_steps", "model_name_or_path")
+    )
     for stage, more, rates, ratio, rest in (
         ("align", {}, (0, 1e-3, 0), "square", ("llava-align", "blip_laion_cc_sbu_558k.json", 8, 32, None)),
         ("instruct", {}, (0, 2e-5, 2e-5), "pad", ("llava-instruct", "llava_v1_5_mix665k.json", 4, 32, "llava-align")),
-        ("instruct", LORA, (0, 2e-5, 2e-4), "pad", ("llava-instruct", "llava_v1_5_mix665k.json", 4, 32, "llava-align")),
+        (
+            "instruct",
+            LORA,
+            (0, 2e-5, 2e-4),
+            "pad",
+            ("llava-instruct", "llava_v1_5_mix665k.json", 4, 32, "llava-align"),
+        ),
         (
             "instruct",
             {"learning_rate": 1e-5, **LORA},
@@ -472,7 +528,9 @@ def test_what_is_not_given_depends_on_the_stage(stage_parse):
         ),
     ):
         settings, training = stage_parse(stage, **free, **more)
-        assert tuple(recipe.learning_rates(settings, training).values()) == rates and settings.image_aspect_ratio == ratio
+        assert (
+            tuple(recipe.learning_rates(settings, training).values()) == rates and settings.image_aspect_ratio == ratio
+        )
         assert (training.output_dir, settings.data_path, training.per_device_train_batch_size, training.gradient_accumulation_steps,
                 settings.model_name_or_path) == rest  # fmt: skip
 
@@ -485,14 +543,17 @@ def test_a_file_in_place_of_the_output(below, stops, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage, flag", [("instruct", "model_name_or_path"), ("align", "model_name_or_path"), ("instruct", "pretrain_mm_mlp_adapter")]
+    "stage, flag",
+    [("instruct", "model_name_or_path"), ("align", "model_name_or_path"), ("instruct", "pretrain_mm_mlp_adapter")],
 )
 def test_the_result_does_not_overwrite_the_beginning(stage, flag, stops, tiny_parts, tmp_path):
     (tmp_path / "link").symlink_to(tiny_parts / "align")
     for out in (tiny_parts / "align", f"{tiny_parts}/align/", tmp_path / "link"):
         message = stops(stage=stage, output_dir=out, **{flag: tiny_parts / "align"})
         assert re.match(rf"error: --output_dir .* would overwrite --{flag}: choose another$", message), message
-    message = stops(stage=stage, output_dir=tiny_parts, **{flag: tiny_parts / "align"})  # as are checkpoints, which are cleared away
+    message = stops(
+        stage=stage, output_dir=tiny_parts, **{flag: tiny_parts / "align"}
+    )  # as are checkpoints, which are cleared away
     assert re.match(rf"error: --output_dir .* would overwrite --{flag}: choose another$", message), message
 
 
@@ -504,7 +565,9 @@ def test_the_result_does_not_overwrite_the_parts(flag, folder, stops, tiny_parts
 
 @pytest.mark.parametrize("flag", ["vision_tower", "language_model", "model_name_or_path"])
 def test_a_path_that_does_not_exist_is_said_to(flag, stops):
-    assert f"error: --{flag} no/where is no folder with a model (as --stage align makes one), nor a hub id: " in stops(stage="align", **{flag: "no/where"})
+    assert f"error: --{flag} no/where is no folder with a model (as --stage align makes one), nor a hub id: " in stops(
+        stage="align", **{flag: "no/where"}
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -529,7 +592,9 @@ def test_a_config_file_that_cannot_be_read_is_one_message(text, tmp_path):
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as end:
         recipe.main(["--config", str(tmp_path / "run.yaml")])
-    assert re.match("error: .*(run.yaml must hold lines|run.yaml cannot be read|--bits|stage|--seed)", end.value.code), end.value.code
+    assert re.match(
+        "error: .*(run.yaml must hold lines|run.yaml cannot be read|--bits|stage|--seed)", end.value.code
+    ), end.value.code
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -602,21 +667,29 @@ def test_a_whole_clip_is_a_vision_tower(tiny_parts, stage_parse, tmp_path):
     CLIPConfig(vision_config=config.to_dict()).save_pretrained(tmp_path / "clip")
     joined = recipe.load_config(stage_parse("align", vision_tower=tmp_path / "clip")[0])
     assert (
-        joined.vision_config.hidden_size == config.hidden_size and joined.vision_config.image_size == 56 and joined.image_seq_length == 16
+        joined.vision_config.hidden_size == config.hidden_size
+        and joined.vision_config.image_size == 56
+        and joined.image_seq_length == 16
     )
 
 
 WHOLE = {  # how to spoil a model, what the message says
     "several layers": ({"vision_feature_layer": [-2, -1]}, "takes features from several layers, not one"),
     "of GPT-2": ({"text_config": {"model_type": "gpt2"}}, "its language model is gpt2; this recipe takes"),
-    "of SigLIP": ({"vision_config": {"model_type": "siglip_vision_model"}}, "its vision encoder is siglip_vision_model; this recipe takes clip"),
+    "of SigLIP": (
+        {"vision_config": {"model_type": "siglip_vision_model"}},
+        "its vision encoder is siglip_vision_model; this recipe takes clip",
+    ),
     "a LLaVA-NeXT": ({"model_type": "llava_next"}, "is llava_next, not a LLaVA"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "model_type"),
     "a number": (lambda folder: (folder / "config.json").write_text("5"), "--model_name_or_path"),
     "damaged": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
     "empty": (lambda folder: (folder / "config.json").write_text(""), "not a valid JSON"),
     "no processor": (without("*processor*", "tokenizer*"), "no processor: "),
-    "settings only": (without("*.json", "*.safetensors", "*.jinja", "*.bin"), "as --stage align makes one.*model_type"),
+    "settings only": (
+        without("*.json", "*.safetensors", "*.jinja", "*.bin"),
+        "as --stage align makes one.*model_type",
+    ),
     "no EOS": (no_eos, "its tokenizer has no EOS"),
 }
 
@@ -639,23 +712,32 @@ def test_a_language_model_or_an_adapter_or_nothing_is_no_whole_model(tiny_parts,
     for name in ("nowhere", "nobody/nothing", tmp_path / "nowhere"):
         message = stops(model_name_or_path=name)
         assert (
-            message.startswith(f"error: --model_name_or_path {name} is no folder with a model (as --stage align makes one), nor a hub id: ")
+            message.startswith(
+                f"error: --model_name_or_path {name} is no folder with a model (as --stage align makes one), nor a hub id: "
+            )
             and "\n" not in message
         )
-    assert stops(model_name_or_path=None).startswith("error: --model_name_or_path llava-align is no folder with a model (as --stage align makes one), nor a hub id: ")  # stage 1 has not been run
+    assert stops(model_name_or_path=None).startswith(
+        "error: --model_name_or_path llava-align is no folder with a model (as --stage align makes one), nor a hub id: "
+    )  # stage 1 has not been run
 
 
 # ------------------------------------------------------------------------------------------------------- projectors
 def projector(model):
     """The projector of a model: {name: value}."""
     weights = load_file(model / "model.safetensors")
-    return {name.split("multi_modal_projector.")[1]: value for name, value in weights.items() if "multi_modal_projector." in name}
+    return {
+        name.split("multi_modal_projector.")[1]: value
+        for name, value in weights.items()
+        if "multi_modal_projector." in name
+    }
 
 
 def original(weights, prefix="model."):
     """A projector -> mm_projector.bin of the original LLaVA."""
     return {
-        prefix + name.replace("linear_1", "mm_projector.0").replace("linear_2", "mm_projector.2"): value for name, value in weights.items()
+        prefix + name.replace("linear_1", "mm_projector.0").replace("linear_2", "mm_projector.2"): value
+        for name, value in weights.items()
     }
 
 
@@ -687,8 +769,12 @@ def test_the_model_begins_with_the_projector_given(stage_parse, tiny_parts, tmp_
     own = {name: value + 1 for name, value in projector(tiny_parts / "align").items()}
     torch.save(original(own), tmp_path / "mm_projector.bin")
     for settings in ({}, LORA):
-        model = recipe.load_model(*stage_parse("instruct", pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin", **settings))
-        assert all(torch.equal(value, own[name]) for name, value in model.model.multi_modal_projector.state_dict().items())
+        model = recipe.load_model(
+            *stage_parse("instruct", pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin", **settings)
+        )
+        assert all(
+            torch.equal(value, own[name]) for name, value in model.model.multi_modal_projector.state_dict().items()
+        )
 
 
 FIT = "does not fit: it has .*linear_1.weight.*--vision_tower, --language_model"
@@ -723,13 +809,19 @@ def test_a_projector_that_does_not_fit_is_named(make, expected, stops, tiny_part
     elif make:
         torch.save(make(projector(tiny_parts / "align")), path)
     message = stops(pretrain_mm_mlp_adapter=path)
-    assert message.startswith(f"error: --pretrain_mm_mlp_adapter {path}") and re.search(expected, message) and "\n" not in message, message
+    assert (
+        message.startswith(f"error: --pretrain_mm_mlp_adapter {path}")
+        and re.search(expected, message)
+        and "\n" not in message
+    ), message
 
 
 def test_a_damaged_or_a_wrong_projector_file_or_folder(stops, tiny_parts, tmp_path):
     torch.save(original(projector(tiny_parts / "align")), tmp_path / "cut.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-500])
-    folder = changed(tiny_parts / "align", tmp_path / "model", lambda model: (model / "model.safetensors").write_bytes(b"\0" * 64))
+    folder = changed(
+        tiny_parts / "align", tmp_path / "model", lambda model: (model / "model.safetensors").write_bytes(b"\0" * 64)
+    )
     for path, expected in (
         (tmp_path / "cut.bin", "corrupted"),
         (tiny_parts / "language", NONE),
@@ -737,7 +829,11 @@ def test_a_damaged_or_a_wrong_projector_file_or_folder(stops, tiny_parts, tmp_pa
         (folder, "header"),
     ):
         message = stops(pretrain_mm_mlp_adapter=path)
-        assert message.startswith(f"error: --pretrain_mm_mlp_adapter {path}: ") and expected in message and "\n" not in message, message
+        assert (
+            message.startswith(f"error: --pretrain_mm_mlp_adapter {path}: ")
+            and expected in message
+            and "\n" not in message
+        ), message
 
 
 # --------------------------------------------------------------------------------------------------------- weights
@@ -748,11 +844,15 @@ def reweighted(folder, change):
 
 
 def dropped(text):
-    return lambda folder: reweighted(folder, lambda weights: {name: value for name, value in weights.items() if text not in name})
+    return lambda folder: reweighted(
+        folder, lambda weights: {name: value for name, value in weights.items() if text not in name}
+    )
 
 
 def narrower(text):
-    return lambda folder: reweighted(folder, lambda weights: {n: v[..., :64].contiguous() if text in n else v for n, v in weights.items()})
+    return lambda folder: reweighted(
+        folder, lambda weights: {n: v[..., :64].contiguous() if text in n else v for n, v in weights.items()}
+    )
 
 
 WEIGHTS = {  # which model, how to spoil it, what the message says
@@ -773,8 +873,13 @@ def test_weights_that_are_missing_are_not_made_up(part, spoil, expected, tiny_pa
     folder = changed(tiny_parts / part, tmp_path / "model", spoil)
     flag = {"align": "model_name_or_path", "vision": "vision_tower", "language": "language_model"}[part]
     stage, row = ("instruct", GOOD) if part == "align" else ("align", GOOD_CAPTION)
-    message = refusal(recipe.main, stage_flags(stage, **{flag: folder}, data_path=write([row]), eval_fraction=0, image_folder=tmp_path))
-    assert message.startswith("error: cannot load the weights of ") and str(folder) in message and expected in message, message
+    message = refusal(
+        recipe.main,
+        stage_flags(stage, **{flag: folder}, data_path=write([row]), eval_fraction=0, image_folder=tmp_path),
+    )
+    assert (
+        message.startswith("error: cannot load the weights of ") and str(folder) in message and expected in message
+    ), message
     assert not (tmp_path / "out").exists()
 
 
@@ -791,8 +896,12 @@ def test_good_input_passes_every_check(stops, write, capsys):
 
 def test_a_program_that_fails_ends_with_the_message(tiny_parts, write, tmp_path):
     rows = [GOOD, said("<image>", " ", image="red.png")]
-    argv = two_stage_run(tiny_parts, tmp_path / "out", "instruct", data_path=write(rows), eval_fraction=0, image_folder=tmp_path)
-    done = subprocess.run([sys.executable, str(ROOT / "llava_two_stage.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    argv = two_stage_run(
+        tiny_parts, tmp_path / "out", "instruct", data_path=write(rows), eval_fraction=0, image_folder=tmp_path
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "llava_two_stage.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
     assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: empty answer") and "--on_bad_rows skip" in last[2]
@@ -808,7 +917,9 @@ def test_only_the_first_process_speaks(rank, code, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, stage_flags, write, images, tmp_path, monkeypatch):
+def test_an_image_that_changes_under_the_run_ends_it_with_one_message(
+    workers, stage_flags, write, images, tmp_path, monkeypatch
+):
     names, load_model = images(4), recipe.load_model
 
     def change_then_load(*args):
@@ -818,6 +929,8 @@ def test_an_image_that_changes_under_the_run_ends_it_with_one_message(workers, s
     monkeypatch.setattr(recipe, "load_model", change_then_load)
     options = {"dataloader_num_workers": workers, "eval_fraction": 0, "image_folder": tmp_path}
     with pytest.raises(SystemExit) as end:
-        recipe.main(stage_flags("align", data_path=write([{"image": name, "caption": "a"} for name in names]), **options))
+        recipe.main(
+            stage_flags("align", data_path=write([{"image": name, "caption": "a"} for name in names]), **options)
+        )
     assert re.fullmatch(r"error: .*unreadable image: .*lime\.png.*", end.value.code)
     assert not (tmp_path / "out" / "trainer_state.json").exists()

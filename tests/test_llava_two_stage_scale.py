@@ -36,9 +36,18 @@ SHORT = {
 KINDS = {
     "align": {"stage": "align", "projector_learning_rate": 1e-3},
     "full": {"stage": "instruct", "projector_learning_rate": 2e-3, "learning_rate": 1e-3},
-    "LoRA": {"stage": "instruct", "projector_learning_rate": 1e-3, "learning_rate": 1e-3, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0},
+    "LoRA": {
+        "stage": "instruct",
+        "projector_learning_rate": 1e-3,
+        "learning_rate": 1e-3,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0,
+    },
 }
-ZERO = [name for name in ("zero2", "zero3") if shutil.which("g++")]  # DeepSpeed compiles its communication for the CPU once
+ZERO = [
+    name for name in ("zero2", "zero3") if shutil.which("g++")
+]  # DeepSpeed compiles its communication for the CPU once
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +64,23 @@ def launch(config, argv, processes=2, extensions=None, script=SCRIPT, more=(), t
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path}
     environment |= {"TORCH_EXTENSIONS_DIR": str(extensions)} if extensions else {}
     # Port 0: any that is free. Without --cpu, which would start one process.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs" / f"{config}.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "configs" / f"{config}.yaml",
+    ]
     command += ["--num_processes", processes, *(more or ("--main_process_port", 0)), script, *argv]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:  # processes that wait for each other would do so for ever
@@ -72,7 +95,9 @@ def mixed(tiny_parts, tmp_path_factory):
     rows = json.loads((tiny_parts / "json" / "train.json").read_text())
     pictures, words = ([row for row in rows if ("image" in row) == wanted] for wanted in (True, False))
     file = tmp_path_factory.mktemp("mixed") / "train.json"
-    file.write_text(json.dumps([row for n in range(20) for row in (*pictures[2 * n : 2 * n + 2], words[n % len(words)])]))
+    file.write_text(
+        json.dumps([row for n in range(20) for row in (*pictures[2 * n : 2 * n + 2], words[n % len(words)])])
+    )
     return file
 
 
@@ -158,22 +183,32 @@ def test_two_machines_train_like_one(flags_of, alone, request, tmp_path, config)
     with ThreadPoolExecutor(2) as machines:
         done = [one for one in machines.map(machine, range(2)) if one]
     assert done and all(finished(one, tmp_path / "out") for one in done), done and done[0].stderr[-5000:]
-    assert len(done) == 2 or aborted(done[0])  # then the other launcher, its own process well at its end, waits for it for five minutes
+    assert len(done) == 2 or aborted(
+        done[0]
+    )  # then the other launcher, its own process well at its end, waits for it for five minutes
     same(alone("full"), tmp_path / "out")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ZERO)
-def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flags_of, alone, request, tmp_path, config):
+def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(
+    flags_of, alone, request, tmp_path, config
+):
     argv, folder = flags_of("full", tmp_path / "out", per_device_train_batch_size=1), folder_of(request, config)
     same_rows = ["--gradient_accumulation_steps", "4"]  # of one process, as many in a step as of two
     first = launch(config, argv, extensions=folder)
     assert finished(first, tmp_path / "out"), first.stderr[-5000:]
     whole = log(tmp_path / "out")
-    for end in ("checkpoint-4", "trainer_state.json", "model.safetensors"):  # as if it had been killed after its second step
+    for end in (
+        "checkpoint-4",
+        "trainer_state.json",
+        "model.safetensors",
+    ):  # as if it had been killed after its second step
         (shutil.rmtree if end.startswith("checkpoint") else os.remove)(tmp_path / "out" / end)
     assert llava_two_stage.is_complete(tmp_path / "out" / "checkpoint-2")
-    with pytest.raises(SystemExit, match="checkpoint-2 was written by 2 processes with DeepSpeed: resume it in the same way"):
+    with pytest.raises(
+        SystemExit, match="checkpoint-2 was written by 2 processes with DeepSpeed: resume it in the same way"
+    ):
         llava_two_stage.main(argv + same_rows)
     alone_now = launch(config, argv + same_rows, processes=1, extensions=folder)
     assert alone_now.returncode == 1 and "was written by 2 processes with DeepSpeed" in alone_now.stderr

@@ -96,7 +96,11 @@ def command(tiny_parts, data):
     """A function: stage, where to, settings as keywords -> the flags of a short run on the CPU. What is called "align" is the fixture's."""
 
     def make(stage, out, **settings):
-        own = {"data_path": data / f"{stage}.json", "eval_data_path": data / f"{stage}-held.json", "image_folder": data / "images"}
+        own = {
+            "data_path": data / f"{stage}.json",
+            "eval_data_path": data / f"{stage}-held.json",
+            "image_folder": data / "images",
+        }
         own |= SHORT | ({"learning_rate": 0.001} if stage == "instruct" else {})
         settings = {name: tiny_parts / "align" if value == "align" else value for name, value in settings.items()}
         return two_stage_run(tiny_parts, out, stage, **{**own, **settings})
@@ -121,7 +125,9 @@ def run(argv, train=True, *callbacks):
         with contextlib.nullcontext() if train else pytest.raises(SystemExit):
             recipe.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen)
+    return SimpleNamespace(
+        argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen
+    )
 
 
 @pytest.fixture(scope="session")
@@ -150,15 +156,23 @@ def plain(name):
 def wanted(variant, names):
     """Of the names of a model's weights those that are trained themselves: of the tower only what comes before the features are taken."""
     stage, settings = VARIANTS[variant]
-    parts = [PROJECTOR] * (settings.get("projector_learning_rate", 1) > 0) + [VISION] * ("vision_learning_rate" in settings)
-    parts += [LANGUAGE, "lm_head"] * (stage == "instruct" and "lora_r" not in settings and settings.get("learning_rate", 1) > 0)
+    parts = [PROJECTOR] * (settings.get("projector_learning_rate", 1) > 0) + [VISION] * (
+        "vision_learning_rate" in settings
+    )
+    parts += [LANGUAGE, "lm_head"] * (
+        stage == "instruct" and "lora_r" not in settings and settings.get("learning_rate", 1) > 0
+    )
     late = rf"{VISION}\.(encoder\.layers\.2|post_layernorm)\."
     return {n for n in names if n.startswith(tuple(f"{part}." for part in parts)) and not re.match(late, n)}
 
 
 def projector(weights):
     """{name without anything before linear_: weight} of the projector that is trained, or used."""
-    return {re.search(r"linear_.*", n)[0]: p for n, p in weights.items() if "multi_modal_projector." in n and "original_module" not in n}
+    return {
+        re.search(r"linear_.*", n)[0]: p
+        for n, p in weights.items()
+        if "multi_modal_projector." in n and "original_module" not in n
+    }
 
 
 def stored(file):
@@ -175,7 +189,9 @@ def same(one, two):
 def sections(out):
     """samples.md -> {step: [[pictures, question, right, answered] of a row]}."""
     parts = re.split(r"^## Step (\d+)$", (out / "samples.md").read_text(encoding="utf-8"), flags=re.M)[1:]
-    cut = lambda text: [[c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    cut = lambda text: [
+        [c.strip() for c in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     tables = {int(step): cut(text) for step, text in zip(*[iter(parts)] * 2)}
     assert all(rows[0] == ["picture", "question", "right", "answered"] for rows in tables.values())
     return {step: rows[1:] for step, rows in tables.items()}
@@ -189,7 +205,9 @@ def says(model, collator, messages, tokens=16):
     """A model's answer to a conversation, by generate() itself."""
     batch = collator.tokenize([messages], prompt=True)
     with torch.no_grad():
-        ids = model.eval().generate(**batch, max_new_tokens=tokens, max_length=None, do_sample=False, eos_token_id=collator.stop_ids)
+        ids = model.eval().generate(
+            **batch, max_new_tokens=tokens, max_length=None, do_sample=False, eos_token_id=collator.stop_ids
+        )
     return collator.processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -216,7 +234,9 @@ def language(request, tiny_parts, tmp_path):
         LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(out)
     else:
         config = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-        MistralForCausalLM(MistralConfig(**config | {"num_key_value_heads": 2, "sliding_window": 8})).save_pretrained(out)
+        MistralForCausalLM(MistralConfig(**config | {"num_key_value_heads": 2, "sliding_window": 8})).save_pretrained(
+            out
+        )
     return out
 
 
@@ -229,7 +249,9 @@ def test_the_parts_are_joined_as_they_are(tiny_parts, command, tmp_path, languag
     assert same(dict(model.model.vision_tower.state_dict()), dict(vision.state_dict()))
     old, words = own.config.vocab_size, ("model.embed_tokens.weight", "lm_head.weight")
     tied = own.get_input_embeddings().weight is own.get_output_embeddings().weight
-    assert tied == own.config.tie_word_embeddings and (len(processor.tokenizer) == old + 1 == processor.image_token_id + 1)
+    assert tied == own.config.tie_word_embeddings and (
+        len(processor.tokenizer) == old + 1 == processor.image_token_id + 1
+    )
     now = {name.replace("model.language_model.", "model."): value for name, value in model.state_dict().items()}
     for name, value in own.state_dict().items():
         assert torch.equal(now[name][:old] if name in words else now[name], value), name
@@ -239,11 +261,17 @@ def test_the_parts_are_joined_as_they_are(tiny_parts, command, tmp_path, languag
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     config = model.config
     assert (config.image_token_index, config.text_config.vocab_size) == (old, len(model.get_input_embeddings().weight))
-    assert (config.vision_feature_layer, config.vision_feature_select_strategy, config.projector_hidden_act) == (-2, "default", "gelu")
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy, config.projector_hidden_act) == (
+        -2,
+        "default",
+        "gelu",
+    )
     assert config.image_seq_length == 16 and config.text_config.model_type == own.config.model_type
     assert not any(p.requires_grad for n, p in model.named_parameters() if PROJECTOR not in n)
 
-    ids = processor.tokenizer(["Which digit is this? seven", "a handwritten nine, an odd digit"], return_tensors="pt", padding=True)
+    ids = processor.tokenizer(
+        ["Which digit is this? seven", "a handwritten nine, an odd digit"], return_tensors="pt", padding=True
+    )
     assert torch.equal(logits(model, ids)[..., :old], logits(own, ids))
     pictures = torch.rand(2, 3, 56, 56)
     with torch.no_grad():
@@ -257,7 +285,9 @@ def test_the_parts_are_joined_as_they_are(tiny_parts, command, tmp_path, languag
     first = run(command("align", tmp_path / "out", language_model=language, max_steps=1, eval_strategy="no"))
     batch = first.trainer.data_collator(rows_of(first.trainer, n=3))
     again = run(command("instruct", tmp_path / "two", model_name_or_path=first.out, max_steps=1, eval_strategy="no"))
-    torch.testing.assert_close(logits(load(again.argv), batch), logits(first.trainer.model, batch), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits(load(again.argv), batch), logits(first.trainer.model, batch), atol=1e-6, rtol=1e-6
+    )
     for done in (first, again):
         saved = LlavaForConditionalGeneration.from_pretrained(done.out)
         assert (saved.get_input_embeddings().weight is saved.get_output_embeddings().weight) == tied
@@ -268,13 +298,23 @@ def test_the_parts_are_joined_as_they_are(tiny_parts, command, tmp_path, languag
 def test_the_tower_of_a_whole_clip(tiny_parts, command, tmp_path):
     """As openai/clip-* are: with a text tower, which is left out."""
     vision = CLIPVisionModel.from_pretrained(tiny_parts / "vision")
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision.config.to_dict(), projection_dim=16))
     clip.save_pretrained(tmp_path / "clip")
     shutil.copy(next((tiny_parts / "vision").glob("*processor_config.json")), tmp_path / "clip")
     model = load(command("align", tmp_path / "out", vision_tower=tmp_path / "clip"))
     assert same(dict(model.model.vision_tower.state_dict()), dict(clip.vision_model.state_dict()))
-    assert run(command("align", tmp_path / "out", vision_tower=tmp_path / "clip")).out.joinpath("model.safetensors").exists()
+    assert (
+        run(command("align", tmp_path / "out", vision_tower=tmp_path / "clip"))
+        .out.joinpath("model.safetensors")
+        .exists()
+    )
 
 
 def test_weights_that_lack_are_not_made_up(tiny_parts, command, tmp_path):
@@ -300,11 +340,21 @@ def test_only_what_was_named_is_trained(trained, variant):
     assert {plain(n) for n in first if ".lora_" not in n} == wanted(variant, before)
     assert {p.dtype for p in last.values()} == {torch.float32}
     assert [name for name in first if torch.equal(first[name], last[name])] == []
-    now = {plain(n): v for n, v in done.trainer.model.state_dict().items() if ".lora_" not in n and ".modules_to_save." not in n}
+    now = {
+        plain(n): v
+        for n, v in done.trainer.model.state_dict().items()
+        if ".lora_" not in n and ".modules_to_save." not in n
+    }
     assert now.keys() == before.keys()
-    fresh = set() if "model_name_or_path" in settings or VARIANTS[variant][0] == "instruct" else {n for n in before if PROJECTOR in n}
+    fresh = (
+        set()
+        if "model_name_or_path" in settings or VARIANTS[variant][0] == "instruct"
+        else {n for n in before if PROJECTOR in n}
+    )
     moved = {name for name in before if not torch.equal(now[name], before[name])} - fresh
-    copied = {plain(name) for name in first if ".modules_to_save." in name}  # trained is a copy, what it was is beneath
+    copied = {
+        plain(name) for name in first if ".modules_to_save." in name
+    }  # trained is a copy, what it was is beneath
     assert moved == wanted(variant, before) - copied - fresh
 
 
@@ -351,7 +401,9 @@ def test_what_is_trained_is_float32_where_the_rest_is_not(command, tmp_path, var
     assert {p.dtype for p in done.trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in done.trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     first, last = done.weights[0], done.weights[-1]
-    assert [name for name in first if torch.equal(first[name], last[name])] == [] and list(log(done.out, "eval_loss")) == [2, 4]
+    assert [name for name in first if torch.equal(first[name], last[name])] == [] and list(
+        log(done.out, "eval_loss")
+    ) == [2, 4]
 
 
 RATES = {VISION: 1e-4, PROJECTOR: 1e-2, LANGUAGE: 1e-3}
@@ -361,27 +413,49 @@ RATES = {VISION: 1e-4, PROJECTOR: 1e-2, LANGUAGE: 1e-3}
 def test_each_part_has_its_learning_rate(command, tmp_path, variant):
     """In the optimizer's groups, and in the size of the first step, which with AdamW is the rate itself."""
     stage, settings = VARIANTS[variant]
-    done = run(command(stage, tmp_path / "out", **settings, weight_decay=0.2, max_steps=3, eval_strategy="no", lr_scheduler_type="linear"))
+    done = run(
+        command(
+            stage,
+            tmp_path / "out",
+            **settings,
+            weight_decay=0.2,
+            max_steps=3,
+            eval_strategy="no",
+            lr_scheduler_type="linear",
+        )
+    )
     names, found = {id(p): plain(name) for name, p in done.trainer.model.named_parameters()}, {}
     for group in done.trainer.optimizer.param_groups:
         found |= {names[id(p)]: (group["initial_lr"], group["weight_decay"]) for p in group["params"]}
-    assert len(found) == sum(len(group["params"]) for group in done.trainer.optimizer.param_groups) == len(done.weights[0])
+    assert (
+        len(found)
+        == sum(len(group["params"]) for group in done.trainer.optimizer.param_groups)
+        == len(done.weights[0])
+    )
     for name, (rate, decay) in found.items():
-        assert rate == next((rate for part, rate in RATES.items() if name.startswith(part)), 1e-3)  # lm_head is the language model's
+        assert rate == next(
+            (rate for part, rate in RATES.items() if name.startswith(part)), 1e-3
+        )  # lm_head is the language model's
         assert decay == (0 if name.endswith("bias") or "norm" in name else 0.2), name
     main = 1e-2 if stage == "align" else 1e-3
     assert log(done.out, "learning_rate") == pytest.approx({1: main, 2: main * 2 / 3, 3: main / 3})
     one = run(command(stage, tmp_path / "one", **settings, max_steps=1, eval_strategy="no"))
     for name, value in one.weights[0].items():
         step = (one.weights[-1][name] - value).abs().max().item()
-        assert step == 0 if ".lora_A" in name else step == pytest.approx(found[plain(name)][0], rel=0.02) or "k_proj.bias" in name, name
+        assert (
+            step == 0
+            if ".lora_A" in name
+            else step == pytest.approx(found[plain(name)][0], rel=0.02) or "k_proj.bias" in name
+        ), name
 
 
 # --------------------------------------------------------------------- loss and gradients are those of the plain model
 def trainer_of(command, out, variant, **settings):
     """A trainer before its first step, without dropout. Adapters are not those that do nothing: with B = 0 there is no gradient of A."""
     stage, own = VARIANTS[variant]
-    trainer = run(command(stage, out, **own, **settings, **({"lora_dropout": 0} if "lora_r" in own else {})), train=False).trainer
+    trainer = run(
+        command(stage, out, **own, **settings, **({"lora_dropout": 0} if "lora_r" in own else {})), train=False
+    ).trainer
     torch.manual_seed(0)
     for name, p in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -410,14 +484,22 @@ def alike(one, two):
         assert (one[1][name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * largest, name
 
 
-@pytest.mark.parametrize("variant", ["align", "align, vision", "full", "full, vision", "lora", "lora, vision", "4-bit"])
+@pytest.mark.parametrize(
+    "variant", ["align", "align, vision", "full", "full, vision", "lora", "lora, vision", "4-bit"]
+)
 def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, variant):
     """By Transformers' own forward, of rows with pictures, without, and of both, by the mean of the tokens or a number."""
     stock = load(argv := command(VARIANTS[variant][0], tmp_path, **VARIANTS[variant][1]))
     if adapter := recipe.lora_config(recipe.parse([*argv, "--lora_dropout", "0"])[0]):
         stock = get_peft_model(stock, adapter)
-    trainer = trainer_of(command, tmp_path, variant)  # last: parsing flags would reset Accelerate's state, which it needs
-    weights = {name: value for name, value in trainer.model.state_dict().items() if "4-bit" not in variant or ".base_layer." not in name}
+    trainer = trainer_of(
+        command, tmp_path, variant
+    )  # last: parsing flags would reset Accelerate's state, which it needs
+    weights = {
+        name: value
+        for name, value in trainer.model.state_dict().items()
+        if "4-bit" not in variant or ".base_layer." not in name
+    }
     assert not stock.load_state_dict(weights, strict=False).unexpected_keys
     for (_, p), (_, q) in zip(stock.named_parameters(), trainer.model.named_parameters()):
         p.requires_grad_(q.requires_grad)
@@ -428,10 +510,16 @@ def test_loss_and_gradients_are_those_of_the_plain_model(command, tmp_path, vari
         for more in ({}, {"num_items_in_batch": 7}):
             mine, own = gradients(trainer, batch, **more), gradients(stock, batch, **more)
             assert all(grad is not None for grad in mine[1].values())
-            if kind is False:  # a stock model has no gradient of what it did not use, for several processes it takes one
+            if (
+                kind is False
+            ):  # a stock model has no gradient of what it did not use, for several processes it takes one
                 unused = {name for name, grad in own[1].items() if grad is None}
-                assert unused and all(name.startswith((VISION, PROJECTOR)) and not mine[1][name].any() for name in unused)
-                mine, own = ((loss, {n: g for n, g in grads.items() if n not in unused}) for loss, grads in (mine, own))
+                assert unused and all(
+                    name.startswith((VISION, PROJECTOR)) and not mine[1][name].any() for name in unused
+                )
+                mine, own = (
+                    (loss, {n: g for n, g in grads.items() if n not in unused}) for loss, grads in (mine, own)
+                )
             alike(mine, own)
     with torch.no_grad():  # without labels it is the stock forward
         assert torch.equal(logits(trainer.model, batch), logits(stock, batch))
@@ -458,8 +546,12 @@ def test_checkpointing_changes_nothing(command, tmp_path, variant):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         tower = base.get_submodule(VISION)
         tower = tower.modules_to_save["default"] if hasattr(tower, "modules_to_save") else tower
-        tower.encoder.layers[0].mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].requires_grad))
-        base.get_submodule(LANGUAGE).layers[0].mlp.register_forward_pre_hook(lambda *args, spoken=spoken: spoken.append(1))
+        tower.encoder.layers[0].mlp.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].requires_grad)
+        )
+        base.get_submodule(LANGUAGE).layers[0].mlp.register_forward_pre_hook(
+            lambda *args, spoken=spoken: spoken.append(1)
+        )
         found[checkpointing] = gradients(trainer, trainer.data_collator(rows_of(trainer)))
         assert {*seen} == {"vision" in variant} and len(seen) == 1 + (checkpointing and "vision" in variant)
         assert len(spoken) == 1 + checkpointing
@@ -472,10 +564,21 @@ def test_a_row_is_worth_the_same_in_any_batch(command, tmp_path, variant):
     trainer = trainer_of(command, tmp_path, variant)
     rows = rows_of(trainer)
     pictures = [row["image"] for row in rows_of(trainer, True, 2)]
-    rows += [said("<image>\n<image>\nWhich digits are these?", "five and nine", image=pictures, folder=rows[0]["folder"], row=99)]
+    rows += [
+        said(
+            "<image>\n<image>\nWhich digits are these?",
+            "five and nine",
+            image=pictures,
+            folder=rows[0]["folder"],
+            row=99,
+        )
+    ]
     together = gradients(trainer, trainer.data_collator(rows), num_items_in_batch=10)
     singly = [gradients(trainer, trainer.data_collator([row]), num_items_in_batch=10) for row in rows]
-    alike(together, (sum(loss for loss, _ in singly), {name: sum(grads[name] for _, grads in singly) for name in together[1]}))
+    alike(
+        together,
+        (sum(loss for loss, _ in singly), {name: sum(grads[name] for _, grads in singly) for name in together[1]}),
+    )
     batch = trainer.data_collator(rows)
     assert (batch["attention_mask"] == 0).any()
     out = logits(trainer.model, batch)
@@ -489,7 +592,12 @@ def test_accumulated_batches_are_one_batch(command, tmp_path, variant):
     """Every trained token counts the same, however rows are divided: also where one has no image."""
     losses, (stage, own) = [], VARIANTS[variant]
     for size, steps in ((8, 1), (2, 4), (1, 8)):
-        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3, "eval_strategy": "no"}
+        settings = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "max_steps": 3,
+            "eval_strategy": "no",
+        }
         settings |= own | ({"lora_dropout": 0} if "lora_r" in own else {})
         done = run(command(stage, tmp_path / str(size), **settings))
         losses.append([*log(done.out).values(), *log(done.out, "grad_norm").values()])
@@ -509,12 +617,17 @@ def test_an_evaluation_leaves_the_gradients_alone(command, tmp_path):
 
 @pytest.mark.parametrize(
     "targets, pattern",
-    [(["q_proj", "down_proj"], r".*\.(q|down)_proj"), ([r"model\.language_model\.layers\.1\..*_proj"], r".*\.layers\.1\..*_proj")],
+    [
+        (["q_proj", "down_proj"], r".*\.(q|down)_proj"),
+        ([r"model\.language_model\.layers\.1\..*_proj"], r".*\.layers\.1\..*_proj"),
+    ],
 )
 def test_lora_target_modules_are_adapted_and_no_others(command, tmp_path, targets, pattern):
     model = run(command("instruct", tmp_path, **LORA, lora_target_modules=targets), train=False).trainer.model
     adapted = {plain(name).split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    linear = {plain(name) for name, module in model.named_modules() if name.endswith("_proj") and f".{LANGUAGE}." in name}
+    linear = {
+        plain(name) for name, module in model.named_modules() if name.endswith("_proj") and f".{LANGUAGE}." in name
+    }
     assert adapted == {name for name in linear if re.fullmatch(pattern, name)} and adapted < linear
 
 
@@ -536,7 +649,9 @@ def test_the_trained_model_can_be_merged_in_the_same_process(command, tmp_path, 
     """The tower has its own forward back, and merged the model says what the adapter says, also without images."""
     trainer = run(command("instruct", tmp_path, **VARIANTS[variant][1])).trainer
     model = trainer.model
-    assert not [name for name, module in model.named_modules() if {"forward", "get_placeholder_mask"} & {*vars(module)}]
+    assert not [
+        name for name, module in model.named_modules() if {"forward", "get_placeholder_mask"} & {*vars(module)}
+    ]
     batches = [trainer.data_collator(rows_of(trainer, pictures, 4)) for pictures in (True, False)]
     adapted = [logits(model, batch) for batch in batches]
     with model.disable_adapter():
@@ -561,7 +676,9 @@ def test_it_has_the_published_sizes(tiny_parts, tmp_path, monkeypatch):
 
     words = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     monkeypatch.setattr(recipe, "load_complete", whole)
-    monkeypatch.setattr(recipe, "load_processor", lambda settings: SimpleNamespace(image_token_id=32000, tokenizer=words))
+    monkeypatch.setattr(
+        recipe, "load_processor", lambda settings: SimpleNamespace(image_token_id=32000, tokenizer=words)
+    )
     flags = {"vision_tower": tmp_path / "vision", "language_model": tmp_path / "language"}
     model = recipe.load_model(*recipe.parse(two_stage_run(tiny_parts, "out", "align", **flags)))
     assert model.config.text_config.vocab_size == 32064 and model.config.image_seq_length == 576
@@ -592,7 +709,9 @@ def test_it_begins_with_a_projector_of_the_original(trained, tiny_parts, command
     """mm_projector.bin, whatever its precision; and one of an adapter's folder."""
     mine = projector(trained("align").weights[-1])
     torch.save({key: value.half() for key, value in original(mine).items()}, tmp_path / "mm_projector.bin")
-    argv = command("instruct", tmp_path / "original", pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin", **settings)
+    argv = command(
+        "instruct", tmp_path / "original", pretrain_mm_mlp_adapter=tmp_path / "mm_projector.bin", **settings
+    )
     found = projector(dict(load(argv).named_parameters()))
     assert all(torch.equal(found[key], value.half().float()) for key, value in mine.items())
     argv = command("instruct", tmp_path / "adapter", pretrain_mm_mlp_adapter=trained("lora").out, **settings)
@@ -622,7 +741,10 @@ def test_an_adapter_on_joined_parts_has_a_base(trained, tiny_parts, monkeypatch)
 def test_a_base_of_an_earlier_attempt_is_not_taken(trained, command, tmp_path):
     """A run that ended before its first checkpoint is begun anew, and with other parts it may be."""
     settings = VARIANTS["lora, joined"][1] | {"projector_learning_rate": 0}
-    run(command("instruct", tmp_path / "out", **settings | {"pretrain_mm_mlp_adapter": trained("align").out}), train=False)
+    run(
+        command("instruct", tmp_path / "out", **settings | {"pretrain_mm_mlp_adapter": trained("align").out}),
+        train=False,
+    )
     done = run(command("instruct", tmp_path / "out", **settings))
     kept = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "base")
     batch = done.trainer.data_collator(rows_of(done.trainer, n=4))
@@ -633,12 +755,23 @@ def test_a_base_of_an_earlier_attempt_is_not_taken(trained, command, tmp_path):
 # ------------------------------------------------------------------------------------------------------ what is saved
 def test_output_dir_holds_everything(command, tmp_path):
     for stage, more in (("align", {}), ("instruct", LORA)):
-        done = run(command(stage, tmp_path / stage, report_to="tensorboard", hub_token="secret", save_total_limit=9, **more))
-        for name in ("settings.yaml", "samples.md", "trainer_state.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        done = run(
+            command(stage, tmp_path / stage, report_to="tensorboard", hub_token="secret", save_total_limit=9, **more)
+        )
+        for name in (
+            "settings.yaml",
+            "samples.md",
+            "trainer_state.json",
+            "processor_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+        ):
             assert (done.out / name).stat().st_size > 0
         assert {path.name for path in done.out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
         assert list(done.out.glob("**/events.out.tfevents.*"))
-        assert {path.name for path in done.out.glob("*.safetensors")} == {"adapter_model.safetensors" if more else "model.safetensors"}
+        assert {path.name for path in done.out.glob("*.safetensors")} == {
+            "adapter_model.safetensors" if more else "model.safetensors"
+        }
         first, *lines = (done.out / "settings.yaml").read_text().splitlines()
         written = yaml.safe_load("\n".join(lines))
         assert first == "# llava_two_stage.py" and "hub_token" not in written and "secret" not in "".join(lines)
@@ -647,7 +780,9 @@ def test_output_dir_holds_everything(command, tmp_path):
             assert list(log(done.out, name)) == [1, 2, 3, 4] and all(map(math.isfinite, log(done.out, name).values()))
         assert list(log(done.out, "eval_loss")) == [2, 4] and log(done.out)[4] < log(done.out)[1]
         state = load_file(next(done.out.glob("*.safetensors")))
-        assert all(torch.equal(value, projector(done.weights[-1])[name]) for name, value in projector(state).items()) and projector(state)
+        assert all(
+            torch.equal(value, projector(done.weights[-1])[name]) for name, value in projector(state).items()
+        ) and projector(state)
 
 
 RELOAD = """
@@ -692,10 +827,17 @@ torch.save(results, sys.argv[2])
 @pytest.mark.slow
 def test_the_result_stands_alone(trained, tmp_path):
     """A new process, without the recipe, gets from the saved folder and its processor what the run's own model says."""
-    work, names = {}, ["align", "align, vision", "full", "full, vision", "lora", "lora, vision", "lora, joined", "4-bit"]
+    work, names = (
+        {},
+        ["align", "align, vision", "full", "full, vision", "lora", "lora, vision", "lora, joined", "4-bit"],
+    )
     for name in names:
         done = trained(name)
-        work[name] = str(done.out), [done.trainer.data_collator.messages_of(row)[:1] for row in done.trainer.eval_dataset], done.argv
+        work[name] = (
+            str(done.out),
+            [done.trainer.data_collator.messages_of(row)[:1] for row in done.trainer.eval_dataset],
+            done.argv,
+        )
     torch.save(work, tmp_path / "work.pt")
     fresh(RELOAD, tmp_path / "work.pt", tmp_path / "results.pt")
     for name, result in torch.load(tmp_path / "results.pt").items():
@@ -725,10 +867,16 @@ def test_the_best_checkpoint_is_saved(command, tmp_path, monkeypatch, variant):
         return output
 
     monkeypatch.setattr(recipe.Trainer, "evaluation_loop", faked)
-    done = run(command(stage, tmp_path, **settings, load_best_model_at_end=True, eval_steps=1, save_steps=1, save_total_limit=9))
+    done = run(
+        command(
+            stage, tmp_path, **settings, load_best_model_at_end=True, eval_steps=1, save_steps=1, save_total_limit=9
+        )
+    )
     assert "best loss: 1, at step 2; that is saved" in done.text
     name = "adapter_model.safetensors" if "lora_r" in settings else "model.safetensors"
-    saved, kept, last = (stored(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"))
+    saved, kept, last = (
+        stored(folder / name) for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
+    )
     assert same(saved, kept) and not same(saved, last)
     now = {n: p for n, p in done.trainer.model.named_parameters() if p.requires_grad}
     assert same(now, done.weights[2])
@@ -769,7 +917,9 @@ LONG |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "samp
 @pytest.fixture(scope="session")
 def whole(command, tmp_path_factory):
     """A function: variant -> a run of 11 steps that nothing interrupted."""
-    make = lambda variant: run(command(VARIANTS[variant][0], tmp_path_factory.mktemp("whole") / "out", **LONG, **VARIANTS[variant][1]))
+    make = lambda variant: run(
+        command(VARIANTS[variant][0], tmp_path_factory.mktemp("whole") / "out", **LONG, **VARIANTS[variant][1])
+    )
     return functools.cache(make)
 
 
@@ -815,7 +965,9 @@ def test_killed_and_started_again(whole, dead, command, tmp_path, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant, step", [("align, vision", 2), ("full", 3), ("full, vision", 8), ("lora, vision", 8), ("4-bit", 4)])
+@pytest.mark.parametrize(
+    "variant, step", [("align, vision", 2), ("full", 3), ("full, vision", 8), ("lora, vision", 8), ("4-bit", 4)]
+)
 def test_resumes_whatever_was_trained(whole, command, tmp_path, variant, step):
     """In any epoch, and at the end of one."""
     done, (stage, settings) = whole(variant), VARIANTS[variant]
@@ -859,7 +1011,9 @@ def test_a_longer_run_is_not_finished_by_an_earlier_end(trained, command, tmp_pa
     assert f"resuming from {out / 'checkpoint-4'}" in again.text and max(log(out)) == 6 and len(again.weights) == 3
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state.pth"]
+)
 def test_a_damaged_checkpoint_is_not_whole(trained, tmp_path, file):
     """Missing, empty or cut off: any of its files (the random state's end is not looked at)."""
     good = trained("align").out / "checkpoint-4"
@@ -902,7 +1056,9 @@ def test_a_run_that_does_not_say_which_it_is_is_not_gone_on_from(trained, comman
     assert "without the settings.yaml" in message and "--resume_from_checkpoint CHECKPOINT" in message
 
 
-@pytest.mark.parametrize("variant, more", [("align", []), ("lora, joined", ["--sample_rows", "1", "--logging_steps", "2"])])
+@pytest.mark.parametrize(
+    "variant, more", [("align", []), ("lora, joined", ["--sample_rows", "1", "--logging_steps", "2"])]
+)
 def test_a_finished_run_says_so(trained, monkeypatch, capsys, variant, more):
     done = trained(variant)
     for name in ("load_model", "load_data", "load_processor"):
@@ -928,11 +1084,22 @@ def learnt(tiny_parts, data, command, tmp_path_factory):
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 module.weight.data *= 4  # from a deviation of 0.02 to 0.08, about 1 / sqrt(128)
         model.save_pretrained(out / name)
-    own = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8, "logging_steps": 10, "activation_checkpointing": False}
+    own = {
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 8,
+        "logging_steps": 10,
+        "activation_checkpointing": False,
+    }
     own |= {"sample_tokens": 16, "warmup_steps": 5}
     parts = {"vision_tower": out / "vision", "language_model": out / "language"}
     first = run(command("align", out / "align", **own, **parts, max_steps=20, eval_steps=10, save_steps=10))
-    own |= {"eval_data_path": data / "instruct.json", "sample_rows": 16, "max_steps": 60, "eval_steps": 20, "save_steps": 20}
+    own |= {
+        "eval_data_path": data / "instruct.json",
+        "sample_rows": 16,
+        "max_steps": 60,
+        "eval_steps": 20,
+        "save_steps": 20,
+    }
     own |= {"model_name_or_path": first.out, "learning_rate": 2e-3, "projector_learning_rate": 2e-3}
     second = run(command("instruct", out / "instruct", **own))
     return {"align": first, "instruct": second}
@@ -947,7 +1114,9 @@ def test_it_learns(learnt, data):
     losses = log(done.out, "eval_loss")
     assert list(losses) == [20, 40, 60] and losses[20] > losses[40] > losses[60] < 0.05
     rows = sections(done.out)[60]
-    assert len(rows) == 16 and [row[3] for row in rows] == [row[2] for row in rows] and len({row[2] for row in rows}) > 4
+    assert (
+        len(rows) == 16 and [row[3] for row in rows] == [row[2] for row in rows] and len({row[2] for row in rows}) > 4
+    )
     given, collator = json.loads((data / "instruct.json").read_text()), done.trainer.data_collator
     for row in given:  # each turn, not only the last
         messages = collator.messages_of(row | {"folder": str(data / "images")})
@@ -967,7 +1136,9 @@ def test_samples_show_pictures_question_and_answers(learnt, data):
             paths = re.findall(r"!\[\]\((samples/[\d-]+\.png)\)", pictures)
             assert paths == ([f"samples/{row['row']}-0.png"] if "image" in here else [])
             for path in paths:
-                small, own = (recipe.load_image(str(p)).convert("L") for p in (done.out / path, data / "images" / here["image"]))
+                small, own = (
+                    recipe.load_image(str(p)).convert("L") for p in (done.out / path, data / "images" / here["image"])
+                )
                 pixels = [small.resize(own.size, 4).tobytes(), own.tobytes()]
                 assert sum(abs(a - b) for a, b in zip(*pixels)) / len(pixels[0]) < 16
             asked, told = (turn["value"] for turn in here["conversations"][-2:])
@@ -1008,7 +1179,11 @@ def test_samples_and_evaluation_can_be_bounded(command, tmp_path):
     done = run(command("align", tmp_path / "b", sample_rows=0))
     assert log(done.out, "eval_loss") and not list(done.out.glob("samples*"))
     done = run(command("align", tmp_path / "c", eval_strategy="no"))
-    assert not log(done.out, "eval_loss") and not list(done.out.glob("samples*")) and "16 rows to train on, 0 to evaluate" in done.text
+    assert (
+        not log(done.out, "eval_loss")
+        and not list(done.out.glob("samples*"))
+        and "16 rows to train on, 0 to evaluate" in done.text
+    )
 
 
 def test_evaluates_with_and_without_pictures(trained, command, tmp_path):
@@ -1037,7 +1212,10 @@ def test_rows_of_a_step_are_of_one_kind(command, tmp_path, monkeypatch, group):
     monkeypatch.setattr(recipe.Collator, "__call__", spy)
     trainer.train()
     epochs = seen[:4], seen[4:8]
-    assert all(sorted(n for batch in epoch for n, _ in batch) == list(range(16)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert (
+        all(sorted(n for batch in epoch for n, _ in batch) == list(range(16)) for epoch in epochs)
+        and epochs[0] != epochs[1]
+    )
     mixed = [len({images for _, images in batch}) > 1 for batch in seen]
     assert (mixed == [False, False, False, True] * 2) if group else sum(mixed) > 2
 
@@ -1047,13 +1225,17 @@ def test_long_rows_are_left_out(command, tmp_path):
     cut = sorted(lengths)[9]
     done = run(command("instruct", tmp_path / "b", model_max_length=cut, eval_strategy="no", on_long_rows="drop"))
     kept = sum(length <= cut for length in lengths)
-    assert f"{kept} rows to train on" in done.text and kept < 16 and "too long" in done.text and max(log(done.out)) == 4
+    assert (
+        f"{kept} rows to train on" in done.text and kept < 16 and "too long" in done.text and max(log(done.out)) == 4
+    )
     with pytest.raises(SystemExit, match="too long"):
         recipe.main(command("instruct", tmp_path / "c", model_max_length=cut, on_long_rows="stop"))
 
 
 @pytest.mark.parametrize("stage, file, workers", [("align", "align-held", 0), ("instruct", "instruct", 2)])
-def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tmp_path, monkeypatch, stage, file, workers):
+def test_a_picture_that_vanishes_ends_the_run_with_one_message(
+    command, data, tmp_path, monkeypatch, stage, file, workers
+):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     rows = json.loads((folder / f"{file}.json").read_text())
     n = next(n for n, row in enumerate(rows) if "image" in row)
@@ -1063,9 +1245,15 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(command, data, tm
         return load(*args)
 
     monkeypatch.setattr(recipe, "load_model", vanish)
-    own = {"data_path": folder / f"{stage}.json", "eval_data_path": folder / f"{stage}-held.json", "image_folder": folder / "images"}
+    own = {
+        "data_path": folder / f"{stage}.json",
+        "eval_data_path": folder / f"{stage}-held.json",
+        "image_folder": folder / "images",
+    }
     message = refusal(recipe.main, command(stage, tmp_path / "out", **own, dataloader_num_workers=workers))
-    assert "the data changed during the run" in message and "unreadable image" in message and rows[n]["image"] in message
+    assert (
+        "the data changed during the run" in message and "unreadable image" in message and rows[n]["image"] in message
+    )
 
 
 @pytest.mark.slow
@@ -1074,15 +1262,27 @@ def test_two_processes_train_like_one(command, tmp_path, variant):
     """Twice the batch. Each has one row at a time: a whole step without pictures, and one where only one of the two has one."""
     stage, settings = VARIANTS[variant]
     settings = {**settings, "projector_learning_rate": 1e-3, "gradient_accumulation_steps": 2}
-    settings |= ({"learning_rate": 1e-4} if stage == "instruct" else {}) | ({"lora_dropout": 0} if "lora_r" in settings else {})
+    settings |= ({"learning_rate": 1e-4} if stage == "instruct" else {}) | (
+        {"lora_dropout": 0} if "lora_r" in settings else {}
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(stage, tmp_path / "two", **{**settings, "per_device_train_batch_size": 1})
     program = [*launch, str(ROOT / "llava_two_stage.py"), *argv]
-    done = subprocess.run(program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-5000:]
-    for words in ("rows to train on", "One row as the model sees it", "4 steps of 4 rows", "parameters trained", "saved "):
+    for words in (
+        "rows to train on",
+        "One row as the model sees it",
+        "4 steps of 4 rows",
+        "parameters trained",
+        "saved ",
+    ):
         assert done.stdout.count(words) == (4 if "parameters" in words else 1)
-    one = run(command(stage, tmp_path / "one", **settings, per_device_train_batch_size=2, per_device_eval_batch_size=2))
+    one = run(
+        command(stage, tmp_path / "one", **settings, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    )
     assert one.trainer.args.ddp_find_unused_parameters is False
     for key in ("loss", "grad_norm", "eval_loss"):
         assert log(tmp_path / "two", key) == pytest.approx(log(one.out, key), rel=1e-4) and log(one.out, key)
@@ -1102,16 +1302,23 @@ def test_the_recipe_alone_in_an_empty_folder(tiny_parts, data, tmp_path):
         shutil.copytree(path, folder / path.name)
     shutil.copy(data / "align.json", folder)
     shutil.copy(data / "instruct.json", folder)
-    before, environment = {*os.listdir(folder)}, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    before, environment = (
+        {*os.listdir(folder)},
+        {name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
     more = "--use_cpu --max_steps 2 --logging_steps 1 --dataloader_num_workers 0 --image_folder images --report_to none".split()
     for stage, parts in (("align", ["--vision_tower", "vision", "--language_model", "language"]), ("instruct", [])):
         argv = [sys.executable, "llava_two_stage.py", "--stage", stage, "--data_path", f"{stage}.json", *parts, *more]
         done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"saved llava-{stage}: model or adapter" in done.stdout
-        assert f"2 steps of {256 if stage == 'align' else 128} rows" in done.stdout and list(log(folder / f"llava-{stage}")) == [1, 2]
+        assert f"2 steps of {256 if stage == 'align' else 128} rows" in done.stdout and list(
+            log(folder / f"llava-{stage}")
+        ) == [1, 2]
     assert {*os.listdir(folder)} == before | {"llava-align", "llava-instruct"}
-    first, second = (projector(load_file(folder / name / "model.safetensors")) for name in ("llava-align", "llava-instruct"))
+    first, second = (
+        projector(load_file(folder / name / "model.safetensors")) for name in ("llava-align", "llava-instruct")
+    )
     assert max((second[name] - first[name]).abs().max() for name in first) <= 1e-4  # two steps at 2e-5
 
 
@@ -1129,7 +1336,9 @@ def test_generate_gives_what_was_learnt(learnt, tmp_path, data, capsys):
     row = next(row for row in json.loads((data / "instruct.json").read_text()) if "image" in row)
     question = row["conversations"][0]["value"].replace("<image>", "").strip()
     capsys.readouterr()
-    generate.main([str(learnt["instruct"].out), "--image", str(data / "images" / row["image"]), "--question", question])
+    generate.main(
+        [str(learnt["instruct"].out), "--image", str(data / "images" / row["image"]), "--question", question]
+    )
     assert capsys.readouterr().out.splitlines()[-1] == row["conversations"][1]["value"]
 
 
@@ -1140,9 +1349,14 @@ def test_generate_asks_what_was_trained_and_what_it_was_trained_from(trained, da
     done, stage = trained(variant), VARIANTS[variant][0]
     collator, seen = done.trainer.data_collator, {}
     before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-    files = {"held": [], "file": ["--data_path", data / f"{stage}.json", "--image_folder", data / "images", "--batch_size", 5]}
+    files = {
+        "held": [],
+        "file": ["--data_path", data / f"{stage}.json", "--image_folder", data / "images", "--batch_size", 5],
+    }
     for name, flags in files.items():
-        rows = {row["row"]: row for row in (done.trainer.eval_dataset if name == "held" else done.trainer.train_dataset)}
+        rows = {
+            row["row"]: row for row in (done.trainer.eval_dataset if name == "held" else done.trainer.train_dataset)
+        }
         for base in (False, True):
             seen[name, base] = lines = answered(done.out, tmp_path / "out.jsonl", *flags, *["--base_only"] * base)
             assert {line["row"] for line in lines} == {*rows} and all(line["reference"] for line in lines)
@@ -1154,7 +1368,9 @@ def test_generate_asks_what_was_trained_and_what_it_was_trained_from(trained, da
                 upto = [k for k, m in enumerate(messages) if m["role"] == "assistant"][line["turn"]]
                 assert line["prediction"] == says(model, collator, messages[:upto], 6).strip()
                 assert line["images"] == sum(part["type"] == "image" for m in messages[:upto] for part in m["content"])
-    assert any([x["prediction"] for x in seen[name, True]] != [x["prediction"] for x in seen[name, False]] for name in files)
+    assert any(
+        [x["prediction"] for x in seen[name, True]] != [x["prediction"] for x in seen[name, False]] for name in files
+    )
     assert before == {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
 
 
@@ -1166,7 +1382,9 @@ def test_generate_asks_a_run_that_was_moved(trained, tmp_path, variant):
     shutil.copytree(done.out, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoint-*"))
     text = (done.out / "settings.yaml").read_text()
     notes = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    (tmp_path / "moved" / "settings.yaml").write_text(notes + yaml.safe_dump(yaml.safe_load(text) | {"output_dir": str(tmp_path / "was")}))
+    (tmp_path / "moved" / "settings.yaml").write_text(
+        notes + yaml.safe_dump(yaml.safe_load(text) | {"output_dir": str(tmp_path / "was")})
+    )
     assert answered(tmp_path / "moved", tmp_path / "a.jsonl") == answered(done.out, tmp_path / "b.jsonl")
     assert not (tmp_path / "was").exists()
 
@@ -1178,23 +1396,51 @@ def test_generate_asks_without_the_runs_settings(trained, data, tmp_path, varian
     done, stage = trained(variant), VARIANTS[variant][0]
     shutil.copytree(done.out, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*", "settings.yaml"))
     flags = ["--data_path", data / f"{stage}-held.json", "--image_folder", data / "images"]
-    own = ["--recipe", ROOT / "llava_two_stage.py", "--use_cpu", "--stage", stage, *(["--lora_r", 8] if variant == "lora" else [])]
-    assert answered(tmp_path / "bare", tmp_path / "a.jsonl", *flags, *own) == answered(done.out, tmp_path / "b.jsonl", *flags)
+    own = [
+        "--recipe",
+        ROOT / "llava_two_stage.py",
+        "--use_cpu",
+        "--stage",
+        stage,
+        *(["--lora_r", 8] if variant == "lora" else []),
+    ]
+    assert answered(tmp_path / "bare", tmp_path / "a.jsonl", *flags, *own) == answered(
+        done.out, tmp_path / "b.jsonl", *flags
+    )
 
 
 @pytest.mark.parametrize("variant", ["align", "full"])
 def test_a_whole_model_is_saved_by_the_published_names(trained, variant):
     """Those of llava-hf/llava-1.5-7b-hf, which vLLM and every version of Transformers know."""
     affine, attention = ("weight", "bias"), ("q_proj", "k_proj", "v_proj")
-    clip = [f"embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")]
+    clip = [
+        f"embeddings.{name}" for name in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    ]
     clip += [f"{norm}.{kind}" for norm in ("pre_layrnorm", "post_layernorm") for kind in affine]
-    inside = [f"self_attn.{name}" for name in (*attention, "out_proj")] + ["layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"]
+    inside = [f"self_attn.{name}" for name in (*attention, "out_proj")] + [
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+    ]
     clip += [f"encoder.layers.{n}.{name}.{kind}" for n in range(3) for name in inside for kind in affine]
     llama = ["embed_tokens.weight", "norm.weight"]
-    inside = [f"self_attn.{name}" for name in (*attention, "o_proj")] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    llama += [f"layers.{n}.{name}.weight" for n in range(2) for name in (*inside, "input_layernorm", "post_attention_layernorm")]
-    wanted = {f"vision_tower.vision_model.{name}" for name in clip} | {f"language_model.model.{name}" for name in llama}
-    wanted |= {f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in affine} | {"language_model.lm_head.weight"}
+    inside = [f"self_attn.{name}" for name in (*attention, "o_proj")] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    llama += [
+        f"layers.{n}.{name}.weight"
+        for n in range(2)
+        for name in (*inside, "input_layernorm", "post_attention_layernorm")
+    ]
+    wanted = {f"vision_tower.vision_model.{name}" for name in clip} | {
+        f"language_model.model.{name}" for name in llama
+    }
+    wanted |= {f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in affine} | {
+        "language_model.lm_head.weight"
+    }
     assert set(load_file(trained(variant).out / "model.safetensors")) == wanted
     config = json.loads((trained(variant).out / "config.json").read_text())
-    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["text_config"]["architectures"] == [
+        "LlamaForCausalLM"
+    ]

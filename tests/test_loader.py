@@ -38,10 +38,25 @@ def loaders(tmp_path_factory):
 
 
 def test_reports_rates_and_padding_of_all_recipes(tmp_path, capsys):
-    argv = ["--tiny", "--rows", "5", "--workers", "0", "1", "--batch_size", "2", "--json", str(tmp_path / "loader.json")]
+    argv = [
+        "--tiny",
+        "--rows",
+        "5",
+        "--workers",
+        "0",
+        "1",
+        "--batch_size",
+        "2",
+        "--json",
+        str(tmp_path / "loader.json"),
+    ]
     assert loader.main(argv) == 0
     printed, found = capsys.readouterr().out, json.loads((tmp_path / "loader.json").read_text())
-    assert found["cores"] == len(os.sched_getaffinity(0)) and f"{found['cores']} CPU cores" in printed and loader.SMALL in printed
+    assert (
+        found["cores"] == len(os.sched_getaffinity(0))
+        and f"{found['cores']} CPU cores" in printed
+        and loader.SMALL in printed
+    )
     assert list(found["recipes"]) == list(loader.RECIPES)
     for name, one in found["recipes"].items():
         assert set(one["rows_per_second"]) == ({"recipe"} if name == "finetune_minicpm_lora" else {"recipe", "trl"})
@@ -50,8 +65,13 @@ def test_reports_rates_and_padding_of_all_recipes(tmp_path, capsys):
         assert len(one["lengths"]) == 5 and set(one["padding"]) == {"2", "4", "8"}
         for orders in one["padding"].values():
             assert set(orders) == {"random", "steps by length", "group_by_length"}
-            assert all(0 <= order["share"] < 0.5 and order["tokens"] > min(one["lengths"]) for order in orders.values())
-        assert f"\n{name}: rows of {min(one['lengths'])}-{max(one['lengths'])} tokens, steps of {one['step']}\n" in printed
+            assert all(
+                0 <= order["share"] < 0.5 and order["tokens"] > min(one["lengths"]) for order in orders.values()
+            )
+        assert (
+            f"\n{name}: rows of {min(one['lengths'])}-{max(one['lengths'])} tokens, steps of {one['step']}\n"
+            in printed
+        )
     assert {name: one["step"] for name, one in found["recipes"].items()} == {
         "sft_llava": 4, "llava_two_stage": 128, "dpo_idefics2": 64, "idefics2_docvqa": 16, "finetune_minicpm_lora": 8}  # fmt: skip
 
@@ -87,7 +107,10 @@ def test_trl_gets_the_same_rows(loaders, name):
     one, words = loaders(name), []
     for mine, other in zip(one.loader("recipe", 0), one.loader("trl", 0), strict=True):
         assert torch.equal(mine["pixel_values"], other["pixel_values"])
-        said = [[one.processor.tokenizer.decode(ids, skip_special_tokens=True).split() for ids in side["input_ids"]] for side in (mine, other)]
+        said = [
+            [one.processor.tokenizer.decode(ids, skip_special_tokens=True).split() for ids in side["input_ids"]]
+            for side in (mine, other)
+        ]
         words += zip(*said, strict=True)
     for mine, other in words:
         mine, other = ([word for word in side if word.strip("?.") in loader.WORDS] for side in (mine, other))
@@ -122,7 +145,10 @@ def test_steps_by_length_pad_less_and_sorting_everything_least(loaders, name):
     shares = [found[batch]["steps by length"]["share"] for batch in loader.BATCHES]
     assert shares == sorted(shares)
     one_batch = loader.padding(module, list(range(100, 200)), 4)
-    assert one_batch[8]["steps by length"] == one_batch[8]["random"] and one_batch[4]["steps by length"] == one_batch[4]["random"]
+    assert (
+        one_batch[8]["steps by length"] == one_batch[8]["random"]
+        and one_batch[4]["steps by length"] == one_batch[4]["random"]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -149,14 +175,20 @@ def test_a_recipes_file_may_be_named():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("DataLoader worker is killed; insufficient shared memory (shm)")]
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("DataLoader worker is killed; insufficient shared memory (shm)"),
+    ],
 )
 def test_no_scratch_space_is_one_message(monkeypatch, error):
     def full(*args):
         raise error
 
     monkeypatch.setattr(loader, "picture", full)
-    with pytest.raises(SystemExit, match="^error: no scratch space: .*(No space left|shm).*; give TMPDIR a folder with 26 MB free"):
+    with pytest.raises(
+        SystemExit, match="^error: no scratch space: .*(No space left|shm).*; give TMPDIR a folder with 26 MB free"
+    ):
         loader.main(["sft_llava"])
     monkeypatch.setattr(loader.tempfile, "TemporaryDirectory", full)
     with pytest.raises(SystemExit, match="^error: no scratch space"):

@@ -26,7 +26,14 @@ import llava_two_stage
 import sft_llava
 from tools import generate, merge_adapter
 
-SHORT = {"max_steps": 2, "learning_rate": 0.02, "eval_strategy": "no", "save_strategy": "no", "sample_rows": 0, "disable_tqdm": True}
+SHORT = {
+    "max_steps": 2,
+    "learning_rate": 0.02,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "sample_rows": 0,
+    "disable_tqdm": True,
+}
 SHORT |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
 FLOAT = {"load_in_4bit": False}
 # name: recipe, fixture of the model, fixture of the data, settings
@@ -70,7 +77,9 @@ def runs(request, tmp_path_factory):
                 settings["pretrain_mm_mlp_adapter"] = model / "align"
             flags = two_stage_run(model, out, "instruct", **settings)
         else:
-            flags = short_run(model, out, **({"dataset_name": request.getfixturevalue(data) / "data"} if data else {}), **settings)
+            flags = short_run(
+                model, out, **({"dataset_name": request.getfixturevalue(data) / "data"} if data else {}), **settings
+            )
         quietly(recipe.main, flags)
         return out
 
@@ -159,8 +168,17 @@ def test_it_answers_as_the_adapter_through_generate(merged, name, tmp_path):
 def test_weights_have_the_published_names(merged, name):
     with safe_open(merged(name).out / "model.safetensors", "pt") as file:
         names = set(file.keys())
-    assert {"vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", "language_model.model.embed_tokens.weight"} <= names
-    starts = ("vision_tower.vision_model.", "language_model.model.", "language_model.lm_head.", "multi_modal_projector.", "image_newline")
+    assert {
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "language_model.model.embed_tokens.weight",
+    } <= names
+    starts = (
+        "vision_tower.vision_model.",
+        "language_model.model.",
+        "language_model.lm_head.",
+        "multi_modal_projector.",
+        "image_newline",
+    )
     assert all(key.startswith(starts) for key in names)
     assert ("language_model.lm_head.weight" in names) == (name != "dpo, paligemma")  # tied: it is in the file once
 
@@ -177,7 +195,9 @@ def test_sixteen_bits_are_saved_in_sixteen_bits(runs, tmp_path):
 
 def test_without_the_data_the_example_is_made_up(runs, tmp_path, tiny_llava):
     run = shutil.copytree(runs("llava"), tmp_path / "run")
-    (run / "settings.yaml").write_text((run / "settings.yaml").read_text().replace(str(tiny_llava / "data"), "someone/gone"))
+    (run / "settings.yaml").write_text(
+        (run / "settings.yaml").read_text().replace(str(tiny_llava / "data"), "someone/gone")
+    )
     text = quietly(merge_adapter.main, [run, tmp_path / "model", "--use_cpu"])
     assert "a made-up picture and question" in text and "loads alone" in text
 
@@ -194,7 +214,11 @@ def refused(argv, out):
     before = set(out.parent.iterdir())
     with pytest.raises(SystemExit) as stopped:
         quietly(merge_adapter.main, argv)
-    assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code and "Traceback" not in stopped.value.code
+    assert (
+        str(stopped.value.code).startswith("error: ")
+        and "\n" not in stopped.value.code
+        and "Traceback" not in stopped.value.code
+    )
     assert set(out.parent.iterdir()) == before
     return stopped.value.code
 
@@ -210,7 +234,9 @@ def renamed_base(run):
 
 def fewer_layers(run):
     weights = load_file(run / "adapter_model.safetensors")
-    save_file({key: value for key, value in weights.items() if ".layers.1." not in key}, run / "adapter_model.safetensors")
+    save_file(
+        {key: value for key, value in weights.items() if ".layers.1." not in key}, run / "adapter_model.safetensors"
+    )
 
 
 def other_width(run):
@@ -279,7 +305,9 @@ def test_what_does_not_agree_is_not_kept(runs, tmp_path, monkeypatch, where):
     else:
         monkeypatch.setattr(merge_adapter, "save", save)
     message = refused([runs("llava"), tmp_path / "model", "--use_cpu"], tmp_path / "model")
-    assert {"merged": "do not agree", "saved": "is not what was merged", "written": "No space left on device"}[where] in message
+    assert {"merged": "do not agree", "saved": "is not what was merged", "written": "No space left on device"}[
+        where
+    ] in message
 
 
 def test_an_adapter_on_a_tied_matrix_is_refused(tiny_minicpm, tmp_path):

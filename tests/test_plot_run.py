@@ -51,7 +51,10 @@ def test_every_metric_has_a_panel_with_what_was_logged(write):
 
 
 def test_several_runs_have_a_colour_each(write):
-    logs = {name: plot_run.read(write(name, [entry | {"loss": 1.0 + n} if "loss" in entry else entry for entry in LOG])) for n, name in enumerate("ab")}
+    logs = {
+        name: plot_run.read(write(name, [entry | {"loss": 1.0 + n} if "loss" in entry else entry for entry in LOG]))
+        for n, name in enumerate("ab")
+    }
     figure, _ = plot_run.draw(logs, ["loss", "eval_anls"])
     loss, anls = figure.axes
     assert (loss.get_title(), anls.get_title()) == ("loss", "anls")
@@ -90,9 +93,15 @@ def test_an_unfinished_run_is_drawn_from_its_newest_checkpoint(write, capsys):
     run = write("run", LOG[:1], "checkpoint-1/trainer_state.json")
     write("run", LOG[:4], "checkpoint-10/trainer_state.json")
     (run / "checkpoint-20").mkdir()  # cut off while it was written
-    assert plot_run.read(run)[-1]["step"] == 3 and "is not finished: drawn up to checkpoint-10" in capsys.readouterr().err
+    assert (
+        plot_run.read(run)[-1]["step"] == 3 and "is not finished: drawn up to checkpoint-10" in capsys.readouterr().err
+    )
     (run / "checkpoint-10/trainer_state.json").write_text('{"log_history": [')
-    assert plot_run.read(run)[-1]["step"] == 1 and "drawn up to checkpoint-1\n" in (said := capsys.readouterr().err) and "is damaged" in said
+    assert (
+        plot_run.read(run)[-1]["step"] == 1
+        and "drawn up to checkpoint-1\n" in (said := capsys.readouterr().err)
+        and "is damaged" in said
+    )
 
 
 def test_names_of_runs_are_shown_as_they_are(write):
@@ -121,7 +130,10 @@ def test_what_is_no_number_is_said(write):
         (["HUGE"], "is damaged (OverflowError"),
         (["FILE"], "is a file: needed is the folder of a run"),
         (["RUN", "RUN/."], "is given twice"),
-        (["RUN", "--metrics", "loss", "bleu"], "--metrics bleu: not logged; there are anls, epoch, grad_norm, learning_rate, loss, "),
+        (
+            ["RUN", "--metrics", "loss", "bleu"],
+            "--metrics bleu: not logged; there are anls, epoch, grad_norm, learning_rate, loss, ",
+        ),
         (["RUN", "--output", "curves.pdf"], "its name must end in .png"),
         (["RUN", "--output", "NOWHERE/x.png"], "cannot be written"),
         (["RUN", "--no_such_flag"], "unrecognized arguments: --no_such_flag"),
@@ -131,21 +143,41 @@ def test_what_is_no_number_is_said(write):
 def test_mistakes_get_one_message(write, tmp_path, argv, message):
     run = write("RUN")
     (tmp_path / "EMPTY" / "checkpoint-x").mkdir(parents=True)
-    for name, text in (("DAMAGED", '{"log_'), ("OTHER", "{}"), ("LIST", "[]"), ("SILENT", '{"log_history": [{"step": 1, "note": "x"}]}')):
+    for name, text in (
+        ("DAMAGED", '{"log_'),
+        ("OTHER", "{}"),
+        ("LIST", "[]"),
+        ("SILENT", '{"log_history": [{"step": 1, "note": "x"}]}'),
+    ):
         (write(name) / "trainer_state.json").write_text(text)
     write("SHORT", LOG[-1:])
     write("HUGE", [{"step": 1, "loss": 10**400}])
     (tmp_path / "FILE").touch()
     with pytest.raises(SystemExit) as e:
-        plot_run.main([arg if arg.startswith("--") else arg.replace(arg.split("/")[0], str(tmp_path / arg.split("/")[0])) if arg.split("/")[0].isupper() else arg for arg in argv])
-    assert str(e.value.code).startswith("error: ") and message in str(e.value.code) and not (run / "curves.png").exists()
+        plot_run.main(
+            [
+                arg
+                if arg.startswith("--")
+                else arg.replace(arg.split("/")[0], str(tmp_path / arg.split("/")[0]))
+                if arg.split("/")[0].isupper()
+                else arg
+                for arg in argv
+            ]
+        )
+    assert (
+        str(e.value.code).startswith("error: ") and message in str(e.value.code) and not (run / "curves.png").exists()
+    )
 
 
 def test_matplotlib_is_asked_for():
     code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code, ROOT / "tools/plot_run.py"], capture_output=True, text=True)
-    version = next(line for line in (ROOT / "requirements-dev.txt").read_text().split("\n") if line.startswith("matplotlib"))
-    assert done.returncode == 1 and done.stderr == f"error: tools/plot_run.py needs matplotlib: pip install {version}\n"
+    version = next(
+        line for line in (ROOT / "requirements-dev.txt").read_text().split("\n") if line.startswith("matplotlib")
+    )
+    assert (
+        done.returncode == 1 and done.stderr == f"error: tools/plot_run.py needs matplotlib: pip install {version}\n"
+    )
 
 
 def test_a_real_run_from_the_shell(tiny_llava, tmp_path):
@@ -153,9 +185,13 @@ def test_a_real_run_from_the_shell(tiny_llava, tmp_path):
     flags = f"""--use_cpu --model_name_or_path {tiny_llava}/model --dataset_name {tiny_llava}/data --output_dir {run} --max_steps 2 --logging_steps 1
         --eval_steps 1 --save_steps 1 --sample_rows 0 --dataloader_num_workers 0 --per_device_train_batch_size 2 --gradient_accumulation_steps 1"""
     sft_llava.main(flags.split())
-    done = subprocess.run([sys.executable, ROOT / "tools/plot_run.py", run], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/plot_run.py", run], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0 and done.stdout == f"curves: {run}/curves.png\n", done.stderr
     figure, _ = plot_run.draw({"run": plot_run.read(run)})
     panels = {axis.get_title(): lines(axis) for axis in figure.axes}
     assert {"loss", "learning rate", "grad norm", "mean token accuracy"} <= set(panels)
-    assert [step for step, _ in panels["loss"]["training"]] == [step for step, _ in panels["loss"]["held out"]] == [1, 2]
+    assert (
+        [step for step, _ in panels["loss"]["training"]] == [step for step, _ in panels["loss"]["held out"]] == [1, 2]
+    )

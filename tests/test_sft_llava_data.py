@@ -27,7 +27,13 @@ BOS_IN_TEMPLATE = "{{ bos_token }}" + llava.CHAT_TEMPLATE
 ROWS = [  # of every shape, in one batch
     said("<image>\nWhich digit is this?", "seven", image="red.png"),
     chat(("system", "Be brief."), ("user", "Is seven even or odd?"), ("assistant", "odd")),
-    said("<image>\n<image>\nWhich digits are these?", "six and two", "Even or odd?", "even", image=["blue.png", "red.png"]),
+    said(
+        "<image>\n<image>\nWhich digits are these?",
+        "six and two",
+        "Even or odd?",
+        "even",
+        image=["blue.png", "red.png"],
+    ),
     said("Which digit comes after two?", "three", "What follows three?", "four", "Thanks.", "a digit"),
 ]
 ANSWERS = [["seven"], ["odd"], ["six and two", "even"], ["three", "four", "a digit"]]
@@ -89,7 +95,9 @@ def test_trained_are_the_answers_and_their_eos(model, side, pad, models, collate
     assert trained(batch, tokenizer) == [[f" {answer}</s>" for answer in row] for row in ANSWERS]
     padded = batch["attention_mask"] == 0
     assert padded.any() and (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
-    assert (batch["attention_mask"][:, -1] == 1).all()  # padded on the left, as generation needs it, whatever the tokenizer says
+    assert (
+        batch["attention_mask"][:, -1] == 1
+    ).all()  # padded on the left, as generation needs it, whatever the tokenizer says
     assert len(batch["pixel_values"]) == 3 and ("image_sizes" in batch) == (model == "llava_next")
     for n, row in enumerate(ROWS):  # and a row is the same tokens alone as in company
         assert unpadded(batch, n) == unpadded(collator([row]))
@@ -132,10 +140,14 @@ def test_the_prompt_in_training_is_the_prompt_at_inference(model, models, collat
         ids, messages = unpadded(collator([row])), collator.messages_of(row)
         assert ids[0] == bos and ids.count(bos) == 1
         for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
-            prompt = saved.apply_chat_template(messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True)
+            prompt = saved.apply_chat_template(
+                messages[:n], add_generation_prompt=True, tokenize=True, return_dict=True
+            )
             assert prompt["input_ids"][0] == ids[: len(prompt["input_ids"][0])]
             text = saved.apply_chat_template(messages[:n], add_generation_prompt=True)
-            pictures = [part["image"] for m in messages[:n] for part in m["content"] if part["type"] == "image"] or None
+            pictures = [
+                part["image"] for m in messages[:n] for part in m["content"] if part["type"] == "image"
+            ] or None
             stock = saved(text=text, images=pictures, add_special_tokens=model != "bos")["input_ids"][0]
             assert stock == prompt["input_ids"][0]
 
@@ -179,7 +191,8 @@ def test_images_keep_their_order_and_number_of_tokens(collate, images):
     question, parts = {"type": "text", "text": "Which?"}, [{"type": "image", "index": n} for n in (2, 0, 1)]
     rows = [said("<image>Which?<image>", "six", "And <image>?", "two", image=names)]
     rows += [
-        chat(("user", p), ("assistant", "six"), images=names) for p in ([*parts, question], [question, *sorted(parts, key=str)])
+        chat(("user", p), ("assistant", "six"), images=names)
+        for p in ([*parts, question], [question, *sorted(parts, key=str)])
     ]
     batches = [collator([row]) for row in rows]
     assert [colours(batch) for batch in batches] == ["rgb", "brg", "rgb"]
@@ -192,7 +205,9 @@ def test_images_keep_their_order_and_number_of_tokens(collate, images):
 def test_llava_json_and_messages_give_the_same_batch(tiny_llava, parse):
     data = {}
     for name in ("data/train.parquet", "json/train.json"):
-        settings, training = parse(dataset_name=tiny_llava / name, image_folder=tiny_llava / "json" / "images", eval_fraction=0)
+        settings, training = parse(
+            dataset_name=tiny_llava / name, image_folder=tiny_llava / "json" / "images", eval_fraction=0
+        )
         collator = sft_llava.Collator(sft_llava.load_processor(settings), settings, training)
         rows = load_data(sft_llava, settings, training)[0].sort("row").select(range(40))
         data[name] = [collator([row]) for row in rows], collator([*rows])
@@ -207,7 +222,14 @@ def test_forms_of_one_row(collate, images):
     path = os.path.join(collator.folder, red)
     with open(path, "rb") as file:
         png = file.read()
-    cells = [red, [red], path, [{"bytes": png, "path": None}], {"bytes": None, "path": red}, Image.open(io.BytesIO(png))]
+    cells = [
+        red,
+        [red],
+        path,
+        [{"bytes": png, "path": None}],
+        {"bytes": None, "path": red},
+        Image.open(io.BytesIO(png)),
+    ]
     batches = [collator([said("<image>\nWhich?", "two", image=cell)]) for cell in cells]
     content = [{"type": "image", "index": None, "text": None}, {"type": "text", "text": "Which?", "index": None}]
     batches += [collator([{**chat(("user", content), ("assistant", "two")), "images": cell}]) for cell in cells]
@@ -263,7 +285,9 @@ def test_every_mode_becomes_rgb_on_white(image, kind, expected, tmp_path):
         assert [loaded.getpixel((x, 0)) for x in range(loaded.width)] == expected
 
 
-@pytest.mark.parametrize("orientation, size, first", [(1, (2, 1), RED), (3, (2, 1), BLUE), (6, (1, 2), RED), (8, (1, 2), BLUE)])
+@pytest.mark.parametrize(
+    "orientation, size, first", [(1, (2, 1), RED), (3, (2, 1), BLUE), (6, (1, 2), RED), (8, (1, 2), BLUE)]
+)
 def test_pictures_are_upright(orientation, size, first, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -340,7 +364,12 @@ def keys(row):
     return {image} if isinstance(image, str) else set(image)
 
 
-CHAIN = [["a"], ["a", "b"], ["c", "b"], ["c"]]  # the first and the last share no picture, and are connected all the same
+CHAIN = [
+    ["a"],
+    ["a", "b"],
+    ["c", "b"],
+    ["c"],
+]  # the first and the last share no picture, and are connected all the same
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -348,7 +377,10 @@ def test_rows_connected_by_pictures_stay_on_one_side(seed, parse, write, tmp_pat
     names = {name for some in CHAIN for name in some} | {"lone"}
     for n, name in enumerate(sorted(names)):
         Image.new("RGB", (56, 56), (n, 0, 0)).save(tmp_path / f"{name}.png")
-    rows = [said("<image>" * len(some) + "q", "a", image=[f"{name}.png" for name in some]) for some in [*CHAIN, ["lone"], ["lone"]]]
+    rows = [
+        said("<image>" * len(some) + "q", "a", image=[f"{name}.png" for name in some])
+        for some in [*CHAIN, ["lone"], ["lone"]]
+    ]
     rows += [said("q", str(n)) for n in range(6)]
     train, held_out = load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0.3, seed=seed))
     numbers = set(train["row"]), set(held_out["row"])
@@ -362,7 +394,11 @@ def test_rows_connected_by_pictures_stay_on_one_side(seed, parse, write, tmp_pat
 
 def test_all_rows_connected_cannot_be_divided(parse, write, images, capsys):
     red, lime = images(2)
-    rows = [said("<image>q", "a", image=red), said("<image><image>q", "b", image=[red, lime]), said("<image>q", "c", image=lime)]
+    rows = [
+        said("<image>q", "a", image=red),
+        said("<image><image>q", "b", image=[red, lime]),
+        said("<image>q", "c", image=lime),
+    ]
     with pytest.raises(SystemExit, match="^error: 3 rows cannot be divided .*--eval_fraction 0"):
         load_data(sft_llava, *parse(dataset_name=write(rows), eval_fraction=0.5))
 
@@ -407,7 +443,9 @@ def test_types_may_differ_between_rows(parse, write, images, collate):
         chat(("user", parts), ("assistant", [{"type": "text", "text": "two"}]), images=[red]),
         chat(("user", [*parts, {"type": "image", "index": 1}]), ("assistant", "three"), images=[red, lime]),
     ]
-    for given, name in itertools.product((rows, rows[::-1], rows_of_messages, rows_of_messages[::-1]), ("x.json", "x.jsonl")):
+    for given, name in itertools.product(
+        (rows, rows[::-1], rows_of_messages, rows_of_messages[::-1]), ("x.json", "x.jsonl")
+    ):
         train, _ = load_data(sft_llava, *parse(dataset_name=write(given, name), eval_fraction=0))
         assert answers_of(train) == answers_of(given)
         collator = collate()
@@ -522,7 +560,12 @@ def test_settings_that_may_be_none_or_have_choices(flags):
 def test_what_else_is_read(collate, write, images, tmp_path, parse):
     """Bytes in place of a picture, whole floats as indices (pandas' nullable integers), a 12-bit picture, no narrow one."""
     name = images(1)[0]
-    row = {"messages": [{"role": "user", "content": [{"type": "image", "index": 0.0}]}, {"role": "assistant", "content": "red"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "index": 0.0}]},
+            {"role": "assistant", "content": "red"},
+        ]
+    }
     collator = collate()
     batches = [collator([{**row, "images": [cell]}]) for cell in (name, (tmp_path / name).read_bytes())]
     assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
@@ -533,7 +576,9 @@ def test_what_else_is_read(collate, write, images, tmp_path, parse):
         sft_llava.load_image(Image.new("RGB", (1000, 4)))
     (tmp_path / "set" / "pics").mkdir(parents=True)
     Image.new("RGB", (56, 56), "blue").save(tmp_path / "set" / "pics" / "a.png")
-    sft_llava.datasets.Dataset.from_list([said("<image>", "blue", image="pics/a.png")] * 2).save_to_disk(tmp_path / "set" / "saved")
+    sft_llava.datasets.Dataset.from_list([said("<image>", "blue", image="pics/a.png")] * 2).save_to_disk(
+        tmp_path / "set" / "saved"
+    )
     (tmp_path / "set" / "saved" / "pics").mkdir()
     shutil.copy(tmp_path / "set" / "pics" / "a.png", tmp_path / "set" / "saved" / "pics")
     assert len(load_data(sft_llava, *parse(dataset_name=tmp_path / "set" / "saved", eval_strategy="no"))[0]) == 2

@@ -55,14 +55,23 @@ def asked(content="Which?", answer="three", **more):
 
 RED = {"images": ["red.png"]}
 BAD_ROWS = {  # what is wrong: the row, what the message says
-    "no column": ({"question": "q", "answer": "a"}, "missing column: .*messages or conversations; this one has question, answer"),
-    "fewer markers": (said("<image>\nWhich?", "two", image=["red.png", "blue.png"]), "images do not match: 1 .*2 images"),
+    "no column": (
+        {"question": "q", "answer": "a"},
+        "missing column: .*messages or conversations; this one has question, answer",
+    ),
+    "fewer markers": (
+        said("<image>\nWhich?", "two", image=["red.png", "blue.png"]),
+        "images do not match: 1 .*2 images",
+    ),
     "more markers": (said("<image><image>", "two", image="red.png"), "images do not match: 2 .*1 images"),
     "marker without image": (said("<image>\nWhich?", "two"), "images do not match: 1 .*0 images"),
     "image without marker": (said("Which?", "two", image="red.png"), "images do not match: 0 .*1 images"),
     "index too large": (asked([{**IMAGE, "index": 1}], **RED), r"images do not match.*\[1\]"),
     "index below zero": (asked([{**IMAGE, "index": -1}], **RED), r"images do not match.*\[-1\]"),
-    "index twice": (asked([{**IMAGE, "index": 0}] * 2, images=["red.png", "blue.png"]), r"images do not match.*\[0, 0\]"),
+    "index twice": (
+        asked([{**IMAGE, "index": 0}] * 2, images=["red.png", "blue.png"]),
+        r"images do not match.*\[0, 0\]",
+    ),
     "index a word": (asked([{**IMAGE, "index": "0"}], **RED), r"images do not match|malformed row"),
     "indices of several types": (
         asked([IMAGE, {**IMAGE, "index": "x"}], images=["red.png"] * 2),
@@ -99,7 +108,10 @@ BAD_ROWS = {  # what is wrong: the row, what the message says
     ),
     "empty picture": (said("<image>", "two", image="empty.png"), "unreadable image: .*empty.png"),
     "moving picture": (said("<image>", "two", image="film.gif"), "several images: .*film.gif holds 2, "),
-    "truncated picture": (said("<image>", "two", image="truncated.jpg"), "unreadable image: .*truncated.jpg.*truncated"),
+    "truncated picture": (
+        said("<image>", "two", image="truncated.jpg"),
+        "unreadable image: .*truncated.jpg.*truncated",
+    ),
     "no picture": (said("<image>", "two", image="text.png"), "unreadable image: .*text.png"),
     "picture a folder": (said("<image>", "two", image="."), "unreadable image: .*directory"),
     "picture a number": (asked([IMAGE], images=[5]), "unreadable image: 5"),
@@ -124,7 +136,10 @@ def test_a_bad_row_is_named_with_a_remedy(row, expected, stops, write, pictures)
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_bad_rows_of_other_files_and_with_ids(name, stops, write, pictures):
-    rows = [said("<image>", "two", image=image, id=f"n{n}") for n, image in enumerate(["red.png", "text.png", "nowhere.png"])]
+    rows = [
+        said("<image>", "two", image=image, id=f"n{n}")
+        for n, image in enumerate(["red.png", "text.png", "nowhere.png"])
+    ]
     message = stops(dataset_name=write(rows, name))
     assert re.search(r"2 of 3 rows of .*rows\.\w+ .*\n  row 1 \(id n1\): .*\n  row 2 \(id n2\): ", message)
 
@@ -139,7 +154,9 @@ def test_embedded_pictures_that_are_none(stops, tmp_path):
     assert re.search(r"row 0: unreadable image: scan.png .*\n  row 1: unreadable image: its bytes ", message)
 
 
-@pytest.mark.parametrize("roles", [("user", "user", "assistant"), ("user", "assistant", "assistant"), ("system", "assistant")])
+@pytest.mark.parametrize(
+    "roles", [("user", "user", "assistant"), ("user", "assistant", "assistant"), ("system", "assistant")]
+)
 def test_an_order_of_turns_that_the_template_refuses(roles, stops, write, tmp_path):
     processor = llava.processor()
     processor.chat_template = ALTERNATING
@@ -157,7 +174,9 @@ def test_a_prompt_that_the_answer_changes_is_refused(stops, write, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     rows = [said("Which digit", "?"), said("Which di", "git")]
     message = stops(dataset_name=write(rows), model_name_or_path=tmp_path / "model")
-    assert "1 of 2" in message and re.search(r"\n  row 1: .*first characters change the tokens of the prompt", message), message
+    assert "1 of 2" in message and re.search(
+        r"\n  row 1: .*first characters change the tokens of the prompt", message
+    ), message
 
 
 # ------------------------------------------------------------------------------------------------------ skipping
@@ -169,7 +188,9 @@ def test_skipped_rows_are_counted_and_the_first_twenty_listed(parse, write, imag
     train, _ = load_data(sft_llava, *settings)
     assert train["row"] == [0, 26]
     out = capsys.readouterr().out
-    assert "25 of 27 rows" in out and all(reason in out for reason in ("empty answer", "control token", "unreadable image"))
+    assert "25 of 27 rows" in out and all(
+        reason in out for reason in ("empty answer", "control token", "unreadable image")
+    )
     counts = dict(zip((16, 8, 1), ("empty answer", "control token", "unreadable image")))
     assert all(re.search(rf"\b{n} x {reason}|{reason}'?: {n}\b", out) for n, reason in counts.items())
     assert re.findall(r"\n  row (\d+)", out) == [str(n) for n in range(1, 21)] and "at most 20 shown" in out
@@ -186,7 +207,10 @@ def test_bad_rows_to_evaluate_on(stops, parse, write, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "row, settings, remedy, other",
-    [(said("q", ""), {"on_bad_rows": "skip"}, "", "--max_length"), (GOOD, {"max_length": 5}, "--max_length", "--on_bad_rows")],
+    [
+        (said("q", ""), {"on_bad_rows": "skip"}, "", "--max_length"),
+        (GOOD, {"max_length": 5}, "--max_length", "--on_bad_rows"),
+    ],
 )
 def test_no_row_is_left(row, settings, remedy, other, stops, write):
     message = stops(dataset_name=write([row] * 3), **settings)
@@ -212,9 +236,17 @@ FILES = {  # name, how to write it, what the message says beside its name
     "empty folder": ("x", lambda path: path.mkdir(), UNREADABLE),
     "json cut off": ("x.json", lambda path: path.write_text(json.dumps([GOOD] * 9)[:-30]), UNREADABLE),
     "json with a slip": ("x.json", lambda path: path.write_text('[{"conversations": [}]'), UNREADABLE),
-    "jsonl with a slip": ("x.jsonl", lambda path: path.write_text(json.dumps(GOOD) + '\n{"conversations": \n'), UNREADABLE),
+    "jsonl with a slip": (
+        "x.jsonl",
+        lambda path: path.write_text(json.dumps(GOOD) + '\n{"conversations": \n'),
+        UNREADABLE,
+    ),
     "json not in UTF-8": ("x.json", lambda path: path.write_bytes('[{"a": "é"}]'.encode("latin-1")), UNREADABLE),
-    "half a character": ("x.json", lambda path: path.write_text(json.dumps([GOOD, said("Which\ud83d?", "two")])), r"row 1 has invalid Unicode .a lone surrogate.; fix"),
+    "half a character": (
+        "x.json",
+        lambda path: path.write_text(json.dumps([GOOD, said("Which\ud83d?", "two")])),
+        r"row 1 has invalid Unicode .a lone surrogate.; fix",
+    ),
     "nested without end": ("x.json", lambda path: path.write_text("[" * 100_000), "recursion"),
     "no parquet": ("x.parquet", lambda path: path.write_text("PAR1"), UNREADABLE),
     "nowhere.json": ("nowhere.json", lambda path: None, UNREADABLE),
@@ -237,7 +269,10 @@ def test_an_unknown_split_is_answered_with_the_known_ones(flag, stops, tiny_llav
 
 
 def test_one_row_cannot_be_divided(stops, write):
-    assert "1 rows cannot be divided" in (message := stops(dataset_name=write([GOOD]), eval_fraction=0.1)) and "--eval_fraction 0" in message
+    assert (
+        "1 rows cannot be divided" in (message := stops(dataset_name=write([GOOD]), eval_fraction=0.1))
+        and "--eval_fraction 0" in message
+    )
 
 
 # ------------------------------------------------------------------------------------------- machine, flags, model
@@ -247,7 +282,10 @@ def test_one_row_cannot_be_divided(stops, write):
         ({"lora_r": 0}, "--lora_r 0 .*4 bits.*--load_in_4bit false"),
         ({"lora_r": 0, "load_in_4bit": False, "use_dora": True}, "--use_dora .*--lora_r 0"),
         ({"max_eval_rows": 0}, "--max_eval_rows"),
-        ({"eval_steps": 5, "save_steps": 10, "max_steps": 20}, "--save_steps equal to --eval_steps.*--load_best_model_at_end false"),
+        (
+            {"eval_steps": 5, "save_steps": 10, "max_steps": 20},
+            "--save_steps equal to --eval_steps.*--load_best_model_at_end false",
+        ),
         ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
         ({"report_to": "nonsense"}, "--report_to .*nonsense"),
         ({"report_to": "clearml"}, "--report_to .*clearml"),
@@ -283,7 +321,10 @@ MODELS = {
         lambda folder: llava.processor().image_processor.save_pretrained(folder),
         "ImageProcessor|--model_name_or_path",
     ),
-    "texts only": (lambda folder: llava.processor().tokenizer.save_pretrained(folder), "Tokenizer|--model_name_or_path"),
+    "texts only": (
+        lambda folder: llava.processor().tokenizer.save_pretrained(folder),
+        "Tokenizer|--model_name_or_path",
+    ),
 }
 
 
@@ -304,7 +345,9 @@ def test_good_input_passes_every_check(flags, write, monkeypatch):
 
 def test_a_program_that_fails_ends_with_the_message(flags, write, tmp_path):
     argv = flags(dataset_name=write([GOOD, said("q", "")]), eval_fraction=0)
-    done = subprocess.run([sys.executable, str(ROOT / "sft_llava.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sft_llava.py"), *argv], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     last = done.stderr[done.stderr.rindex("error: ") :].splitlines()
     assert "1 of 2 rows" in last[0] and last[1].startswith("  row 1: empty answer") and "--on_bad_rows skip" in last[2]
@@ -320,7 +363,9 @@ def test_half_a_character_is_not_dropped(stops, write, collate):
 
 def test_a_picture_that_changes_after_the_check(collate, parse, write, images, tmp_path):
     names = images(3)
-    settings = parse(dataset_name=write([GOOD, *(said("<image>q", "two", image=name) for name in names)]), eval_fraction=0)
+    settings = parse(
+        dataset_name=write([GOOD, *(said("<image>q", "two", image=name) for name in names)]), eval_fraction=0
+    )
     train, _ = load_data(sft_llava, *settings)
     (tmp_path / "lime.png").write_bytes(b"changed")
     collator = sft_llava.Collator(sft_llava.load_processor(settings[0]), *settings)
@@ -330,7 +375,9 @@ def test_a_picture_that_changes_after_the_check(collate, parse, write, images, t
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_changes_under_the_run_ends_it_with_one_message(workers, flags, write, images, tmp_path, monkeypatch):
+def test_a_picture_that_changes_under_the_run_ends_it_with_one_message(
+    workers, flags, write, images, tmp_path, monkeypatch
+):
     names, load_model = images(4), sft_llava.load_model
 
     def change_then_load(*args):

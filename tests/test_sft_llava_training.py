@@ -62,7 +62,13 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 # ------------------------------------------------------------------------------------------------------------ helpers
 def command(folder, out, **settings):
     """The flags of a short run on the CPU: of the model and the data in `folder`, into `out`."""
-    settings = {"model_name_or_path": folder / "model", "dataset_name": folder / "data", "output_dir": out, **SHORT, **settings}
+    settings = {
+        "model_name_or_path": folder / "model",
+        "dataset_name": folder / "data",
+        "output_dir": out,
+        **SHORT,
+        **settings,
+    }
     return ["--use_cpu", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
@@ -88,7 +94,9 @@ def run(argv, train=True):
             patch.setattr(SFTTrainer, "training_step", stop)
         sft_llava.main(argv)
     out = Path(argv[argv.index("--output_dir") + 1])
-    return SimpleNamespace(argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen)
+    return SimpleNamespace(
+        argv=argv, out=out, trainer=trainers[0] if trainers else None, text=text.getvalue(), weights=weights.seen
+    )
 
 
 def plain(name):
@@ -98,7 +106,9 @@ def plain(name):
 
 def part(name):
     """The part of the model that a parameter belongs to."""
-    return next(p for p in ("vision_tower", "multi_modal_projector", "language_model", "lm_head", "image_newline") if p in name)
+    return next(
+        p for p in ("vision_tower", "multi_modal_projector", "language_model", "lm_head", "image_newline") if p in name
+    )
 
 
 def logits(model, batch):
@@ -122,7 +132,9 @@ def mixed(tiny_llava, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tiny_llava, tmp_path_factory):
     """A function: settings as keywords -> a finished short run; each is run once."""
-    return functools.cache(lambda **settings: run(command(tiny_llava, tmp_path_factory.mktemp("run") / "out", **settings)))
+    return functools.cache(
+        lambda **settings: run(command(tiny_llava, tmp_path_factory.mktemp("run") / "out", **settings))
+    )
 
 
 # ----------------------------------------------------------------------------------------------- at its real size
@@ -175,7 +187,9 @@ def test_the_7b_is_trained_in_the_language_model_only(flags, trainable, everythi
     model = real(sft_llava.parse(["--use_cpu", *flags])[0])
     assert model.get_nb_trainable_parameters() == (trainable, everything)
     touched = {name.split(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
-    assert len(touched) == 7 * 32 and all(name.startswith("base_model.model.model.language_model.") for name in touched)
+    assert len(touched) == 7 * 32 and all(
+        name.startswith("base_model.model.model.language_model.") for name in touched
+    )
     others = {plain(name) for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     projector = {name for name, _ in real().named_parameters() if "multi_modal_projector" in name}
     assert others == (projector if flags == ["--train_projector"] else set())
@@ -196,7 +210,11 @@ def test_4bit_is_the_language_model_and_nothing_else(family, dtype, request, tmp
     loaded = [sft_llava.load_model(*sft_llava.parse([*flags, "--load_in_4bit", on])) for on in ("true", "false")]
     packed, whole = ({n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)} for model in loaded)
     linear = {n for n, m in loaded[1].named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(packed) == {n for n in linear if n.startswith("model.language_model.")} and len(packed) == 7 * 2 and not whole
+    assert (
+        set(packed) == {n for n in linear if n.startswith("model.language_model.")}
+        and len(packed) == 7 * 2
+        and not whole
+    )
     for module in packed.values():
         state = module.weight.quant_state
         assert (state.quant_type, state.nested, module.compute_dtype) == ("nf4", True, dtype)
@@ -221,7 +239,9 @@ def test_only_what_was_named_is_trained(trained, variant):
 
     first, last = done.weights[0], done.weights[-1]
     parts = {"language_model"} | ({"lm_head"} if "lora_r" in settings else set())
-    assert {part(name) for name in first} == parts | ({"multi_modal_projector"} if "train_projector" in settings else set())
+    assert {part(name) for name in first} == parts | (
+        {"multi_modal_projector"} if "train_projector" in settings else set()
+    )
     assert {p.dtype for p in last.values()} == {torch.float32}
     assert [name for name in first if torch.equal(first[name], last[name])] == []
 
@@ -234,7 +254,9 @@ def test_says_what_is_trained(trained, variant):
         said = re.search(rf"^{name} +([\d,]+) of +([\d,]+) parameters trained, +([\d,]+) in 4-bit", done.text, re.M)
         trainable, total, packed = (int(number.replace(",", "")) for number in said.groups())
         assert trainable == of_part <= total
-        assert packed == (2 * (4 * 128 * 128 + 3 * 128 * 256) if name == "language_model" and "4-bit" in variant else 0)
+        assert packed == (
+            2 * (4 * 128 * 128 + 3 * 128 * 256) if name == "language_model" and "4-bit" in variant else 0
+        )
     assert all(words in done.text for words in ("96 rows to train on, 4 to evaluate", "0.08 epochs", "from the start"))
 
 
@@ -248,7 +270,8 @@ def test_output_dir_holds_what_was_trained(trained, variant):
     else:
         saved = load_file(done.out / "adapter_model.safetensors")
         want = {
-            re.sub(r"(\.modules_to_save)?\.default|(?<=magnitude_vector)\.default\.weight$", "", n): p for n, p in best.items()
+            re.sub(r"(\.modules_to_save)?\.default|(?<=magnitude_vector)\.default\.weight$", "", n): p
+            for n, p in best.items()
         }
         want = {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in want.items()}
     assert saved.keys() == want.keys() and {value.dtype for value in saved.values()} == {torch.float32}
@@ -257,7 +280,13 @@ def test_output_dir_holds_what_was_trained(trained, variant):
 
 def test_output_dir_holds_everything(trained, tiny_llava):
     done = trained()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "settings.yaml", "samples.md", "trainer_state.json"):
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "settings.yaml",
+        "samples.md",
+        "trainer_state.json",
+    ):
         assert (done.out / name).stat().st_size > 0
     assert not (done.out / "model.safetensors").exists()
     assert {path.name for path in done.out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
@@ -271,7 +300,11 @@ def test_output_dir_holds_everything(trained, tiny_llava):
 
     written = yaml.safe_load((done.out / "settings.yaml").read_text())
     assert {name: written[name] for name in SHORT} == SHORT and "hub_token" not in written
-    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (16, True, str(tiny_llava / "model"))
+    assert (written["lora_r"], written["load_in_4bit"], written["model_name_or_path"]) == (
+        16,
+        True,
+        str(tiny_llava / "model"),
+    )
 
     assert list(log(done.out)) == [1, 2, 3, 4] and list(log(done.out, "eval_loss")) == [2, 4]
     for name in ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "eval_loss"):
@@ -282,17 +315,25 @@ def test_output_dir_holds_everything(trained, tiny_llava):
 def test_without_reports_and_samples(tiny_llava, tmp_path):
     done = run(command(tiny_llava, tmp_path, report_to="none", sample_rows=0))
     assert log(done.out, "eval_loss")
-    assert not list(tmp_path.glob("runs*")) and not list(tmp_path.glob("samples*")) and not list(tmp_path.glob("**/*tfevents*"))
+    assert (
+        not list(tmp_path.glob("runs*"))
+        and not list(tmp_path.glob("samples*"))
+        and not list(tmp_path.glob("**/*tfevents*"))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- samples.md
 @pytest.mark.parametrize("variant", ["4-bit", "4-bit, projector", "full"])
 def test_samples_are_what_the_model_generates(trained, variant):
-    done = trained(**VARIANTS[variant], learning_rate=1e-5)  # at a higher one the first thing it learns is to say nothing
+    done = trained(
+        **VARIANTS[variant], learning_rate=1e-5
+    )  # at a higher one the first thing it learns is to say nothing
     text = (done.out / "samples.md").read_text()
     sections = dict(zip(*[iter(re.split(r"^## Step (\d+)$", text, flags=re.M)[1:])] * 2))
     assert list(sections) == ["2", "4"]
-    lines = [line for line in sections[str(done.trainer.state.best_global_step)].splitlines() if line.startswith("| ")][1:]
+    lines = [
+        line for line in sections[str(done.trainer.state.best_global_step)].splitlines() if line.startswith("| ")
+    ][1:]
     rows = [done.trainer.eval_dataset[n] for n in range(2)]
     assert len(lines) == len(rows)
     processor, model, some = AutoProcessor.from_pretrained(done.out), done.trainer.model.eval(), []
@@ -324,7 +365,9 @@ def test_samples_are_what_the_model_generates(trained, variant):
 def test_loss_and_gradients_are_those_of_the_plain_model(mixed, tmp_path, variant, checkpointing):
     settings = {**VARIANTS[variant], "lora_dropout": 0, "per_device_train_batch_size": 8}
     stock = AutoModelForImageTextToText.from_pretrained(mixed / "model").requires_grad_(False)
-    stock = get_peft_model(stock, sft_llava.lora_config(sft_llava.parse(["--use_cpu", "--lora_dropout", "0"])[0])).train()
+    stock = get_peft_model(
+        stock, sft_llava.lora_config(sft_llava.parse(["--use_cpu", "--lora_dropout", "0"])[0])
+    ).train()
     trainer = run(command(mixed, tmp_path, activation_checkpointing=checkpointing, **settings), train=False).trainer
     ours = trainer.model.train()
     layers = [m for n, m in ours.named_modules() if n.endswith("language_model.layers.0")]
@@ -333,7 +376,9 @@ def test_loss_and_gradients_are_those_of_the_plain_model(mixed, tmp_path, varian
     for name, p in ours.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)  # with B = 0 there is no gradient of A
-    weights = {n.replace(".modules_to_save.default", ""): p for n, p in ours.named_parameters() if "original_module" not in n}
+    weights = {
+        n.replace(".modules_to_save.default", ""): p for n, p in ours.named_parameters() if "original_module" not in n
+    }
     assert stock.load_state_dict(weights, strict=False).unexpected_keys == []
     if "train_projector" in settings:
         stock.base_model.model.model.multi_modal_projector.requires_grad_(True)
@@ -358,12 +403,17 @@ def test_loss_and_gradients_are_those_of_the_plain_model(mixed, tmp_path, varian
         assert (found[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
-@pytest.mark.parametrize("settings, times", [({}, 1), ({"load_in_4bit": False}, 1), ({"bf16": True}, 1), ({"use_dora": True}, 2)],
-                         ids=["4-bit", "float", "bf16", "DoRA"])
+@pytest.mark.parametrize(
+    "settings, times",
+    [({}, 1), ({"load_in_4bit": False}, 1), ({"bf16": True}, 1), ({"use_dora": True}, 2)],
+    ids=["4-bit", "float", "bf16", "DoRA"],
+)
 def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, times):
     """To the bit what PEFT's own order of the sum gives, with the adapter switched off, too."""
     found, counted = {}, {}
-    flags = command(mixed, tmp_path, **{"activation_checkpointing": True, "per_device_train_batch_size": 8, **settings})
+    flags = command(
+        mixed, tmp_path, **{"activation_checkpointing": True, "per_device_train_batch_size": 8, **settings}
+    )
     for name in ("ours", "stock"):
         with pytest.MonkeyPatch.context() as patch:
             if name == "stock":
@@ -374,7 +424,11 @@ def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, time
         for part, p in model.named_parameters():
             if "lora_B" in part:
                 torch.nn.init.normal_(p, std=0.05)
-        own = {id(layer.base_layer): layer.base_layer for part, layer in model.named_modules() if part.endswith(".down_proj")}
+        own = {
+            id(layer.base_layer): layer.base_layer
+            for part, layer in model.named_modules()
+            if part.endswith(".down_proj")
+        }
         cls, finished = type(next(iter(own.values()))), []
         product = cls.forward
 
@@ -390,7 +444,10 @@ def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, time
                 loss = trainer.compute_loss(model, dict(batch))
             loss.backward()
         counted[name] = len(finished) / len(own)
-        found[name] = {"loss": loss.detach(), **{part: p.grad for part, p in model.named_parameters() if p.requires_grad}}
+        found[name] = {
+            "loss": loss.detach(),
+            **{part: p.grad for part, p in model.named_parameters() if p.requires_grad},
+        }
         with torch.no_grad(), model.eval().disable_adapter():
             found[name]["base"] = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert counted == {"ours": times, "stock": 2}
@@ -398,12 +455,20 @@ def test_a_layers_last_product_is_not_recomputed(mixed, tmp_path, settings, time
         assert grad.abs().max() > 0 and torch.equal(grad, found["ours"][part]), part
 
 
-@pytest.mark.parametrize("settings", [FLOAT, FLOAT | PROJECTOR, FLOAT | {"activation_checkpointing": False}, FLOAT | DORA], ids=str)
+@pytest.mark.parametrize(
+    "settings", [FLOAT, FLOAT | PROJECTOR, FLOAT | {"activation_checkpointing": False}, FLOAT | DORA], ids=str
+)
 def test_the_trained_model_can_be_merged_in_the_same_process(mixed, tmp_path, settings):
     """PEFT's layers have their own forward back, and merged they say what the adapter says."""
     trainer = run(command(mixed, tmp_path, **settings)).trainer
-    layers = [layer for name, layer in trainer.model.named_modules() if name.endswith(".down_proj") and hasattr(layer, "lora_A")]
-    assert len(layers) == 2 and not any("forward" in vars(module) for layer in layers for module in (layer, layer.base_layer))
+    layers = [
+        layer
+        for name, layer in trainer.model.named_modules()
+        if name.endswith(".down_proj") and hasattr(layer, "lora_A")
+    ]
+    assert len(layers) == 2 and not any(
+        "forward" in vars(module) for layer in layers for module in (layer, layer.base_layer)
+    )
     batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
     adapted = logits(trainer.model, batch)
     with trainer.model.disable_adapter():
@@ -417,7 +482,9 @@ def test_even_before_the_end_a_merge_is_right(mixed, tmp_path):
     for name, p in trainer.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    assert any("forward" in vars(layer) for name, layer in trainer.model.named_modules() if name.endswith(".down_proj"))
+    assert any(
+        "forward" in vars(layer) for name, layer in trainer.model.named_modules() if name.endswith(".down_proj")
+    )
     batch = trainer.data_collator([trainer.eval_dataset[n] for n in range(4)])
     trainer.compute_loss(trainer.model.train(), dict(batch)).backward()  # checkpointing leaves a forward half-way
     adapted = logits(trainer.model, batch)
@@ -429,7 +496,9 @@ def test_adapters_in_the_vision_tower_are_refused(mixed, tmp_path, monkeypatch):
     everywhere = lambda settings: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     monkeypatch.setattr(sft_llava, "lora_config", everywhere)
     message = refusal(sft_llava.main, command(mixed, tmp_path, **FLOAT))
-    assert re.search("--lora_target_modules: .*vision_tower.*q_proj.* is in vision_tower, which runs without a graph", message), message
+    assert re.search(
+        "--lora_target_modules: .*vision_tower.*q_proj.* is in vision_tower, which runs without a graph", message
+    ), message
 
 
 def test_an_evaluation_leaves_the_gradients_alone(mixed, tmp_path, trained):
@@ -541,7 +610,11 @@ def test_the_best_checkpoint_is_saved(tiny_llava, tmp_path, settings):
 def test_without_evaluation_data(tiny_llava, tmp_path):
     flags = command(tiny_llava, tmp_path, dataset_name=tiny_llava / "data" / "train.parquet", eval_fraction=0)
     done = run(flags)
-    assert list(log(done.out)) == [1, 2, 3, 4] and not log(done.out, "eval_loss") and not (tmp_path / "samples.md").exists()
+    assert (
+        list(log(done.out)) == [1, 2, 3, 4]
+        and not log(done.out, "eval_loss")
+        and not (tmp_path / "samples.md").exists()
+    )
     saved, last = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "checkpoint-4"))
     assert all(torch.equal(saved[key], last[key]) for key in saved | last)
     assert "96 rows to train on, 0 to evaluate" in done.text
@@ -565,7 +638,9 @@ def test_settings_yaml_repeats_the_run(trained, tmp_path):
 def test_llava_next(tiny_next, mixed, tmp_path, settings):
     done = run(command(tiny_next, tmp_path, dataset_name=mixed / "data", max_steps=2, **settings))
     assert all(map(math.isfinite, log(done.out).values())) and len(log(done.out)) == 2
-    assert {part(name) for name in done.weights[0]} == {"language_model"} | ({"multi_modal_projector"} if settings else set())
+    assert {part(name) for name in done.weights[0]} == {"language_model"} | (
+        {"multi_modal_projector"} if settings else set()
+    )
     batch = done.trainer.data_collator([done.trainer.eval_dataset[n] for n in range(4)])
     assert "image_sizes" in batch
     base = sft_llava.load_model(*sft_llava.parse(done.argv))
@@ -602,7 +677,9 @@ LONG |= {"learning_rate": 1e-3, "lora_dropout": 0.1, "report_to": "none"}
 @pytest.fixture(scope="module")
 def whole(mixed, tmp_path_factory):
     """A function: settings as keywords -> a run of 12 steps that nothing interrupted."""
-    return functools.cache(lambda **settings: run(command(mixed, tmp_path_factory.mktemp("whole") / "out", **LONG, **settings)))
+    return functools.cache(
+        lambda **settings: run(command(mixed, tmp_path_factory.mktemp("whole") / "out", **LONG, **settings))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -612,7 +689,10 @@ def dead(mixed, tmp_path_factory):
     argv = command(mixed, out, **LONG)
     done = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
-    assert {path.name for path in out.iterdir() if path.is_dir() and "check" in path.name} == {"checkpoint-4", "checkpoint-8"}
+    assert {path.name for path in out.iterdir() if path.is_dir() and "check" in path.name} == {
+        "checkpoint-4",
+        "checkpoint-8",
+    }
     assert not (out / "trainer_state.json").exists()
     return out
 
@@ -648,7 +728,9 @@ def test_killed_and_started_again(whole, killed, mixed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth"]
+)
 def test_a_damaged_checkpoint_is_not_whole(whole, tmp_path, file):
     """Missing, empty or cut off: any of its files (the random state's end is not looked at)."""
     good = whole().out / "checkpoint-8"
@@ -720,7 +802,9 @@ def test_killed_before_the_end_was_written(mixed, tmp_path, variant, best):
     if best:  # one that is gone is named
         (out / "trainer_state.json").unlink()
         state = out / "checkpoint-11" / "trainer_state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"}))
+        state.write_text(
+            json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-1"})
+        )
         gone = refusal(sft_llava.main, command(mixed, out, **settings))
         assert gone.startswith("error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged")
 
@@ -731,7 +815,10 @@ def test_killed_before_the_end_was_written(mixed, tmp_path, variant, best):
     [
         (["--resume_from_checkpoint", "false"], ["holds a run", "--output_dir"]),
         (["--resume_from_checkpoint", "nowhere"], ["nowhere: not a complete checkpoint"]),
-        (["--lora_r", "8", "--learning_rate", "0.1"], ["lora_r 16 -> 8", "learning_rate 0.001 -> 0.1", "--output_dir"]),
+        (
+            ["--lora_r", "8", "--learning_rate", "0.1"],
+            ["lora_r 16 -> 8", "learning_rate 0.001 -> 0.1", "--output_dir"],
+        ),
         (["--seed", "1"], ["seed 42 -> 1"]),
     ],
 )
@@ -745,7 +832,15 @@ def test_a_used_output_dir_is_not_overwritten(killed, mixed, monkeypatch, flags,
 
 @pytest.mark.slow
 def test_what_shows_a_run_may_change(killed, mixed):
-    flags = [*command(mixed, killed, **LONG), "--sample_rows", "1", "--sample_tokens", "2", "--dataloader_num_workers", "1"]
+    flags = [
+        *command(mixed, killed, **LONG),
+        "--sample_rows",
+        "1",
+        "--sample_tokens",
+        "2",
+        "--dataloader_num_workers",
+        "1",
+    ]
     last = run(flags)
     assert len(last.weights) == 1 + 4
     section = (killed / "samples.md").read_text().split("## Step 12")[1]
@@ -787,7 +882,13 @@ def test_false_in_a_settings_file_is_false(trained, tmp_path):
 @pytest.mark.parametrize("variant", ["float", "float, projector"])
 def test_two_processes_train_like_one(mixed, tmp_path, variant):
     """Each has one row at a time, so that one may have a picture while the other has none."""
-    settings = {**VARIANTS[variant], "lora_dropout": 0, "per_device_train_batch_size": 1, "sample_rows": 1, "max_steps": 8}
+    settings = {
+        **VARIANTS[variant],
+        "lora_dropout": 0,
+        "per_device_train_batch_size": 1,
+        "sample_rows": 1,
+        "max_steps": 8,
+    }
     settings |= {"learning_rate": 1e-4, "save_total_limit": 9}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command(mixed, tmp_path / "two", **settings, gradient_accumulation_steps=2)
@@ -803,7 +904,13 @@ def test_two_processes_train_like_one(mixed, tmp_path, variant):
     saved = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name], atol=1e-3, rtol=1e-3)
-    again = command(mixed, tmp_path / "again", **settings, gradient_accumulation_steps=2, resume_from_checkpoint=tmp_path / "two" / "checkpoint-6")
+    again = command(
+        mixed,
+        tmp_path / "again",
+        **settings,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=tmp_path / "two" / "checkpoint-6",
+    )
     done = subprocess.run([*program[: -len(argv)], *again], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     for key in ("loss", "grad_norm"):  # from within the second epoch on, whose order is not the first one's

@@ -43,14 +43,21 @@ def test_reports_costs_and_equality(tmp_path, capsys, recipe):
     assert [setting["checkpointing"] for setting in found] == [True, False]
     for setting in found:
         assert setting["equal"] and setting["check"]["gradient_max"] < 1e-5
-        assert setting["check"]["adapters"] == (2 * 7 * 2 if recipe == "sft_llava" else 2 * (3 + 4 + 2 * 3) + 4 + 2 + 2 * 2)
+        assert setting["check"]["adapters"] == (
+            2 * 7 * 2 if recipe == "sft_llava" else 2 * (3 + 4 + 2 * 3) + 4 + 2 + 2 * 2
+        )
         saved = setting["flops"]["stock"] - setting["flops"]["recipe"]
-        assert saved > 0 or recipe == "sft_llava" and not setting["checkpointing"] and saved == 0  # times of one tiny step say nothing
+        assert (
+            saved > 0 or recipe == "sft_llava" and not setting["checkpointing"] and saved == 0
+        )  # times of one tiny step say nothing
         assert setting["peak_bytes"]["stock"] >= setting["peak_bytes"]["recipe"] > 0
         assert ("defaults" in setting) == (recipe == "sft_llava" and setting["checkpointing"])
     assert found[0]["flops"]["stock"] > found[1]["flops"]["stock"]  # recomputation is counted
     if recipe == "sft_llava":
-        assert printed.count("losses differ by design") == 1 and "label positions a row: image 0.0%, prompt 0.0%, answer 100.0%" in printed
+        assert (
+            printed.count("losses differ by design") == 1
+            and "label positions a row: image 0.0%, prompt 0.0%, answer 100.0%" in printed
+        )
         assert found[0]["defaults"]["flops"]["stock"] > found[0]["flops"]["stock"]  # more positions are scored
         assert found[0]["defaults"]["flops"]["recipe"] == found[0]["flops"]["recipe"]
 
@@ -67,7 +74,10 @@ def test_what_trl_trains_by_default(tmp_path):
     assert trained["recipe"]["image"] == trained["recipe"]["prompt"] == 0
     assert trained["recipe"]["answer"] == sum(int((batch["labels"] != -100).sum()) for batch in batches)
     assert trained["recipe"]["answer"] == trained["stock"]["answer"] + 3 * 1
-    assert trainer.args.activation_checkpointing and type(trainer.data_collator).__name__ == "DataCollatorForVisionLanguageModeling"
+    assert (
+        trainer.args.activation_checkpointing
+        and type(trainer.data_collator).__name__ == "DataCollatorForVisionLanguageModeling"
+    )
 
 
 def scaled_loss(patch):
@@ -127,7 +137,11 @@ def test_exit_status_1_where_they_differ(monkeypatch, capsys, recipe, wrong):
 @pytest.mark.parametrize("what", ["gradient_max", "gradient_norm"])
 def test_nan_is_not_equal(what):
     same = {"loss": {"stock": 2.0, "recipe": 2.0}, "gradient_max": 0.0, "gradient_norm": 0.0}
-    assert sft_step.equal(same) and not sft_step.equal(same | {what: float("nan")}) and not sft_step.equal(same | {what: 2e-5})
+    assert (
+        sft_step.equal(same)
+        and not sft_step.equal(same | {what: float("nan")})
+        and not sft_step.equal(same | {what: 2e-5})
+    )
     assert not sft_step.equal(same | {"loss": {"stock": 2.0, "recipe": 2.00003}})
     assert not sft_step.equal(same | {"loss": {"stock": 2.0, "recipe": float("nan")}})
 
@@ -153,7 +167,9 @@ def test_sft_llava_recomputes_neither_tower_nor_last_product(tmp_path, monkeypat
             found[name] = sft_step.flops(both["recipe"], batches[0])
             monkeypatch.setattr(sft_llava, "adapter_first", lambda layer, x: type(layer).forward(layer, x))
         hidden, inner, layers, *_ = sizes["text"]
-        saved = 2 * batches[0]["input_ids"].numel() * hidden * (inner - 1) * layers  # 1: the rank; lora_B comes before it now
+        saved = (
+            2 * batches[0]["input_ids"].numel() * hidden * (inner - 1) * layers
+        )  # 1: the rank; lora_B comes before it now
         assert found["without"] - found["recipe"] == saved
         tower = sft_step.flops(both["stock"], batches[0]) - found["without"]
         assert tower > 0.9 * sft_step.flops_of_image(both["stock"], batches[0])
@@ -166,7 +182,9 @@ def test_stock_side_scores_label_positions_only(tmp_path):
         less = everywhere - sft_step.flops(both["stock"], batches[0])
     labels = batches[0]["labels"]
     sizes = sft_step.shape("sft_llava", "tiny")
-    each = 2 * sizes["text"][0] * sizes["vocabulary"]  # of one position: its logits, and twice that at most for their gradients
+    each = (
+        2 * sizes["text"][0] * sizes["vocabulary"]
+    )  # of one position: its logits, and twice that at most for their gradients
     assert each <= less / (labels.numel() - int((labels != -100).sum())) <= 3 * each
 
 
@@ -201,7 +219,9 @@ def test_real_size_is_counted_and_not_timed(monkeypatch, tmp_path, capsys, recip
 
 def test_minicpm_real_size_is_the_published_one():
     sizes = sft_step.shape("finetune_minicpm_lora", "real")
-    config = sft_step.configuration("finetune_minicpm_lora", sizes, sft_step.make_processor("finetune_minicpm_lora", sizes).tokenizer)
+    config = sft_step.configuration(
+        "finetune_minicpm_lora", sizes, sft_step.make_processor("finetune_minicpm_lora", sizes).tokenizer
+    )
     model = sft_step.make_model(config, sizes, "meta", torch.bfloat16)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 1) == 1.3  # as its model card rounds it
     assert config.text_config.layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 6
@@ -224,7 +244,9 @@ def test_texts_have_the_stated_lengths(tmp_path, recipe, size, by):
     *_, collator, rows, _, _ = sft_step.prepare(arguments(recipe, steps=6), True, tmp_path, size)
     views = {"sft_llava": 576, "finetune_minicpm_lora": 5 * 64}[recipe] // by
     image = collator.processor.image_token_id
-    marks = 0 if recipe == "sft_llava" else 2 * 5 + 3 + 2  # <image>, <slice> and their ends, the image's number, line ends
+    marks = (
+        0 if recipe == "sft_llava" else 2 * 5 + 3 + 2
+    )  # <image>, <slice> and their ends, the image's number, line ends
     for row in rows:
         batch = collator([row])
         answer, images = int((batch["labels"] != -100).sum()), int((batch["input_ids"] == image).sum())
@@ -242,7 +264,11 @@ def test_needs_the_gpu_it_was_asked_for():
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--seed", "-1"], "--seed: from 0"), (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"), (["--steps", "0"], "at least 1")],
+    [
+        (["--seed", "-1"], "--seed: from 0"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"),
+        (["--steps", "0"], "at least 1"),
+    ],
 )
 def test_mistakes_are_said_before_anything_is_measured(flags, message, monkeypatch):
     monkeypatch.setattr(sft_step, "measure", None)

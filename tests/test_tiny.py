@@ -44,12 +44,17 @@ def test_rows_ask_what_the_pictures_show():
     single = [row for row in held_out if len(row["pictures"]) == 1 and len(row["turns"]) == 1]
     assert len(single) == 3 * 297
     pictures = {
-        digits.draw(digits.load()[0][scan : scan + 1])[0].numpy().tobytes(): scan for scan in parts["held_out"].tolist()
+        digits.draw(digits.load()[0][scan : scan + 1])[0].numpy().tobytes(): scan
+        for scan in parts["held_out"].tolist()
     }
     for row in single:
         digit = int(truth[pictures[row["pictures"][0].numpy().tobytes()]])
         question, said = row["turns"][0]
-        right = {"digit": digits.WORDS[digit], "parity": ["even", "odd"][digit % 2], "next": digits.WORDS[(digit + 1) % 10]}
+        right = {
+            "digit": digits.WORDS[digit],
+            "parity": ["even", "odd"][digit % 2],
+            "next": digits.WORDS[(digit + 1) % 10],
+        }
         assert said == right[llava.kind(question, 1)]
     asked = {turn for row in llava.make_rows(0, n=2000) for turn in row["turns"] if not row["pictures"]}
     assert asked and not asked & {turn for row in held_out for turn in row["turns"] if not row["pictures"]}
@@ -57,7 +62,9 @@ def test_rows_ask_what_the_pictures_show():
 
 def test_both_schemas_hold_the_same_rows(tiny_llava):
     for name in ("train", "test"):
-        rows = sft_llava.datasets.load_dataset("parquet", data_files=str(tiny_llava / f"data/{name}.parquet"), split="train")
+        rows = sft_llava.datasets.load_dataset(
+            "parquet", data_files=str(tiny_llava / f"data/{name}.parquet"), split="train"
+        )
         assert set(rows.column_names) == {"messages", "images"} and "Image(" in str(rows.features["images"])
         said = json.loads((tiny_llava / f"json/{name}.json").read_text())
         assert len(said) == len(rows)
@@ -66,7 +73,9 @@ def test_both_schemas_hold_the_same_rows(tiny_llava):
         ):
             names = other.get("image", [])
             names = [names] if isinstance(names, str) else names
-            assert [(tiny_llava / "json/images" / n).read_bytes() for n in names] == [cell["bytes"] for cell in row["images"]]
+            assert [(tiny_llava / "json/images" / n).read_bytes() for n in names] == [
+                cell["bytes"] for cell in row["images"]
+            ]
             texts = [turn["value"].replace("<image>\n", "") for turn in other["conversations"]]
             assert texts == [sft_llava.text_of(message) for message in row["messages"]]
             assert all(Image.open(io.BytesIO(cell["bytes"])).size == (56, 56) for cell in row["images"])
@@ -89,7 +98,9 @@ def test_a_build_is_reproducible_and_cached(tmp_path, capsys):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         command.main(["llava", "--out", str(out), "--seed", "3", "--base_steps", "2"])
-    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json")
+    files = sorted(
+        path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json"
+    )
     same, other, missing = filecmp.cmpfiles(*outs, files, shallow=False)
     assert len(same) == len(files) > 10 and not other and not missing
     before = (outs[0] / "model/model.safetensors").stat().st_mtime_ns

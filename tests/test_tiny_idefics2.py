@@ -37,7 +37,9 @@ def test_forms_show_what_the_answers_say():
                     small = torch.nn.functional.adaptive_avg_pool2d(255 - torch.tensor(box.astype("float32"))[None], 8)
                     assert np.corrcoef(small.flatten(), ink[scan].flatten())[0, 1] > 0.8
             assert (page[top : top + forms.CELL, : forms.VALUE * forms.CELL] < 128).any()  # its name is printed
-        assert forms.answers(row)[0] in [field["value"] for field in row["form"]["fields"] if field["name"] == row["asked"]]
+        assert forms.answers(row)[0] in [
+            field["value"] for field in row["form"]["fields"] if field["name"] == row["asked"]
+        ]
     line = forms.printed("City:")
     assert line.shape[0] == forms.CELL and line.min() < 64 and line.max() == 255
 
@@ -52,11 +54,18 @@ def test_what_is_tested_was_never_trained_on():
     numbers = [{field["value"] for row in rows for field in row["form"]["fields"]} for rows in (train, test)]
     assert not numbers[0] & new
     kinds = [forms.kind(row["id"]) for row in test]
-    assert {kind: kinds.count(kind) for kind in forms.KINDS} == {"one-field": 300, "new-number": 100, "printed": 60, "two-fields": 100}
+    assert {kind: kinds.count(kind) for kind in forms.KINDS} == {
+        "one-field": 300,
+        "new-number": 100,
+        "printed": 60,
+        "two-fields": 100,
+    }
     assert {forms.kind(row["id"]) for row in train} == set(forms.KINDS) - {"new-number"}
     for row, kind in zip(test, kinds):
         fields = row["form"]["fields"]
-        assert len(fields) == 1 + (kind == "two-fields") and all((field["scans"] is None) == (kind == "printed") for field in fields)
+        assert len(fields) == 1 + (kind == "two-fields") and all(
+            (field["scans"] is None) == (kind == "printed") for field in fields
+        )
         assert all((field["value"] in new) == (kind == "new-number") for field in fields)
         assert len({field["name"] for field in fields}) == len(fields)
     asked = {text for row in train for text in forms.ask(row["asked"], row["phrasing"]).values()}
@@ -93,7 +102,9 @@ def test_both_schemas_hold_the_same_rows(tmp_path):
 
 
 def test_questions_are_in_five_languages():
-    assert forms.ask("City", 0)["fr"] == "Quelle est la ville ?" and forms.ask("Month", 2)["fr"].endswith("quel est le mois ?")
+    assert forms.ask("City", 0)["fr"] == "Quelle est la ville ?" and forms.ask("Month", 2)["fr"].endswith(
+        "quel est le mois ?"
+    )
     asked = [forms.ask(name, n) for name in forms.FIELDS for n in range(len(forms.QUESTIONS))]
     assert all(len({question[language] for question in asked}) == len(asked) for language in forms.LANGUAGES)
     assert not any("{" in text for question in asked for text in question.values())
@@ -126,9 +137,14 @@ def test_model_and_processor_survive_saving(tiny_forms, proc):
     assert saved.chat_template == proc.chat_template and saved.image_processor.do_image_splitting
     assert saved.image_token_id == model.config.image_token_id == saved.tokenizer.convert_tokens_to_ids("<image>")
     tokenizer = saved.tokenizer
-    assert tokenizer.get_vocab() == proc.tokenizer.get_vocab() and len(tokenizer) == model.config.text_config.vocab_size
+    assert (
+        tokenizer.get_vocab() == proc.tokenizer.get_vocab() and len(tokenizer) == model.config.text_config.vocab_size
+    )
     assert tokenizer("four")["input_ids"][0] == tokenizer.bos_token_id == 1 and tokenizer.padding_side == "left"
-    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<end_of_utterance>"), tokenizer.eos_token_id]
+    assert model.generation_config.eos_token_id == [
+        tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
+        tokenizer.eos_token_id,
+    ]
     assert tokenizer.tokenize(" 471")[-3:] == ["4", "7", "1"]
     text = "Assistant: Total: 47, a größe 好"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
@@ -139,7 +155,9 @@ def test_a_build_is_reproducible_and_cached(tmp_path, capsys, monkeypatch):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         command.main(["idefics2", "--out", str(out), "--seed", "3", "--base_steps", "4"])
-    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json")
+    files = sorted(
+        path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json"
+    )
     same, other, missing = filecmp.cmpfiles(*outs, files, shallow=False)
     assert len(same) == len(files) > 10 and not other and not missing
     before = (outs[0] / "model/model.safetensors").stat().st_mtime_ns
@@ -148,14 +166,27 @@ def test_a_build_is_reproducible_and_cached(tmp_path, capsys, monkeypatch):
 
 
 def test_report_of_a_run_on_forms(tmp_path, capsys):
-    rows = [("one-field", "47", "47"), ("one-field", "47", "41"), ("new-number", "312", "7"), ("two-fields", "Rome", "rome")]
+    rows = [
+        ("one-field", "47", "47"),
+        ("one-field", "47", "41"),
+        ("new-number", "312", "7"),
+        ("two-fields", "Rome", "rome"),
+    ]
     for name in ("before", "after"):
         said = [
-            {"row": n, "id": f"test-{n:05d}-{kind}", "reference": [right], "prediction": got if name == "after" else f"Total: {got}"}
+            {
+                "row": n,
+                "id": f"test-{n:05d}-{kind}",
+                "reference": [right],
+                "prediction": got if name == "after" else f"Total: {got}",
+            }
             for n, (kind, right, got) in enumerate(rows)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
-    log = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "eval_anls": 0.5, "eval_exact_match": 0.4, "train_runtime": 3}]
+    log = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "eval_loss": 1.0, "eval_anls": 0.5, "eval_exact_match": 0.4, "train_runtime": 3},
+    ]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     assert report.report(tmp_path) == {"one-field": (0, 0.75), "new-number": (0, 0), "two-fields": (0, 1)}
     table = capsys.readouterr().out

@@ -112,7 +112,12 @@ def test_tokens_and_template(proc):
     tok = proc.tokenizer
     for token in minicpm.TOKENS:
         assert tok.tokenize(f"a{token}b") == ["a", token, "b"]
-    assert (tok.bos_token, tok.eos_token, tok.pad_token, tok.unk_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<unk>")
+    assert (tok.bos_token, tok.eos_token, tok.pad_token, tok.unk_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<unk>",
+    )
     assert tok.tokenize("</think>\n\nfour") == ["</think>", "ĊĊ", "four"] and len(tok("\n")["input_ids"]) == 1
     assert tok("four")["input_ids"] == [tok.convert_tokens_to_ids("four")]  # no BOS
     assert tok.decode(tok("a größe 好")["input_ids"]) == "a größe 好"
@@ -125,12 +130,17 @@ def test_tokens_and_template(proc):
         {"role": "user", "content": "<|image_pad|> vs <|image_pad|>: even?"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nno"},
     ]
-    first = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|image_pad|>\nWhich digit is this?<|im_end|>\n"
+    first = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<|image_pad|>\nWhich digit is this?<|im_end|>\n"
+    )
     last = "<|im_start|>user\n<|image_pad|> vs <|image_pad|>: even?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     middle = "<|im_start|>assistant\nfour<|im_end|>\n"  # the think block stands before the last answer only
     assert proc.apply_chat_template(said) == f"{first}{middle}{last}hm\n</think>\n\nno<|im_end|>\n"
     assert proc.apply_chat_template(said[:4], add_generation_prompt=True) == f"{first}{middle}{last}\n</think>\n\n"
-    assert proc.apply_chat_template(said[:4], add_generation_prompt=True, enable_thinking=True) == f"{first}{middle}{last}"
+    assert (
+        proc.apply_chat_template(said[:4], add_generation_prompt=True, enable_thinking=True)
+        == f"{first}{middle}{last}"
+    )
     said[4] = said[4] | {"content": "no"}
     assert proc.apply_chat_template(said).startswith(proc.apply_chat_template(said[:4], add_generation_prompt=True))
     again = said[:3] + said[1:3]  # the same question once more
@@ -154,7 +164,9 @@ def test_large_pictures_are_sliced(native_minicpm):
             with torch.no_grad():
                 assert net(**inputs, downsample_mode=mode).logits.isfinite().all()
     with pytest.raises(ValueError, match="do not match"), torch.no_grad():
-        net(**proc(text=["<|image_pad|>"], images=[digits.to_pil(drawn(1)[0])], downsample_mode="4x"))  # the model was not told
+        net(
+            **proc(text=["<|image_pad|>"], images=[digits.to_pil(drawn(1)[0])], downsample_mode="4x")
+        )  # the model was not told
     inputs = proc(text=["<|image_pad|>"], images=[strip])
     halves = proc.image_processor([digits.to_pil(half) for half in drawn(2)], return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs["pixel_values"][..., 16 * 14 :], halves)  # each slice is a digit, not resized
@@ -163,11 +175,18 @@ def test_large_pictures_are_sliced(native_minicpm):
 def test_what_is_trained_of_a_lesson(proc):
     batch = minicpm.batch(proc, rows_of_all_sorts())
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "target_sizes", "labels"}
-    for ids, labels, mask, (pictures, prompt, said) in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], rows_of_all_sorts()):
+    for ids, labels, mask, (pictures, prompt, said) in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"], rows_of_all_sorts()
+    ):
         assert proc.tokenizer.decode(labels[labels >= 0]) == f"{said}<|im_end|>"
-        assert proc.tokenizer.decode(ids).endswith(f"{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n{said}<|im_end|>")
+        assert proc.tokenizer.decode(ids).endswith(
+            f"{prompt}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n{said}<|im_end|>"
+        )
         crops = sum(1 if picture.shape[1] == 56 else 3 for picture in pictures)
-        assert ids.tolist().count(proc.image_token_id) == crops and mask.sum() == (ids != proc.tokenizer.pad_token_id).sum()
+        assert (
+            ids.tolist().count(proc.image_token_id) == crops
+            and mask.sum() == (ids != proc.tokenizer.pad_token_id).sum()
+        )
 
 
 def test_model_and_processor_survive_saving(native_minicpm, proc, tmp_path, monkeypatch):
@@ -180,18 +199,29 @@ def test_model_and_processor_survive_saving(native_minicpm, proc, tmp_path, monk
         AutoProcessor.from_pretrained(native_minicpm / "model")
     tok, config = saved.tokenizer, net.config
     assert tok.get_vocab() == proc.tokenizer.get_vocab() and len(tok) == config.text_config.vocab_size
-    assert saved.chat_template == minicpm.CHAT_TEMPLATE and saved.image_processor.to_dict() == proc.image_processor.to_dict()
+    assert (
+        saved.chat_template == minicpm.CHAT_TEMPLATE
+        and saved.image_processor.to_dict() == proc.image_processor.to_dict()
+    )
     saved.save_pretrained(tmp_path)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {"chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     for file in files - {"tokenizer_config.json"}:  # it says, among others, whether it was read from a folder
         assert (tmp_path / file).read_text() == (native_minicpm / "model" / file).read_text()
-    written = json.loads((tmp_path / "processor_config.json").read_text())  # what AutoProcessor goes by, with torchvision
+    written = json.loads(
+        (tmp_path / "processor_config.json").read_text()
+    )  # what AutoProcessor goes by, with torchvision
     assert written["processor_class"] == f"{name}Processor" and written["image_processor"]["scale_resolution"] == 56
     assert written["video_processor"]["video_processor_type"] == "MiniCPMV4_6VideoProcessor"
     assert config.image_token_id == tok.convert_tokens_to_ids("<|image_pad|>") == saved.image_token_id
     if name == "MiniCPMV4_7":
-        places = [config.image_start_id, config.image_end_id, config.slice_start_id, config.slice_end_id, config.newline_id]
+        places = [
+            config.image_start_id,
+            config.image_end_id,
+            config.slice_start_id,
+            config.slice_end_id,
+            config.newline_id,
+        ]
         assert tok.convert_ids_to_tokens(places) == ["<image>", "</image>", "<slice>", "</slice>", "Ċ"]
     assert net.generation_config.eos_token_id == [tok.pad_token_id, tok.eos_token_id]
     assert net.lm_head.weight is net.model.language_model.embed_tokens.weight
@@ -200,7 +230,9 @@ def test_model_and_processor_survive_saving(native_minicpm, proc, tmp_path, monk
     assert config.text_config.layer_types == ["linear_attention", "full_attention"]
     linear = [{name for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)} for layer in layers]
     mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-    assert linear[0] == mlp | {f"linear_attn.{part}" for part in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")}
+    assert linear[0] == mlp | {
+        f"linear_attn.{part}" for part in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+    }
     assert linear[1] == mlp | {f"self_attn.{part}_proj" for part in "qkvo"}
     assert sum(p.numel() for p in net.parameters()) < 1e6
 
@@ -210,7 +242,13 @@ def test_padding_and_neighbours_change_nothing(native_minicpm):
     proc = minicpm.processor_from(native_minicpm / "model")
     net = AutoModelForImageTextToText.from_pretrained(native_minicpm / "model").eval()
     rows = rows_of_all_sorts()
-    asked = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    asked = {
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     together, prompts = minicpm.batch(proc, rows), minicpm.batch(proc, rows, answered=False)
     assert (together["attention_mask"] == 0).any()
     with torch.no_grad():
@@ -235,7 +273,9 @@ def test_a_build_is_reproducible_and_cached(family, tmp_path, capsys, monkeypatc
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         command.main([family, "--out", str(out), "--seed", "3", "--base_steps", "3"])
-    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json")
+    files = sorted(
+        path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json"
+    )
     same, other, missing = filecmp.cmpfiles(*outs, files, shallow=False)
     assert len(same) == len(files) > 10 and not other and not missing
     assert {path.parts[0] for path in files} == {"model", "json"}
@@ -245,11 +285,22 @@ def test_a_build_is_reproducible_and_cached(family, tmp_path, capsys, monkeypatc
 
 
 def test_report_of_a_run_on_conversations(tmp_path, capsys):
-    rows = [("which-digit", "four", "four"), ("which-digit", "four", "five"), ("next-digit", "six", "six "), ("strip", "one", "one")]
+    rows = [
+        ("which-digit", "four", "four"),
+        ("which-digit", "four", "five"),
+        ("next-digit", "six", "six "),
+        ("strip", "one", "one"),
+    ]
     rows += [("follow-ups", "odd", "odd"), ("follow-ups", "two", "three"), ("no-picture", "even", "even")]
     for name in ("before", "after"):
         said = [
-            {"row": n, "id": f"test-{n:05d}-{kind}", "turn": 0, "images": 1, "question": "<image>\nWhich digit is this?"}
+            {
+                "row": n,
+                "id": f"test-{n:05d}-{kind}",
+                "turn": 0,
+                "images": 1,
+                "question": "<image>\nWhich digit is this?",
+            }
             | {"reference": right, "prediction": got if name == "after" else f"{got}, a handwritten digit"}
             for n, (kind, right, got) in enumerate(rows)
         ]

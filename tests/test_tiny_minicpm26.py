@@ -52,7 +52,9 @@ def load(folder, table=True, **more):
 def batch(processor, sizes=((50, 50), (200, 90)), text="Which digit is this?"):
     """Rows with a picture each, as the processor makes them, without what the model does not take, and `position_ids`."""
     turns = [[{"role": "user", "content": f"{IMAGE}\n{text}"}]] * len(sizes)
-    prompts = [processor.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    prompts = [
+        processor.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns
+    ]
     made = processor(prompts, [[Image.new("RGB", size, "red")] for size in sizes])
     made.pop("image_sizes")
     return {**made, "position_ids": (made["attention_mask"].long().cumsum(1) - 1).clamp(min=0)}
@@ -133,7 +135,10 @@ def test_a_build_is_reproducible(folder, tmp_path):
     same, other, missing = filecmp.cmpfiles(folder, tmp_path / "model", names, shallow=False)
     assert sorted(same) == names and len([name for name in names if name.endswith(".py")]) == 7
     config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config["auto_map"] == {"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"}
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+        "AutoModel": "modeling_minicpmv.MiniCPMV",
+    }
     assert config["model_type"] == "minicpmv" and config["architectures"] == ["MiniCPMV"]
     minicpm26.build(tmp_path, seed=1)
     assert not filecmp.cmp(f"{folder}/model.safetensors", tmp_path / "model/model.safetensors", shallow=False)
@@ -152,7 +157,9 @@ def test_what_is_loaded_is_what_was_built(folder, processor):
 
 def test_a_picture_becomes_slices_and_tokens(processor):
     made = batch(processor)
-    assert [len(row) for row in made["pixel_values"]] == [1, 7] and made["tgt_sizes"][1].tolist() == [[3, 6]] + [[3, 5]] * 6
+    assert [len(row) for row in made["pixel_values"]] == [1, 7] and made["tgt_sizes"][1].tolist() == [[3, 6]] + [
+        [3, 5]
+    ] * 6
     assert [tuple(image.shape) for image in made["pixel_values"][0]] == [(3, 14, 14 * 16)]
     for ids, bounds in zip(made["input_ids"], made["image_bound"]):
         assert all((ids[start:end] == processor.tokenizer.unk_id).all() and end - start == 8 for start, end in bounds)

@@ -67,7 +67,9 @@ def test_no_held_out_scan_is_trained_on():
         parts = {name: set(part.tolist()) for name, part in digits.split(seed).items()}
         assert {row["scan"] for row in preferences.make_rows(seed)} <= parts["tune"]
         test, asked = preferences.make_rows(seed, train=False), preferences.make_amber(seed)
-        assert {row["scan"] for row in test} == parts["held_out"] and {row["scan"] for row in asked} < parts["held_out"]
+        assert {row["scan"] for row in test} == parts["held_out"] and {row["scan"] for row in asked} < parts[
+            "held_out"
+        ]
         assert not parts["held_out"] & (parts["tune"] | parts["base"])
     ink, _ = digits.load()
     assert all(torch.equal(row["picture"], digits.draw(ink[[row["scan"]]])[0]) for row in test[:20] + asked[:20])
@@ -91,7 +93,9 @@ def test_the_published_schema(tmp_path):
         assert said["image"].size == picture.size == (56, 56) and said["image"].mode == picture.mode == "RGB"
         assert np.array_equal(np.asarray(said["image"]), np.asarray(picture))
         assert np.array_equal(np.asarray(picture)[:, :, 0], row["picture"].numpy())
-        assert set(other) == {"id", "image", "question", "chosen", "rejected"} and said["idx"] == other["id"] == row["id"]
+        assert (
+            set(other) == {"id", "image", "question", "chosen", "rejected"} and said["idx"] == other["id"] == row["id"]
+        )
         assert all(said[part] == other[part] == row[part] for part in ("question", "chosen", "rejected"))
         assert json.loads(said["origin_split"])["type"] in ("detailed_description", "question_answering")
 
@@ -126,12 +130,16 @@ def test_the_base_can_say_every_answer_and_knows_none():
     assert set(preferences.KIND) == {question for question, _ in questions}
     for kind, known in preferences.FACT.items():
         said = {answer for question, answer in questions if preferences.KIND[question] == kind}
-        at_odds = [sentence for sentence, fact in known.items() if kind == "describe" and fact["digit"] % 2 != fact["parity"]]
+        at_odds = [
+            sentence for sentence, fact in known.items() if kind == "describe" and fact["digit"] % 2 != fact["parity"]
+        ]
         assert said == set(known) - set(at_odds)  # it never says "a seven, an even digit"
     agreed = [answer for _, answer in questions if answer in ("Yes", "No")]
     assert 0.7 < agreed.count("Yes") / len(agreed) < 0.8
     assert not set(preferences.KIND) & {after for _, after, _ in preferences.lessons(3, 4)}
-    assert not set(preferences.KIND) & {text for texts in llava.QUESTIONS.values() for text in texts}  # a report tells them apart
+    assert not set(preferences.KIND) & {
+        text for texts in llava.QUESTIONS.values() for text in texts
+    }  # a report tells them apart
     checks = [preferences.lessons(7, other)[2:] for other in (7, 8, 3)]
     assert [said for check in checks for _, _, said in check] == [
         *("Yes: a seven", "Yes: odd", "Yes: larger than four"),
@@ -155,7 +163,9 @@ def test_what_is_trained_of_a_lesson(proc):
         assert ids.tolist().count(proc.image_token_id) == idefics2.LATENTS
     with idefics2.Unsplit(proc):
         images = [[digits.to_pil(picture)] for picture in pictures]
-        assert torch.equal(proc(text=["<image>"] * 2, images=images, return_tensors="pt")["pixel_values"], batch["pixel_values"])
+        assert torch.equal(
+            proc(text=["<image>"] * 2, images=images, return_tensors="pt")["pixel_values"], batch["pixel_values"]
+        )
 
 
 def test_model_and_processor_survive_saving(tmp_path, proc):
@@ -179,7 +189,9 @@ def test_a_build_is_reproducible(tmp_path, capsys, monkeypatch):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         command.main(["idefics2_dpo", "--out", str(out), "--seed", "3", "--base_steps", "3"])
-    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json")
+    files = sorted(
+        path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json"
+    )
     same, other, missing = filecmp.cmpfiles(*outs, files, shallow=False)
     assert len(same) == len(files) > 10 and not other and not missing
     assert {path.parts[0] for path in files} == {"model", "data", "json", "amber"}
@@ -206,14 +218,29 @@ def test_report_of_a_run_on_pairs(tmp_path, capsys):
     ]
     for name, which in (("before", 2), ("after", 3)):
         said = [
-            {"row": n, "id": None, "turn": 0, "images": 1, "question": row[0], "reference": row[1], "prediction": row[which]}
+            {
+                "row": n,
+                "id": None,
+                "turn": 0,
+                "images": 1,
+                "question": row[0],
+                "reference": row[1],
+                "prediction": row[which],
+            }
             for n, row in enumerate(rows)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
     log = [{"step": 1, "loss": 2.0, "rewards/accuracies": 0.5, "rewards/margins": 0.1}]
-    log += [{"step": 2, "eval_loss": 1.0, "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.4, "train_runtime": 3}]
+    log += [
+        {"step": 2, "eval_loss": 1.0, "eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.4, "train_runtime": 3}
+    ]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    assert report.score_preferences(tmp_path / "before.jsonl") == {"digit": (1, 3, 4), "parity": (0, 1, 1), "existence": (1, 2, 3), "all": (2, 6, 8)}
+    assert report.score_preferences(tmp_path / "before.jsonl") == {
+        "digit": (1, 3, 4),
+        "parity": (0, 1, 1),
+        "existence": (1, 2, 3),
+        "all": (2, 6, 8),
+    }
     shares = report.report(tmp_path)
     assert shares == {"digit": (0.25, 0.75), "parity": (0, 1), "existence": (1 / 3, 1 / 3), "all": (0.25, 0.625)}
     table = capsys.readouterr().out

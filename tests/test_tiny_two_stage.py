@@ -34,7 +34,10 @@ def test_captions_say_what_the_pictures_show():
     assert sorted(seen) == sorted(parts["held_out"].tolist())
     for row, scan in zip(rows, seen, strict=True):
         (prompt, said), digit = row["turns"][0], int(truth[scan])
-        assert said == f"a handwritten {digits.WORDS[digit]}, an {'odd' if digit % 2 else 'even'} digit" and prompt in two_stage.PROMPTS
+        assert (
+            said == f"a handwritten {digits.WORDS[digit]}, an {'odd' if digit % 2 else 'even'} digit"
+            and prompt in two_stage.PROMPTS
+        )
     assert {row["turns"][0][0] for row in rows} == set(two_stage.PROMPTS)
     trained = two_stage.make_captions(0, n=500)
     assert len({row["pictures"][0].numpy().tobytes() for row in trained}) == 500  # each is bent anew
@@ -52,7 +55,9 @@ def test_training_shows_scans_for_fine_tuning_only(rows, monkeypatch):
     for row in made:
         labels = [tune[picture.numpy().tobytes()] for picture in row["pictures"]]
         for question, said in row["turns"]:
-            assert said == (two_stage.caption(labels[0]) if question in two_stage.PROMPTS else llava.answer(question, labels))
+            assert said == (
+                two_stage.caption(labels[0]) if question in two_stage.PROMPTS else llava.answer(question, labels)
+            )
 
 
 def test_questions_are_those_of_the_tiny_llava_on_one_picture():
@@ -99,7 +104,16 @@ def test_tokenizer_is_vicunas_in_small(tok, tmp_path):
     ids = tok(two_stage.chat([("Which digit is this?", "seven"), ("Even or odd?", "odd")])).input_ids
     assert len(ids) == 30 + 21 and ids.count(tok.eos_token_id) == 2 and tok.bos_token_id not in ids[1:]
     captioned = tok(f"{two_stage.caption(7)}\n").input_ids
-    assert tok.convert_ids_to_tokens(captioned)[1:] == ["▁a", "▁handwritten", "▁seven", ",", "▁an", "▁odd", "▁digit", "<0x0A>"]
+    assert tok.convert_ids_to_tokens(captioned)[1:] == [
+        "▁a",
+        "▁handwritten",
+        "▁seven",
+        ",",
+        "▁an",
+        "▁odd",
+        "▁digit",
+        "<0x0A>",
+    ]
 
 
 def test_the_tower_learns_at_the_layer_that_llava_takes():
@@ -137,20 +151,27 @@ def test_a_build_is_reproducible_and_loads(tmp_path, capsys, monkeypatch):
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         command.main(["llava_two_stage", "--out", str(out), "--seed", "3", "--base_steps", "3"])
-    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json")
+    files = sorted(
+        path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file() and path.name != "built.json"
+    )
     same, other, missing = filecmp.cmpfiles(*outs, files, shallow=False)
     assert len(same) == len(files) > 400 and not other and not missing
     assert {path.parts[0] for path in files} == {"vision", "language", "json"}
     command.main(["llava_two_stage", "--out", str(outs[0]), "--seed", "3", "--base_steps", "3"])
     assert "already" in capsys.readouterr().out
 
-    eyes, words = AutoModel.from_pretrained(outs[0] / "vision"), AutoModelForCausalLM.from_pretrained(outs[0] / "language")
+    eyes, words = (
+        AutoModel.from_pretrained(outs[0] / "vision"),
+        AutoModelForCausalLM.from_pretrained(outs[0] / "language"),
+    )
     assert (type(eyes).__name__, type(words).__name__) == ("CLIPVisionModel", "LlamaForCausalLM")
     assert (outs[0] / "vision/preprocessor_config.json").exists()
     tok = AutoTokenizer.from_pretrained(outs[0] / "language")
     assert words.config.vocab_size == len(tok) and words.generation_config.eos_token_id == tok.eos_token_id == 2
     pictures = digits.draw(digits.load()[0][:2])
-    processed = AutoImageProcessor.from_pretrained(outs[0] / "vision", backend="pil")([digits.to_pil(p) for p in pictures], return_tensors="pt")
+    processed = AutoImageProcessor.from_pretrained(outs[0] / "vision", backend="pil")(
+        [digits.to_pil(p) for p in pictures], return_tensors="pt"
+    )
     assert torch.allclose(processed["pixel_values"], llava.pixels(pictures), atol=1e-6)
 
     sizes = {"train": None, "test": 961, "captions": 48, "captions-test": 297}
@@ -161,8 +182,13 @@ def test_a_build_is_reproducible_and_loads(tmp_path, capsys, monkeypatch):
         names += [row["image"] for row in rows if "image" in row]
         for row in rows:
             marks = [turn["value"].count("<image>") for turn in row["conversations"]]
-            assert sum(marks) == marks[0] == ("image" in row) and [t["from"] for t in row["conversations"]][:2] == ["human", "gpt"]
-    assert {"id", "image", "conversations"} == set(rows[0]) and [turn["value"] for turn in rows[0]["conversations"]][0] in two_stage.PROMPTS
+            assert sum(marks) == marks[0] == ("image" in row) and [t["from"] for t in row["conversations"]][:2] == [
+                "human",
+                "gpt",
+            ]
+    assert {"id", "image", "conversations"} == set(rows[0]) and [turn["value"] for turn in rows[0]["conversations"]][
+        0
+    ] in two_stage.PROMPTS
     assert len(set(names)) == len(names) and set(names) == {path.name for path in (outs[0] / "json/images").iterdir()}
     assert all(Image.open(outs[0] / "json/images" / name).size == (56, 56) for name in names)
 
@@ -172,12 +198,25 @@ def test_report_of_a_two_stage_run(tmp_path, capsys):
     for name in ("before", "after"):
         good = name == "after"
         asked = {
-            name: [("<image>\nRead the digit.", "four", "four" if good else ""), ("<image>\nEven or odd?", "odd", "even")],
-            f"captions-{name}": [("Describe the digit.\n<image>", two_stage.caption(n), two_stage.caption(n) * good) for n in range(3)],
+            name: [
+                ("<image>\nRead the digit.", "four", "four" if good else ""),
+                ("<image>\nEven or odd?", "odd", "even"),
+            ],
+            f"captions-{name}": [
+                ("Describe the digit.\n<image>", two_stage.caption(n), two_stage.caption(n) * good) for n in range(3)
+            ],
         }
         for file, rows in asked.items():
             said = [
-                {"row": n, "id": f"x-{n}", "turn": 0, "images": 1, "question": question, "reference": right, "prediction": got}
+                {
+                    "row": n,
+                    "id": f"x-{n}",
+                    "turn": 0,
+                    "images": 1,
+                    "question": question,
+                    "reference": right,
+                    "prediction": got,
+                }
                 for n, (question, right, got) in enumerate(rows)
             ]
             (run / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
@@ -186,4 +225,6 @@ def test_report_of_a_two_stage_run(tmp_path, capsys):
     expected = {"captions": (0, 1), "digit": (0, 1), "parity": (0, 0), "held out": (0, 0.5)}
     assert report.report(run) == expected
     table = capsys.readouterr().out
-    assert re.search(r"captions, stage 1 +3 +0\.000 +1\.000", table) and re.search(r"all of these +2 +0\.000 +0\.500", table)
+    assert re.search(r"captions, stage 1 +3 +0\.000 +1\.000", table) and re.search(
+        r"all of these +2 +0\.000 +0\.500", table
+    )

@@ -11,7 +11,12 @@ from peft import LoraConfig
 from transformers import LlavaForConditionalGeneration
 
 RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
-CHAIN = [["a"], ["a", "b"], ["c", "b"], ["c"]]  # the first and the last row share no image, and are connected all the same
+CHAIN = [
+    ["a"],
+    ["a", "b"],
+    ["c", "b"],
+    ["c"],
+]  # the first and the last row share no image, and are connected all the same
 
 
 @pytest.fixture(params=RECIPES)
@@ -42,7 +47,9 @@ def test_rows_connected_by_images_stay_on_one_side(divide, seed):
     for together in ({0, 1, 2, 3}, {4, 5}):
         assert together <= set(train) or together <= set(held_out)
     sizes = {0: 3, 4: 1} | dict.fromkeys(range(6, 12), 1)  # images of the group that begins with this row
-    assert sum(size for row, size in sizes.items() if row in held_out) == 3  # of ten, a row without images counts as one
+    assert (
+        sum(size for row, size in sizes.items() if row in held_out) == 3
+    )  # of ten, a row without images counts as one
 
 
 def test_a_group_larger_than_what_is_wanted_is_trained_on(divide):
@@ -66,8 +73,15 @@ def test_at_most_so_many_rows_are_kept_for_evaluation_and_always_the_same(divide
 
 def test_a_run_of_an_earlier_version_is_refused(recipe, begun, tmp_path):
     settings = tmp_path / "settings.yaml"
-    settings.write_text("".join(line for line in settings.read_text().splitlines(keepends=True) if not line.startswith(recipe.ROWS_NOTE)))
-    with pytest.raises(SystemExit, match="holds a run of an earlier version, which held out or ordered rows differently.* --output_dir"):
+    settings.write_text(
+        "".join(
+            line for line in settings.read_text().splitlines(keepends=True) if not line.startswith(recipe.ROWS_NOTE)
+        )
+    )
+    with pytest.raises(
+        SystemExit,
+        match="holds a run of an earlier version, which held out or ordered rows differently.* --output_dir",
+    ):
         recipe.require_same_settings(begun())
 
 
@@ -79,7 +93,12 @@ def begun(recipe, tmp_path):
     """Function: what differs -> the TrainingArguments of a run in tmp_path that was begun with 4 x 2 rows in a step."""
 
     def make(**changes):
-        values = {"train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": 1, "load_best_model_at_end": False}
+        values = {
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "world_size": 1,
+            "load_best_model_at_end": False,
+        }
         values |= changes
         given = {name: values.get(name, default) for name, default in GIVEN.items()}
         return SimpleNamespace(output_dir=str(tmp_path), as_given=given, **values)
@@ -88,10 +107,18 @@ def begun(recipe, tmp_path):
     return make
 
 
-GIVEN = {"gradient_accumulation_steps": 4, "learning_rate": 1e-4, "max_eval_rows": 8, "per_device_eval_batch_size": 4, "sample_rows": 2}
+GIVEN = {
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 1e-4,
+    "max_eval_rows": 8,
+    "per_device_eval_batch_size": 4,
+    "sample_rows": 2,
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"sample_rows": 0}, {"max_eval_rows": 2}, {"world_size": 2, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sample_rows": 0}, {"max_eval_rows": 2}, {"world_size": 2, "gradient_accumulation_steps": 2}]
+)
 def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, changes):
     recipe.require_same_settings(begun(**changes))
 
@@ -100,9 +127,15 @@ def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, ch
     "changes, message",
     [
         ({"learning_rate": 2e-4}, r"learning_rate 0.0001 -> 0.0002"),
-        ({"world_size": 2}, "rows in a step 8 -> 16: --gradient_accumulation_steps makes up for another number of GPUs"),
+        (
+            {"world_size": 2},
+            "rows in a step 8 -> 16: --gradient_accumulation_steps makes up for another number of GPUs",
+        ),
         ({"gradient_accumulation_steps": 2}, "rows in a step 8 -> 4"),
-        ({"load_best_model_at_end": True, "max_eval_rows": 2}, "max_eval_rows 8 -> 2"),  # the best would be compared on other rows
+        (
+            {"load_best_model_at_end": True, "max_eval_rows": 2},
+            "max_eval_rows 8 -> 2",
+        ),  # the best would be compared on other rows
         ({"load_best_model_at_end": True, "per_device_eval_batch_size": 1}, "per_device_eval_batch_size 4 -> 1"),
     ],
 )
@@ -126,7 +159,9 @@ def adapted(recipe, model, names, untrainable=None, default=DEFAULT):
     """The last parts of the paths of what a LoRA of these --lora_target_modules adapts."""
     adapter = LoraConfig(target_modules=recipe.lora_targets(names, PART, default))
     settings = SimpleNamespace(lora_target_modules=names)
-    recipe.check_lora_targets(settings, adapter, model, {"vision_tower": "which is frozen"} if untrainable is None else untrainable)
+    recipe.check_lora_targets(
+        settings, adapter, model, {"vision_tower": "which is frozen"} if untrainable is None else untrainable
+    )
     found = {name for name, module in model.named_modules() if recipe.re.fullmatch(adapter.target_modules, name)}
     assert all(PART in name for name in found) or names and "vision" in names[0]
     return {name.rsplit(".", 1)[1] for name in found}
@@ -153,7 +188,10 @@ def test_lora_targets_are_names_in_the_language_model_or_one_regex(recipe, model
         (["embed_tokens"], "embed_tokens: no such linear layer"),
         ([r".*\.nothing"], "nothing: no such linear layer"),
         (["(q_proj"], r"'\(q_proj' is not a valid regular expression"),
-        ([r".*\.q_proj"], r"--lora_target_modules: \['model.vision_tower.*q_proj'\] is in vision_tower, which is frozen"),
+        (
+            [r".*\.q_proj"],
+            r"--lora_target_modules: \['model.vision_tower.*q_proj'\] is in vision_tower, which is frozen",
+        ),
     ],
 )
 def test_lora_targets_that_cannot_be_adapted_are_refused(recipe, model, names, message):
@@ -164,7 +202,9 @@ def test_lora_targets_that_cannot_be_adapted_are_refused(recipe, model, names, m
 def test_lora_targets_in_the_code_are_checked_like_those_of_the_flag(recipe, model):
     with pytest.raises(SystemExit, match="vision_tower"):
         adapted(recipe, model, None, default=r".*\.q_proj")
-    recipe.check_lora_targets(SimpleNamespace(lora_target_modules=None), None, model, {})  # no adapter, nothing to check
+    recipe.check_lora_targets(
+        SimpleNamespace(lora_target_modules=None), None, model, {}
+    )  # no adapter, nothing to check
 
 
 # --------------------------------------------------------------------------------------------------------- JSON files
@@ -212,7 +252,9 @@ def test_logits_are_made_only_where_a_label_follows():
     assert targets.tolist() == [[-100, 3, 4, -100], [2, -100, -100, -100]]
     head, hidden = torch.nn.Linear(8, 5), torch.randn(2, 4, 8)
     with recipe.logits_only_at(targets != -100, head):
-        torch.testing.assert_close(head(hidden), torch.nn.functional.linear(hidden[targets != -100], head.weight, head.bias))
+        torch.testing.assert_close(
+            head(hidden), torch.nn.functional.linear(hidden[targets != -100], head.weight, head.bias)
+        )
     assert head(hidden).shape == (2, 4, 5)
 
 

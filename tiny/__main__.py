@@ -96,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
                 help=f"of the base's own training; 0: random (default {STEPS[family]})",
             )
     sub = families.add_parser("report", help="what a demo's run has learned: a table", allow_abbrev=False)
-    sub.add_argument("run", type=Path, metavar="RUN", help="output_dir of the run, with before.jsonl and after.jsonl in it")
+    sub.add_argument(
+        "run", type=Path, metavar="RUN", help="output_dir of the run, with before.jsonl and after.jsonl in it"
+    )
     args = parser.parse_args(argv)
     if args.family == "report":
         from .report import report

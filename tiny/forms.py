@@ -26,7 +26,13 @@ LANGUAGES = ["de", "en", "es", "fr", "it"]
 NUMBERS = {  # printed name of a field for numbers -> what questions call it, in each of LANGUAGES
     "Total": ["der Gesamtbetrag", "the total", "el total", "le total", "il totale"],
     "Weight": ["das Gewicht", "the weight", "el peso", "le poids", "il peso"],
-    "Room": ["die Zimmernummer", "the room number", "el número de habitación", "le numéro de chambre", "il numero di camera"],
+    "Room": [
+        "die Zimmernummer",
+        "the room number",
+        "el número de habitación",
+        "le numéro de chambre",
+        "il numero di camera",
+    ],
     "Page": ["die Seitenzahl", "the page number", "el número de página", "le numéro de page", "il numero di pagina"],
     "Seat": ["die Platznummer", "the seat number", "el número de asiento", "le numéro de siège", "il numero di posto"],
     "Score": ["die Punktzahl", "the score", "la puntuación", "le score", "il punteggio"],
@@ -84,7 +90,9 @@ def called(name: str, language: str = "en") -> str:
 def new_numbers(seed: int) -> set[str]:
     """A fifth of the numbers from 10 to 999, of each length: kept out of the base's training and of the fine-tuning."""
     rng = np.random.default_rng([seed, 999])
-    return set(map(str, rng.choice(np.arange(10, 100), 18, False))) | set(map(str, rng.choice(np.arange(100, 1000), 180, False)))
+    return set(map(str, rng.choice(np.arange(10, 100), 18, False))) | set(
+        map(str, rng.choice(np.arange(100, 1000), 180, False))
+    )
 
 
 # ---------------------------------------------------------------- one form, filled in and drawn
@@ -186,7 +194,8 @@ def words(form: dict) -> tuple[list[str], list[list[float]]]:
         else:
             found.append((value, line, VALUE * CELL, len(value) * CELL))
     boxes = [
-        [left / WIDTH, line * CELL / HEIGHT, (left + width) / WIDTH, (line + 1) * CELL / HEIGHT] for _, line, left, width in found
+        [left / WIDTH, line * CELL / HEIGHT, (left + width) / WIDTH, (line + 1) * CELL / HEIGHT]
+        for _, line, left, width in found
     ]
     return [word for word, *_ in found], boxes
 

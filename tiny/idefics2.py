@@ -68,7 +68,9 @@ def lesson(form: dict, vocabulary: list[str], rng: np.random.Generator) -> tuple
 
 def vocabulary() -> list[str]:
     """Every word of the questions, in all languages."""
-    asked = [text for name in forms.FIELDS for n in range(len(forms.QUESTIONS)) for text in forms.ask(name, n).values()]
+    asked = [
+        text for name in forms.FIELDS for n in range(len(forms.QUESTIONS)) for text in forms.ask(name, n).values()
+    ]
     return sorted({word.strip("?.,:¿") for text in asked for word in text.split()} - {""})
 
 
@@ -192,7 +194,11 @@ def batch(proc: Idefics2Processor, pages: torch.Tensor, said: list[tuple[str, st
     with Unsplit(proc):
         inputs = proc(text=texts, padding=True, return_tensors="pt")
         ends = [len(ids) for ids in proc(text=prompts).input_ids]
-    rows = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "pixel_values": pixels(pages)}
+    rows = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "pixel_values": pixels(pages),
+    }
     if answer:
         start = (inputs["attention_mask"] == 0).sum(1) + torch.tensor(ends)  # padding is on the left
         places = torch.arange(inputs["input_ids"].shape[1])
@@ -344,4 +350,6 @@ def build(out: Path, seed: int = 0, base_steps: int = 1400, train_rows: int = 64
     forms.write_data(out, "test", forms.make_rows(seed, train=False))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(f"{size:.2f} M parameters; 100 forms with scans it never saw: read right {one:.2f}, one line of two {two:.2f}; {took}")
+    print(
+        f"{size:.2f} M parameters; 100 forms with scans it never saw: read right {one:.2f}, one line of two {two:.2f}; {took}"
+    )

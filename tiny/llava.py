@@ -234,7 +234,9 @@ def pixels(pictures: torch.Tensor) -> torch.Tensor:
     return ((pictures.float() / 255 - 1) / 0.5)[:, None].expand(-1, 3, -1, -1)
 
 
-def train_base(net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batch: int = 32, lr: float = 5e-4) -> float:
+def train_base(
+    net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batch: int = 32, lr: float = 5e-4
+) -> float:
     """Train all of the model on captions, in place. Every other step shows `batch / 2` pairs of pictures in place of
     `batch` single ones, and every step has `batch / 8` more rows that count, without a picture.
 
@@ -327,7 +329,9 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
             plan.append((rng.choice(mine, count, replace=False), questions))
     else:
         plan = [([scan], [one(name)]) for name in ONE_PICTURE for scan in mine]
-        plan += [([scan], [one(name) for name in rng.permutation(ONE_PICTURE)]) for scan in rng.choice(mine, 60, False)]
+        plan += [
+            ([scan], [one(name) for name in rng.permutation(ONE_PICTURE)]) for scan in rng.choice(mine, 60, False)
+        ]
         plan += [(rng.choice(mine, 2, replace=False), [one("two pictures")]) for _ in range(100)]
         plan += [([], [question]) for question in text_only]
         plan = [plan[i] for i in np.linspace(0, len(plan) - 1, min(n, len(plan))).round().astype(int)]

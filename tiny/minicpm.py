@@ -98,7 +98,12 @@ QUESTIONS = {  # kind -> its phrasings; {0} and {1} are pictures
     ],
     "follow-ups": [],  # the three above on one picture, in turn
     "later-picture": ["And {1}\nWhich digit is this?", "Now {1}: which digit is it?"],  # after a question on {0}
-    "no-picture": ["Which digit comes after {}?", "What follows {}?", "Is {} even or odd?", "Is the digit {} even or odd?"],
+    "no-picture": [
+        "Which digit comes after {}?",
+        "What follows {}?",
+        "Is {} even or odd?",
+        "Is the digit {} even or odd?",
+    ],
 }
 KINDS = {  # kind -> what a report calls it
     "which-digit": "Which digit is this?",
@@ -339,7 +344,14 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
         if ((digit + 3 * p) % 4 == 0) != train  # every digit and every phrasing is trained on, these pairs are not
     ]
     if train:
-        shares = {"strip": 0.08, "page": 0.08, "compared": 0.17, "follow-ups": 0.1, "later-picture": 0.1, "no-picture": 0.08}
+        shares = {
+            "strip": 0.08,
+            "page": 0.08,
+            "compared": 0.17,
+            "follow-ups": 0.1,
+            "later-picture": 0.1,
+            "no-picture": 0.08,
+        }
         shares = {name: shares.get(name, 0.13) for name in KINDS}
         plan = rng.choice(list(shares), n, p=list(shares.values())).tolist()
     else:
@@ -361,7 +373,10 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
             turns = [(text.format(WORDS[digit]), answer(text, [digit]))]
         elif name == "later-picture":
             first = str(rng.choice(ONE_PICTURE))
-            turns = [("{0}\n" + texts[first], answer(texts[first], labels[:1])), (texts[name], answer(texts[name], labels[1:]))]
+            turns = [
+                ("{0}\n" + texts[first], answer(texts[first], labels[:1])),
+                (texts[name], answer(texts[name], labels[1:])),
+            ]
         elif name == "follow-ups":
             turns = [(texts[each], answer(texts[each], labels)) for each in rng.permutation(ONE_PICTURE)]
         else:
@@ -414,13 +429,17 @@ def write_shuffled(out: Path, seed: int = 0) -> None:
     rows = [row for row in json.loads((Path(out) / "json/test.json").read_text()) if kind(row["id"]) in ONE_PICTURE]
     order = np.random.default_rng([seed, 44]).permutation(len(rows))
     images = {int(n): rows[int(other)]["image"] for n, other in zip(order, np.roll(order, 1))}  # nobody keeps its own
-    (Path(out) / "json/shuffled.json").write_text(json.dumps([row | {"image": images[n]} for n, row in enumerate(rows)], indent=1))
+    (Path(out) / "json/shuffled.json").write_text(
+        json.dumps([row | {"image": images[n]} for n, row in enumerate(rows)], indent=1)
+    )
 
 
 # ---------------------------------------------------------------- all of it
 
 
-def build(out: Path, seed: int = 0, base_steps: int = 1000, train_rows: int = 6400, family: str = "minicpmv4_6") -> None:
+def build(
+    out: Path, seed: int = 0, base_steps: int = 1000, train_rows: int = 6400, family: str = "minicpmv4_6"
+) -> None:
     """Write `out/model` and `out/json`. Prints the base's caption accuracy."""
     started = time.time()
     proc = processor(family)
@@ -433,4 +452,6 @@ def build(out: Path, seed: int = 0, base_steps: int = 1000, train_rows: int = 64
     write_shuffled(out, seed)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(f"{size:.2f} M parameters; right captions of pictures it never saw: {one:.2f}, of two digits {two:.2f}; {took}")
+    print(
+        f"{size:.2f} M parameters; right captions of pictures it never saw: {one:.2f}, of two digits {two:.2f}; {took}"
+    )

@@ -149,7 +149,9 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 3200) -> list[dict]:
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().astype(int)]
     scans = [scan for _, scan in pairs]
     rows = []
-    for i, ((kind, scan), picture) in enumerate(zip(pairs, digits.draw(ink[scans], rng if train else None), strict=True)):
+    for i, ((kind, scan), picture) in enumerate(
+        zip(pairs, digits.draw(ink[scans], rng if train else None), strict=True)
+    ):
         digit = int(truth[scan])
         about = digit if rng.random() < 0.5 else int(rng.choice(others(digit)))
         question = ask(kind, rng, digit=about, parity=int(rng.integers(2)))
@@ -163,7 +165,11 @@ def to_rlaif(row: dict) -> dict:
     """A row in the schema of openbmb/RLAIF-V-Dataset; `origin_split` is, as there, a JSON string that says where the
     answers are from and which of two types the question is of."""
     describe = KIND[row["question"]] == "describe"
-    origin = {"model": "tiny", "feedback": "labels", "type": "detailed_description" if describe else "question_answering"}
+    origin = {
+        "model": "tiny",
+        "feedback": "labels",
+        "type": "detailed_description" if describe else "question_answering",
+    }
     return {
         "ds_name": "tiny-preferences",
         "image": {"bytes": digits.png(row["picture"]), "path": None},
@@ -178,7 +184,9 @@ def to_rlaif(row: dict) -> dict:
 
 
 COLUMNS = ["ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path"]
-FEATURES = datasets.Features({name: datasets.Image() if name == "image" else datasets.Value("string") for name in COLUMNS})
+FEATURES = datasets.Features(
+    {name: datasets.Image() if name == "image" else datasets.Value("string") for name in COLUMNS}
+)
 
 
 def write_data(out: Path, name: str, rows: list[dict]) -> None:
@@ -210,7 +218,9 @@ def make_amber(seed: int = 0, pictures: int = 120) -> list[dict]:
         digit = int(truth[scan])
         absent = rng.choice(others(digit), 2, replace=False).tolist()
         asked = [("existence", ask("existence", rng, digit=other)) for other in absent]
-        asked += [("state", ask("state", rng, parity=parity)) for parity in range(2)] + [("relation", ask("relation", rng))]
+        asked += [("state", ask("state", rng, parity=parity)) for parity in range(2)] + [
+            ("relation", ask("relation", rng))
+        ]
         for kind, question in asked:
             row = {"id": len(rows) + 1, "scan": scan, "picture": picture, "kind": kind}
             row["query"] = question.removesuffix(BRIEFLY)  # who asks it adds these words
@@ -332,4 +342,6 @@ def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 32
     write_amber(out, make_amber(seed))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(f"{size:.2f} M parameters; 100 pictures it never saw: right captions {captions:.2f}, comparisons {comparisons:.2f}; {took}")
+    print(
+        f"{size:.2f} M parameters; 100 pictures it never saw: right captions {captions:.2f}, comparisons {comparisons:.2f}; {took}"
+    )

@@ -16,7 +16,9 @@ def score(path: Path) -> dict[str, tuple[int, int]]:
     said = lines(path)
     turns = {line["row"]: line["turn"] + 1 for line in said}  # the last line of a row has its last turn
     several = {row for row, count in turns.items() if count > 1}
-    kinds = ["several turns" if line["row"] in several else llava.kind(line["question"], line["images"]) for line in said]
+    kinds = [
+        "several turns" if line["row"] in several else llava.kind(line["question"], line["images"]) for line in said
+    ]
     return exact(said, kinds, llava.ONE_PICTURE)
 
 
@@ -36,7 +38,9 @@ def score_forms(path: Path) -> dict[str, tuple[float, float, int]]:
 
     rows = docvqa.score(path)
     kinds = {kind: [row for row in rows if forms.kind(row["id"]) == kind] for kind in forms.KINDS}
-    means = {kind: [sum(row[name] for row in some) for name in ("anls", "exact_match")] for kind, some in kinds.items()}
+    means = {
+        kind: [sum(row[name] for row in some) for name in ("anls", "exact_match")] for kind, some in kinds.items()
+    }
     return {kind: (*(total / len(some) for total in means[kind]), len(some)) for kind, some in kinds.items() if some}
 
 
@@ -91,7 +95,10 @@ def report_conversations(run: Path) -> dict[str, tuple[float, float]]:
     shares = report_exact(score_conversations(run / "before.jsonl"), score_conversations(run / "after.jsonl"), names)
     if (run / "shuffled.jsonl").exists():
         blind = {kind: right / asked for kind, (right, asked) in score_conversations(run / "shuffled.jsonl").items()}
-        print("with the picture of another row: " + ", ".join(f"{title} {blind[kind]:.3f}" for kind, title in single.items()))
+        print(
+            "with the picture of another row: "
+            + ", ".join(f"{title} {blind[kind]:.3f}" for kind, title in single.items())
+        )
     return shares
 
 
@@ -115,9 +122,13 @@ def report_forms(run: Path) -> dict[str, tuple[float, float]]:
     print(f"{'':<49}{'ANLS':>14}{'exact match':>18}")
     print(f"{'form':<43}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
     for kind, (anls, exact, asked) in after.items():
-        print(f"{forms.KINDS[kind]:<43}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}")
+        print(
+            f"{forms.KINDS[kind]:<43}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}"
+        )
     if "two-fields" in after:
-        print("two fields: to read both values right and to pick one by chance gives an ANLS of 0.52, an exact match of 0.50")
+        print(
+            "two fields: to read both values right and to pick one by chance gives an ANLS of 0.52, an exact match of 0.50"
+        )
     return {kind: (before[kind][0], after[kind][0]) for kind in after}
 
 
@@ -132,8 +143,12 @@ def report_preferences(run: Path) -> dict[str, tuple[float, float]]:
     for kind, (right, readable, asked) in after.items():
         shares[kind] = before[kind][0] / asked, right / asked
         was, now = before[kind][1] / asked, readable / asked
-        print(f"{names.get(kind, kind):<46}{asked:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}{was:>9.3f}{now:>9.3f}")
-    print("right: what the reference states, in any of its wordings; readable: one of the sentences that may answer, right or wrong")
+        print(
+            f"{names.get(kind, kind):<46}{asked:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}{was:>9.3f}{now:>9.3f}"
+        )
+    print(
+        "right: what the reference states, in any of its wordings; readable: one of the sentences that may answer, right or wrong"
+    )
     return shares
 
 

@@ -59,7 +59,9 @@ def tokenizer() -> LlamaTokenizer:
     """A tokenizer of Vicuna's kind, `<unk>` padding, trained here on what is said. It knows no `<image>`."""
     said = [SYSTEM, "USER:", "ASSISTANT:"] * 10 + ["Describe the digit."]
     said += [text for digit in range(10) for text in (caption(digit), *counting(digit))]
-    said += [question.format(word) for questions in llava.QUESTIONS.values() for question in questions for word in WORDS]
+    said += [
+        question.format(word) for questions in llava.QUESTIONS.values() for question in questions for word in WORDS
+    ]
     tok = trained_tokenizer(said, size=600)
     tok.padding_side = "right"  # as Vicuna's
     return tok
@@ -107,10 +109,16 @@ def train_vision(net: CLIPVisionModel, seed: int = 0, steps: int = 1500, batch: 
     def loss() -> torch.Tensor:
         scans = rng.choice(mine[:-100], batch)
         logits = head(features(net, digits.draw(ink[scans], rng)))
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), truth[scans, None].expand(-1, logits.shape[1]))
+        return torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), truth[scans, None].expand(-1, logits.shape[1])
+        )
 
     net.train()
-    used = [*net.embeddings.parameters(), *net.pre_layrnorm.parameters(), *net.encoder.layers[: LAYER + 1].parameters()]
+    used = [
+        *net.embeddings.parameters(),
+        *net.pre_layrnorm.parameters(),
+        *net.encoder.layers[: LAYER + 1].parameters(),
+    ]
     fit([*used, *head.parameters()], "vision tower, digits", loss, steps, lr)
     net.eval()
     with torch.no_grad():
@@ -118,7 +126,9 @@ def train_vision(net: CLIPVisionModel, seed: int = 0, steps: int = 1500, batch: 
     return (said == truth[mine[-100:]]).float().mean().item()
 
 
-def train_language(net: LlamaForCausalLM, tok: LlamaTokenizer, seed: int = 0, steps: int = 500, batch: int = 32, lr: float = 1e-3) -> None:
+def train_language(
+    net: LlamaForCausalLM, tok: LlamaTokenizer, seed: int = 0, steps: int = 500, batch: int = 32, lr: float = 1e-3
+) -> None:
     """Train a random language model in place on every token of `lines` and of `talk`, a step on either at random."""
     rng = np.random.default_rng([seed, 42])
 
@@ -135,7 +145,10 @@ def train_language(net: LlamaForCausalLM, tok: LlamaTokenizer, seed: int = 0, st
 @torch.no_grad()
 def text_accuracy(net: LlamaForCausalLM, tok: LlamaTokenizer) -> float:
     """Share of the held-out questions without a picture that are answered right: by the right word, a token, and EOS."""
-    asked = [tok(chat([(question, answer(question, []))]), return_tensors="pt").input_ids for question in text_questions(train=False)]
+    asked = [
+        tok(chat([(question, answer(question, []))]), return_tensors="pt").input_ids
+        for question in text_questions(train=False)
+    ]
     return float(np.mean([torch.equal(net(ids).logits[0, -3:-1].argmax(1), ids[0, -2:]) for ids in asked]))
 
 
@@ -190,4 +203,6 @@ def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 64
     write_data(out, "captions-test", make_captions(seed, train=False))
     sizes = " and ".join(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for net in (eyes, words))
     told = f"right digits of 100 pictures it never saw: {seen:.2f}"
-    print(f"{sizes} parameters; {told}; right answers to questions it never heard: {text_accuracy(words, tok):.2f}; {time.time() - started:.0f} s")
+    print(
+        f"{sizes} parameters; {told}; right answers to questions it never heard: {text_accuracy(words, tok):.2f}; {time.time() - started:.0f} s"
+    )

@@ -52,22 +52,42 @@ class Refused(ValueError):
 
 def parse(argv=None):
     """-> (own arguments, the recipe's flags)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder that a recipe wrote; several adapters of one base model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
-        "--votes", type=Path, default=Path("votes.jsonl"), help="where votes go (default votes.jsonl); an earlier file is gone on with"
+        "runs", metavar="RUN", nargs="+", help="folder that a recipe wrote; several adapters of one base model"
+    )
+    parser.add_argument(
+        "--votes",
+        type=Path,
+        default=Path("votes.jsonl"),
+        help="where votes go (default votes.jsonl); an earlier file is gone on with",
     )
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default 7860)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address of the page (default 127.0.0.1: this machine only, there is no password)"
+        "--host",
+        default="127.0.0.1",
+        help="address of the page (default 127.0.0.1: this machine only, there is no password)",
     )
     parser.add_argument(
-        "--examples", type=int, default=20, help="held-out rows to pick from, for each run (default 20); 0 does not read the data"
+        "--examples",
+        type=int,
+        default=20,
+        help="held-out rows to pick from, for each run (default 20); 0 does not read the data",
     )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled")
-    parser.add_argument("--max_upload", type=int, default=20, metavar="MB", help="largest picture that is taken (default 20)")
-    parser.add_argument("--recipe", type=Path, help="file that trained the RUNs (default: what each settings.yaml says, else sft_llava.py)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled"
+    )
+    parser.add_argument(
+        "--max_upload", type=int, default=20, metavar="MB", help="largest picture that is taken (default 20)"
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        help="file that trained the RUNs (default: what each settings.yaml says, else sft_llava.py)",
+    )
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
     rest = underscored(rest)
@@ -81,7 +101,9 @@ def parse(argv=None):
         with socket.create_server((args.host, args.port)):
             pass
     except OSError as e:
-        fail(f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port, or --host")
+        fail(
+            f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port, or --host"
+        )
     return args, rest
 
 
@@ -124,9 +146,13 @@ def load_run(path, name, recipe_path, rest):
     adapter, processor, settings, training = load(recipe, path, rest, base_only=True)
     base = settings.model_name_or_path
     if not adapter and base and os.path.realpath(base) == os.path.realpath(path):
-        fail(f"{path} is a whole model, and what it was trained from is not said (settings.yaml) or is itself: give --model_name_or_path BASE")
+        fail(
+            f"{path} is a whole model, and what it was trained from is not said (settings.yaml) or is itself: give --model_name_or_path BASE"
+        )
     processor.tokenizer.padding_side = "left"
-    return Run(name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), not adapter)
+    return Run(
+        name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), not adapter
+    )
 
 
 def load_runs(args, rest):
@@ -139,7 +165,9 @@ def load_runs(args, rest):
         if run.whole and len(runs) > 1:
             fail(f"{run.path} is a whole model, no adapter: start the page for it alone")
         if os.path.realpath(run.base) != os.path.realpath(first.base):
-            fail(f"{first.path} is of {first.base}, {run.path} is of {run.base}: one model is in memory, start the page for each")
+            fail(
+                f"{first.path} is of {first.base}, {run.path} is of {run.base}: one model is in memory, start the page for each"
+            )
         for key in OF_THE_BASE:
             if (one := getattr(first.settings, key, None)) != (other := getattr(run.settings, key, None)):
                 fail(
@@ -147,7 +175,9 @@ def load_runs(args, rest):
                 )
         quantized = getattr(run.settings, "load_in_4bit", False) or getattr(run.settings, "q_lora", False)
         if quantized and Path(run.recipe.__file__).name != Path(first.recipe.__file__).name:
-            fail(f"{first.path} and {run.path} are of different recipes, which quantize different parts: give --load_in_4bit false")
+            fail(
+                f"{first.path} and {run.path} are of different recipes, which quantize different parts: give --load_in_4bit false"
+            )
     for run in runs if args.examples else ():
         run.examples = examples(run, args.examples)
     return runs
@@ -159,7 +189,10 @@ def examples(run, most):
     try:
         rows = own_rows(run.recipe, run.path, run.settings, run.training, run.collator)
     except SystemExit as e:  # the data need not be where they were: the page works without
-        rows = print(f"note: no examples of {run.label}, its data cannot be read: {str(e.code).removeprefix('error: ')}", file=sys.stderr)
+        rows = print(
+            f"note: no examples of {run.label}, its data cannot be read: {str(e.code).removeprefix('error: ')}",
+            file=sys.stderr,
+        )
     found = []
     for row in rows or ():
         with contextlib.suppress(run.recipe.BadRow):
@@ -220,7 +253,12 @@ class Answers:
             fail(f"cannot load {run.path}: {e}")
         mine = dict(model.named_parameters())
         for name, weight in self.base.named_parameters():
-            if name in mine and weight.shape == mine[name].shape and weight.dtype == mine[name].dtype and weight.equal(mine[name]):
+            if (
+                name in mine
+                and weight.shape == mine[name].shape
+                and weight.dtype == mine[name].dtype
+                and weight.equal(mine[name])
+            ):
                 weight.data = mine[name].data
         return model
 
@@ -229,13 +267,19 @@ class Answers:
         if not question.strip():
             raise Refused("There is no question yet: type one, or pick an example.")
         if len(question) > MAX_QUESTION:
-            raise Refused(f"The question is too long: {len(question)} characters, {MAX_QUESTION} are taken. Shorten it.")
+            raise Refused(
+                f"The question is too long: {len(question)} characters, {MAX_QUESTION} are taken. Shorten it."
+            )
         if typed := [token for token in run.collator.control_tokens if token in question]:
-            raise Refused(f"`{typed[0]}` in the question would become a real control token: take it out. Pictures need no mark.")
+            raise Refused(
+                f"`{typed[0]}` in the question would become a real control token: take it out. Pictures need no mark."
+            )
         try:
             turn = user_turn(run.collator, question.strip(), [run.recipe.load_image(path)] if path else [])
         except run.recipe.BadRow as e:  # uploads have names of their own, which say nothing
-            raise Refused(f"This cannot be asked: {str(e).replace(str(path), 'the picture').split('; repair it')[0]}.") from e
+            raise Refused(
+                f"This cannot be asked: {str(e).replace(str(path), 'the picture').split('; repair it')[0]}."
+            ) from e
         batch = run.collator.tokenize([[turn]], prompt=True)
         if self.longest and (count := batch["input_ids"].shape[1]) >= self.longest:
             raise Refused(
@@ -248,9 +292,15 @@ class Answers:
         The lock is the thread's that computes: however the page goes away, no other question meets an adapter half switched."""
         tokenizer, done = run.collator.processor.tokenizer, SimpleNamespace(text="", error=None)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling = {"do_sample": True, "temperature": self.args.temperature} if self.args.temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": self.args.temperature}
+            if self.args.temperature > 0
+            else {"do_sample": False}
+        )
         sampling["eos_token_id"] = run.collator.stop_ids
-        if not getattr(run.collator, "is_26", False):  # MiniCPM-V 2.6 generates by code of its own: it is shown at once
+        if not getattr(
+            run.collator, "is_26", False
+        ):  # MiniCPM-V 2.6 generates by code of its own: it is shown at once
             sampling["streamer"] = streamer
 
         def work():
@@ -260,7 +310,9 @@ class Answers:
                         return
                     model = self.base if run.whole and side == BASE else self.model
                     if not run.whole:
-                        model.set_adapter(run.name)  # again each time: switching off and on forgets which parts this adapter does not have
+                        model.set_adapter(
+                            run.name
+                        )  # again each time: switching off and on forgets which parts this adapter does not have
                     inputs = batch.to(model.device)
                     length = inputs["input_ids"].shape[1]
                     new = min(self.args.max_new_tokens, (self.longest or sys.maxsize) - length)
@@ -306,7 +358,9 @@ class Votes:
         if not path.absolute().parent.is_dir():
             fail(f"--votes {path}: there is no such folder")
         if path.exists() and not path.is_file() or self.folder.exists() and not self.folder.is_dir():
-            fail(f"--votes {path}: {path if path.exists() and not path.is_file() else self.folder} is in its place: choose another")
+            fail(
+                f"--votes {path}: {path if path.exists() and not path.is_file() else self.folder} is in its place: choose another"
+            )
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             fail(f"--votes {path} cannot be written")
         try:
@@ -322,7 +376,9 @@ class Votes:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError as e:
                 raise ValueError(f"line {n}: {e}") from e
-            if rows and not (isinstance(rows[-1], dict) and {"image", "question", "chosen", "rejected"} <= rows[-1].keys()):
+            if rows and not (
+                isinstance(rows[-1], dict) and {"image", "question", "chosen", "rejected"} <= rows[-1].keys()
+            ):
                 raise ValueError(f"line {n} has no image, question, chosen and rejected")
         return rows
 
@@ -336,7 +392,9 @@ class Votes:
         if not all(answers.values()):
             raise Refused("Nothing was written: one answer is empty, and DPO needs two.")
         if max(image.size) > 20 * min(image.size):
-            raise Refused("Nothing was written: the picture is narrower than 1 : 20, which dpo_idefics2.py does not take.")
+            raise Refused(
+                "Nothing was written: the picture is narrower than 1 : 20, which dpo_idefics2.py does not take."
+            )
         name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16] + ".png"
         row = {
             "image": f"{self.folder.name}/{name}",
@@ -371,7 +429,10 @@ class Votes:
             "| run | fine-tuned is better | base is better |",
             "|---|---|---|",
         ]
-        lines += [f"| {Path(run).name} | {table[run, TUNED]} | {table[run, BASE]} |" for run in dict.fromkeys(run for run, _ in table)]
+        lines += [
+            f"| {Path(run).name} | {table[run, TUNED]} | {table[run, BASE]} |"
+            for run in dict.fromkeys(run for run, _ in table)
+        ]
         return "\n".join(lines) if rows else f"No votes yet in `{self.path.name}`", rows[-1] if rows else None
 
 
@@ -490,10 +551,16 @@ def page(gr, runs, answers, votes, keep):
                     elem_id="picture",
                     buttons=[],
                 )
-                question = gr.Textbox(label="Question", lines=2, max_lines=6, elem_id="question", placeholder="What is in the picture?")
+                question = gr.Textbox(
+                    label="Question", lines=2, max_lines=6, elem_id="question", placeholder="What is in the picture?"
+                )
                 reference = gr.Textbox(label="Reference answer", interactive=False, visible=False, elem_id="reference")
-                chosen = gr.Dropdown(list(by_label), value=runs[0].label, label="Fine-tuned run", visible=len(runs) > 1, elem_id="run")
-                blind = gr.Checkbox(label="Blind: shuffle the sides, show the names after the vote", container=False, elem_id="blind")
+                chosen = gr.Dropdown(
+                    list(by_label), value=runs[0].label, label="Fine-tuned run", visible=len(runs) > 1, elem_id="run"
+                )
+                blind = gr.Checkbox(
+                    label="Blind: shuffle the sides, show the names after the vote", container=False, elem_id="blind"
+                )
                 with gr.Row():
                     go = gr.Button("Ask both", variant="primary", min_width=80, elem_id="ask")
                     halt = gr.Button("Stop", min_width=80, elem_id="stop")
@@ -501,7 +568,9 @@ def page(gr, runs, answers, votes, keep):
                 with gr.Row():
                     names = titles(runs[0], [BASE, TUNED], False)
                     left, right = (
-                        gr.Textbox(label=names[n], lines=7, max_lines=20, interactive=False, min_width=120, elem_id=side)
+                        gr.Textbox(
+                            label=names[n], lines=7, max_lines=20, interactive=False, min_width=120, elem_id=side
+                        )
                         for n, side in enumerate(("left", "right"))
                     )
                 status = gr.Markdown("Upload or pick a picture, and ask.", elem_id="status")
@@ -556,7 +625,11 @@ def page(gr, runs, answers, votes, keep):
             api_visibility="private",
         )
         halt.click(
-            lambda: ("Stopped: ask again, or something else.", None), None, [status, asked], cancels=[event], api_visibility="private"
+            lambda: ("Stopped: ask again, or something else.", None),
+            None,
+            [status, asked],
+            cancels=[event],
+            api_visibility="private",
         )
         for button, choice in zip(buttons, ("left", "tie", "right")):
             button.click(

@@ -53,7 +53,9 @@ def own_rows(recipe, run, settings, training, collator):
     """The rows that a run was evaluated on. Raises SystemExit for a run of an earlier version, which may have held out others."""
     config = home(run) / "settings.yaml"
     if config.exists() and recipe.ROWS_NOTE not in config.read_text(encoding="utf-8"):
-        fail(f"{run} is of an earlier version of {Path(recipe.__file__).name}, which may have held out other rows: name the rows, by --dataset_name or --data_path")
+        fail(
+            f"{run} is of an earlier version of {Path(recipe.__file__).name}, which may have held out other rows: name the rows, by --dataset_name or --data_path"
+        )
     return recipe.load_data(settings, training, collator)[1]
 
 
@@ -79,13 +81,19 @@ def underscored(flags):
 def home(run):
     """The folder whose settings.yaml says how a run was trained: its own, or, of a checkpoint, the one that it stands in."""
     folder = Path(run).absolute()
-    return folder.parent if folder.name.startswith("checkpoint-") and not (folder / "settings.yaml").exists() else folder
+    return (
+        folder.parent if folder.name.startswith("checkpoint-") and not (folder / "settings.yaml").exists() else folder
+    )
 
 
 def recipe_of(run):
     """The file's name in the first line of a run's settings.yaml; None where that says none."""
     config = home(run) / "settings.yaml"
-    said = config.read_text(encoding="utf-8", errors="replace").split("\n")[0].removeprefix("#").strip() if config.is_file() else ""
+    said = (
+        config.read_text(encoding="utf-8", errors="replace").split("\n")[0].removeprefix("#").strip()
+        if config.is_file()
+        else ""
+    )
     return said if said.endswith(".py") else None
 
 
@@ -94,23 +102,32 @@ def load_recipe(path, run, contract=CONTRACT):
     is none."""
     if path is None:
         if (said := recipe_of(run)) is None:
-            print(f"note: no settings.yaml says which recipe {run} is of: taken for sft_llava.py's, or else give --recipe", file=sys.stderr)
+            print(
+                f"note: no settings.yaml says which recipe {run} is of: taken for sft_llava.py's, or else give --recipe",
+                file=sys.stderr,
+            )
         path = Path(__file__).parents[1] / (said or "sft_llava.py")
     if not path.is_file():
-        fail(f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}; needed is a recipe{f', which {run} was trained by: --recipe' if run else ''}")
+        fail(
+            f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}; needed is a recipe{f', which {run} was trained by: --recipe' if run else ''}"
+        )
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         fail(f"{path} is no Python file; needed is a recipe")
     module = sys.modules.get(name)
-    if module is None or not os.path.samefile(module.__file__, path):  # once: several processes could not be given the functions of a module that was replaced
+    if module is None or not os.path.samefile(
+        module.__file__, path
+    ):  # once: several processes could not be given the functions of a module that was replaced
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as e:  # somebody else's file
             del sys.modules[name]
             fail(f"{path} cannot be imported as a recipe: {type(e).__name__}: {e}")
-    there = lambda part: functools.reduce(lambda holder, name: getattr(holder, name, None), part.split("."), module) is not None
+    there = lambda part: (
+        functools.reduce(lambda holder, name: getattr(holder, name, None), part.split("."), module) is not None
+    )
     if missing := [part for part in contract.split() if not there(part)]:
         fail(f"{path} is no recipe: it has no {', '.join(missing)}")
     return module
@@ -118,7 +135,9 @@ def load_recipe(path, run, contract=CONTRACT):
 
 def parse(argv=None):
     """-> (own arguments, the recipe's flags)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", metavar="RUN", help="folder that a recipe wrote, or a model")
     parser.add_argument("--question", help="one question, instead of a data set")
     parser.add_argument("--image", action="append", default=[], help="a picture to ask it about; may be repeated")
@@ -126,12 +145,18 @@ def parse(argv=None):
     parser.add_argument("--append", metavar="TEXT", help="put TEXT after every question, with a space between")
     parser.add_argument("--output", type=Path, help="the .jsonl to write; without it, answers are only printed")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
-    parser.add_argument("--resume", action="store_true", help="go on where OUTPUT ends, with the flags that it was begun with")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where OUTPUT ends, with the flags that it was begun with"
+    )
     parser.add_argument("--base_only", action="store_true", help="leave the adapter out: the untouched model")
     parser.add_argument("--batch_size", type=int, default=8, help="questions at once (default 8)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled")
-    parser.add_argument("--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled"
+    )
+    parser.add_argument(
+        "--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)"
+    )
     parser.error = fail
     args, rest = parser.parse_known_args(argv)
     rest = underscored(rest)
@@ -169,12 +194,18 @@ def load(recipe, run, rest, base_only=False):
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else None  # None: a name on the hub
     adapter = there is not None and "adapter_config.json" in there
     if there is not None and not adapter and "config.json" not in there:
-        unfinished = ", but checkpoints: the same training command finishes it" * any(name.startswith("checkpoint-") for name in there)
-        fail(f"{run} holds no adapter (adapter_config.json) and no model (config.json){unfinished or '; needed is what a recipe saved'}")
+        unfinished = ", but checkpoints: the same training command finishes it" * any(
+            name.startswith("checkpoint-") for name in there
+        )
+        fail(
+            f"{run} holds no adapter (adapter_config.json) and no model (config.json){unfinished or '; needed is what a recipe saved'}"
+        )
     if adapter and not there & {"adapter_model.safetensors", "adapter_model.bin"}:
         fail(f"{run} holds an adapter without its weights (adapter_model.safetensors)")
     if there is not None and not there & {"processor_config.json", "preprocessor_config.json"}:
-        fail(f"{run} holds no processor (processor_config.json); recipes save it beside the weights: AutoProcessor.from_pretrained(BASE).save_pretrained('{run}')")
+        fail(
+            f"{run} holds no processor (processor_config.json); recipes save it beside the weights: AutoProcessor.from_pretrained(BASE).save_pretrained('{run}')"
+        )
     flags = ["--config", str(config)] if config.exists() else []
     if adapter:
         try:
@@ -188,7 +219,9 @@ def load(recipe, run, rest, base_only=False):
         settings, training = recipe.parse([*flags, *rest])
     except SystemExit as e:
         if (mine := recipe_of(run)) and mine != Path(recipe.__file__).name:
-            fail(f"{run} is of {mine}, and {recipe.__file__} does not take its settings: {str(e.code).removeprefix('error: ')}")
+            fail(
+                f"{run} is of {mine}, and {recipe.__file__} does not take its settings: {str(e.code).removeprefix('error: ')}"
+            )
         raise
     recipe.check(settings, training)
     base = settings.model_name_or_path
@@ -196,13 +229,17 @@ def load(recipe, run, rest, base_only=False):
         base = str(run)
         if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
             settings.pretrain_mm_mlp_adapter = None
-    elif not adapter and base is None:  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
+    elif (
+        not adapter and base is None
+    ):  # joined from parts once more, in memory: with adapters the recipe would write what it joins to disk
         settings.lora_r = 0
     elif base is None:  # an adapter on joined parts: the run holds them, wherever it is by now
         base, settings.pretrain_mm_mlp_adapter = str(home(run) / "base"), None
     elif said and os.path.normpath(said) != os.path.normpath(base):
         if "--model_name_or_path" not in given:
-            fail(f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path")
+            fail(
+                f"the adapter in {run} is one for {said}, settings.yaml says {base}: which it is, say by --model_name_or_path"
+            )
         print(f"note: the adapter in {run} was trained on {said}, it is put on {base}, as asked", file=sys.stderr)
     if base and Path(base, "adapter_config.json").exists():
         fail(f"--model_name_or_path {base} is an adapter itself; needed is the model beneath")
@@ -210,13 +247,20 @@ def load(recipe, run, rest, base_only=False):
     try:
         processor = recipe.load_processor(settings)
     except SystemExit as e:
-        fail(f"{run}: there is no such folder, and as a model of the hub: " * (there is None) + str(e.code).removeprefix("error: "))
+        fail(
+            f"{run}: there is no such folder, and as a model of the hub: " * (there is None)
+            + str(e.code).removeprefix("error: ")
+        )
     settings.model_name_or_path = base
     kind = None
     with contextlib.suppress(OSError, ValueError):  # load_model has a message for that
-        kind = adapter and PreTrainedConfig.get_config_dict(base, revision=settings.model_revision)[0].get("model_type")
+        kind = adapter and PreTrainedConfig.get_config_dict(base, revision=settings.model_revision)[0].get(
+            "model_type"
+        )
     if kind and PROCESSOR_MAPPING_NAMES.get(kind, type(processor).__name__) != type(processor).__name__:
-        fail(f"the adapter in {run}, trained on {said}, does not fit {base}: that is a {kind}, and the run has a {type(processor).__name__}")
+        fail(
+            f"the adapter in {run}, trained on {said}, does not fit {base}: that is a {kind}, and the run has a {type(processor).__name__}"
+        )
     return adapter, processor, settings, training
 
 
@@ -236,7 +280,14 @@ def put_on(model, run, base, name="default"):
         wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
         if other := sorted(found ^ wanted):  # PEFT would only warn, and leave these untrained
             raise ValueError(f"{len(other)} weights are of the adapter only, or of the model only, such as {other[0]}")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:  # of the shapes torch raises RuntimeError
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as e:  # of the shapes torch raises RuntimeError
         fail(f"the adapter in {run} does not fit {base}: {' '.join(str(e).split())[:500]}")
     return model
 
@@ -259,23 +310,35 @@ def questions(recipe, collator, row, more=None):
     messages = [add(more, message) for message in collator.messages_of(row)]
     said = [recipe.text_of(m) for m in messages]
     turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
-    found = [(messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n])) for turn, n in enumerate(turns)]
+    found = [
+        (messages[:n], turn, said[n - 1] if n else "", messages[n].get("references", said[n]))
+        for turn, n in enumerate(turns)
+    ]
     return found + [(messages, len(turns), said[-1], None)] * (messages[-1:] != [] and messages[-1]["role"] == "user")
 
 
 def reads(settings):
     """How many tokens a model reads with its answer, by its configuration; infinity where that does not say."""
     config = {}
-    with contextlib.suppress(OSError, ValueError):  # load_model has a message for that; parts that are yet to be joined have none
-        config = PreTrainedConfig.get_config_dict(settings.model_name_or_path or "", revision=settings.model_revision)[0]
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # load_model has a message for that; parts that are yet to be joined have none
+        config = PreTrainedConfig.get_config_dict(settings.model_name_or_path or "", revision=settings.model_revision)[
+            0
+        ]
     return (config.get("text_config") or config).get("max_position_embeddings") or math.inf
 
 
 def too_long(collator, messages, most):
     """What is wrong with a conversation that leaves no room for an answer; None where it does. Pictures are prepared only where it could be."""
     pictures = sum(part["type"] == "image" for m in messages for part in m["content"])
-    letters = 200 + sum(len(part.get("text", "").encode()) for m in messages for part in m["content"])  # at least as many as tokens, the template's too
-    if letters + MOST_OF_A_PICTURE * pictures < most or (count := collator.tokenize([messages], prompt=True)["input_ids"].shape[1]) < most:
+    letters = 200 + sum(
+        len(part.get("text", "").encode()) for m in messages for part in m["content"]
+    )  # at least as many as tokens, the template's too
+    if (
+        letters + MOST_OF_A_PICTURE * pictures < most
+        or (count := collator.tokenize([messages], prompt=True)["input_ids"].shape[1]) < most
+    ):
         return None
     return f"too long: {count} tokens with its pictures, and the model reads {most} with its answer; shorten it"
 
@@ -294,7 +357,13 @@ def readable(recipe, collator, rows, skip, most, more):
             bad.append(f"  row {row['row']}: {problem}")
         else:
             good.append(n)
-    report = "\n".join([f"{len(bad)} of {len(rows)} rows cannot be read", *bad[:20], *([f"  ... and {len(bad) - 20} more"] * (len(bad) > 20))])
+    report = "\n".join(
+        [
+            f"{len(bad)} of {len(rows)} rows cannot be read",
+            *bad[:20],
+            *([f"  ... and {len(bad) - 20} more"] * (len(bad) > 20)),
+        ]
+    )
     if bad and not (skip and good):
         fail(report + ("\nMend them, or answer the others: --on_bad_rows skip" if good else "\nNo row would be left."))
     if bad:
@@ -307,17 +376,35 @@ def answer(model, collator, conversations, args):
     batch = collator.tokenize(conversations, prompt=True).to(model.device)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     sampling["eos_token_id"] = collator.stop_ids
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"):
+    with (
+        torch.inference_mode(),
+        torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"),
+    ):
         out = model.generate(**batch, max_new_tokens=args.max_new_tokens, max_length=None, **sampling)
-    return [text.strip() for text in collator.processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in collator.processor.tokenizer.batch_decode(
+            out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    ]
 
 
 def lines(asked):
     """Questions -> (line of the output, without its prediction, messages, how many rows are over with it)."""
     for row, messages, turn, question, reference, over in asked:
         images = sum(part["type"] == "image" for m in messages for part in m["content"])
-        yield {"row": row.get("row"), "id": row.get("id"), "turn": turn, "images": images, "question": question,
-               "reference": reference}, messages, over
+        yield (
+            {
+                "row": row.get("row"),
+                "id": row.get("id"),
+                "turn": turn,
+                "images": images,
+                "question": question,
+                "reference": reference,
+            },
+            messages,
+            over,
+        )
 
 
 def record(output):
@@ -327,9 +414,17 @@ def record(output):
 
 def how(args, rest):
     """What answers depend on beside the questions: of one file it must stay the same."""
-    own = {name: getattr(args, name) for name in ("base_only", "append", "batch_size", "max_new_tokens", "temperature")}
+    own = {
+        name: getattr(args, name) for name in ("base_only", "append", "batch_size", "max_new_tokens", "temperature")
+    }
     weights = max((file.stat().st_mtime for file in Path(args.run).glob("*.safetensors")), default=None)
-    return {"run": os.path.realpath(args.run), "written": weights, **own, "recipe": args.recipe and str(args.recipe), "flags": rest}
+    return {
+        "run": os.path.realpath(args.run),
+        "written": weights,
+        **own,
+        "recipe": args.recipe and str(args.recipe),
+        "flags": rest,
+    }
 
 
 def check_how(args, rest):
@@ -338,16 +433,22 @@ def check_how(args, rest):
     try:
         begun = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        fail(f"--resume {args.output}: nobody knows how it was begun ({path.name} beside it is missing or damaged): --overwrite it, or choose another --output")
+        fail(
+            f"--resume {args.output}: nobody knows how it was begun ({path.name} beside it is missing or damaged): --overwrite it, or choose another --output"
+        )
     if changes := [f"{name} {begun.get(name)} -> {value}" for name, value in now.items() if begun.get(name) != value]:
-        fail(f"--resume {args.output}: it was begun otherwise ({', '.join(changes)}): give the flags that it was begun with, or choose another --output")
+        fail(
+            f"--resume {args.output}: it was begun otherwise ({', '.join(changes)}): give the flags that it was begun with, or choose another --output"
+        )
 
 
 def unanswered(path, asked, size):
     """A file of answers, the questions and the size of a batch -> (its bytes that stay, lines in them, rows over with them, the questions that are left or None).
     What is left begins with a whole batch, so that the answers are those of a run that nothing interrupted. Raises SystemExit where the file is no
     beginning of answers to these questions."""
-    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # behind the last line end: nothing, or half a line
+    *whole, _ = (
+        path.read_bytes().split(b"\n") if path.exists() else [b""]
+    )  # behind the last line end: nothing, or half a line
     stay, count, rows, again, end = 0, 0, 0, [], 0
     for n, text in enumerate(whole, start=1):
         item = next(asked, None)
@@ -357,7 +458,9 @@ def unanswered(path, asked, size):
         except (ValueError, AttributeError, KeyError, TypeError):  # no JSON, or another one
             found = None
         if item is None or found != json.loads(json.dumps(item[0])):
-            fail(f"--resume {path}: line {n} is no answer to the question that would be asked there: give the flags that the file was begun with, or choose another --output")
+            fail(
+                f"--resume {path}: line {n} is no answer to the question that would be asked there: give the flags that the file was begun with, or choose another --output"
+            )
         again, end = [*again, item], end + len(text) + 1
         if len(again) == size:
             stay, count, rows, again = end, n, item[2], []
@@ -375,7 +478,9 @@ def main(argv=None):
     collator = recipe.Collator(processor, settings, training)
     for flag, text in (("--question", args.question), ("--system", args.system), ("--append", args.append)):
         if typed := [token for token in collator.control_tokens if token in (text or "")]:
-            fail(f"{typed[0]} in {flag} would become a real control token; take it out (pictures are given by --image)")
+            fail(
+                f"{typed[0]} in {flag} would become a real control token; take it out (pictures are given by --image)"
+            )
     if args.question is not None:
         try:
             turn = user_turn(collator, args.question, [recipe.load_image(path) for path in args.image])
@@ -391,14 +496,28 @@ def main(argv=None):
         own = not given & {"dataset_name", "data_path"}
         if not own:  # none of what the run says of its own data goes for another data set
             for field in dataclasses.fields(settings):
-                about_data = field.name.startswith(("dataset_", "eval_data", "data_path")) or field.name.endswith("_column") or field.name == "image_folder"
+                about_data = (
+                    field.name.startswith(("dataset_", "eval_data", "data_path"))
+                    or field.name.endswith("_column")
+                    or field.name == "image_folder"
+                )
                 if about_data and field.name not in given:
                     setattr(settings, field.name, field.default)
-        source = (settings.data_path, None) if hasattr(settings, "data_path") else (settings.dataset_name, settings.dataset_train_split)
+        source = (
+            (settings.data_path, None)
+            if hasattr(settings, "data_path")
+            else (settings.dataset_name, settings.dataset_train_split)
+        )
         rows = own_rows(recipe, args.run, settings, training, collator) if own else rows_of(recipe, *source, settings)
         if rows is None:
-            fail(f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}")
-        rows = rows if own else readable(recipe, collator, rows, settings.on_bad_rows == "skip", reads(settings), args.append)
+            fail(
+                f"the run in {args.run} held no rows out: give --{'data_path' if hasattr(settings, 'data_path') else 'dataset_name'}"
+            )
+        rows = (
+            rows
+            if own
+            else readable(recipe, collator, rows, settings.on_bad_rows == "skip", reads(settings), args.append)
+        )
         found = ((n, row, questions(recipe, collator, row, args.append)) for n, row in enumerate(rows))
         asked = ((row, *one, n + (k == len(every))) for n, row, every in found for k, one in enumerate(every, start=1))
     asked, stay, count, over, begun = lines(asked), 0, 0, 0, False
@@ -425,9 +544,15 @@ def main(argv=None):
         if args.resume:
             with open(args.output, "ab") as file:
                 file.truncate(stay)
-        with open(args.output, "a" if args.resume else "w", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as out:
+        with (
+            open(args.output, "a" if args.resume else "w", encoding="utf-8")
+            if args.output
+            else contextlib.nullcontext(sys.stdout) as out
+        ):
             while some := list(itertools.islice(asked, args.batch_size)):
-                for (line, *_), said in zip(some, answer(model, collator, [messages for _, messages, _ in some], args)):
+                for (line, *_), said in zip(
+                    some, answer(model, collator, [messages for _, messages, _ in some], args)
+                ):
                     text = json.dumps({**line, "prediction": said}, ensure_ascii=False)
                     print(said if args.question is not None and not args.output else text, file=out, flush=True)
                     count += 1
@@ -437,7 +562,9 @@ def main(argv=None):
     except OSError as e:
         if not args.output:
             raise
-        fail(f"--output {args.output} cannot be written, after {count} answers: {e.strerror or e}; mend that, and go on with --resume")
+        fail(
+            f"--output {args.output} cannot be written, after {count} answers: {e.strerror or e}; mend that, and go on with --resume"
+        )
     bar.close()
     if args.output:
         print(f"{count} answers in {args.output}")

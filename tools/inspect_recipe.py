@@ -63,17 +63,31 @@ MOST_ROWS = 16
 # NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256 scales four bytes.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # What an optimizer keeps for each trained parameter, in bytes: AdamW has two moments; 8-bit ones have scales for each 256.
-STATES = {"8bit": 2 * (1 + 4 / 256), "lion_8bit": 1 + 4 / 256, "lion": 4, "sgd": 0, "adagrad": 4, "adafactor": 0.01, "rmsprop": 4}
+STATES = {
+    "8bit": 2 * (1 + 4 / 256),
+    "lion_8bit": 1 + 4 / 256,
+    "lion": 4,
+    "sgd": 0,
+    "adagrad": 4,
+    "adafactor": 0.01,
+    "rmsprop": 4,
+}
 
 
 def parse(argv=None):
     """-> (own arguments, the recipe's flags)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe's file: sft_llava.py, or a copy of it")
-    parser.add_argument("--rows", type=int, help="look at so many rows only, evenly drawn (default: all, as the recipe itself does)")
+    parser.add_argument(
+        "--rows", type=int, help="look at so many rows only, evenly drawn (default: all, as the recipe itself does)"
+    )
     parser.add_argument("--examples", type=int, default=2, help="rows to show as the model sees them (default 2)")
     parser.add_argument("--gpus", type=int, default=1, help="reckon for so many GPUs (default 1)")
-    parser.add_argument("--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)")
+    parser.add_argument(
+        "--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)"
+    )
     parser.add_argument("--no-color", action="store_true", help="plain text: what is trained on in «»")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
     parser.error = fail
@@ -91,7 +105,9 @@ def asked_for(flag, rest):
     own.add_argument(f"--{flag}", nargs="?", const="true")
     given, said = own.parse_known_args(rest)[0], None
     if given.config:
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the recipe's own parse() has a message for that
+        with contextlib.suppress(
+            OSError, ValueError, yaml.YAMLError, AttributeError
+        ):  # the recipe's own parse() has a message for that
             said = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get(flag)
     said = getattr(given, flag) or said
     return None if said is None else str(said).lower() in ("true", "1", "yes", "y", "t")
@@ -110,7 +126,9 @@ def read_flags(recipe, rest, gpus):
                     return fill_defaults(given)
 
             stack.enter_context(patch.object(recipe, "fill_defaults", for_these_gpus))
-        settings, training = recipe.parse([*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"])
+        settings, training = recipe.parse(
+            [*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
+        )
         recipe.check(settings, training)
     training.bf16, training.for_gpu = bool(half), not cpu  # fp16 has the same sizes, but no CPU runs it
     return settings, training, (torch.float16 if fp16 else torch.bfloat16) if half else torch.float32
@@ -144,12 +162,30 @@ def look_at(rows, collator, recipe):
             sizes.clear()
             try:
                 ids, trained, real = shape_of(collator([row]))
-                found.append({"problem": None, "length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum()), "images": list(sizes)})
-                found[-1]["image_keys"] = [recipe.image_key(image) for image in collator.images_of(row)]  # rows are held out by these
+                found.append(
+                    {
+                        "problem": None,
+                        "length": ids.shape[1],
+                        "trained": int(trained.sum()),
+                        "tokens": int(real.sum()),
+                        "images": list(sizes),
+                    }
+                )
+                found[-1]["image_keys"] = [
+                    recipe.image_key(image) for image in collator.images_of(row)
+                ]  # rows are held out by these
             except recipe.BadRow as e:
                 problem = f"{e.reason}: {e.detail}"
                 length = re.match(r"too long: (\d+) tokens", problem)
-                found.append({"problem": problem, "length": int(length[1]) if length else 0, "trained": 0, "tokens": 0, "images": list(sizes)})
+                found.append(
+                    {
+                        "problem": problem,
+                        "length": int(length[1]) if length else 0,
+                        "trained": 0,
+                        "tokens": 0,
+                        "images": list(sizes),
+                    }
+                )
     return found
 
 
@@ -188,9 +224,14 @@ class Data:
         parts = min(os.cpu_count() or 1, 1 + len(data) // 500)  # decoding pictures is what takes the time
         bounds = [n * len(data) // parts for n in range(parts + 1)]
         try:
-            found = sum(apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts), [])
+            found = sum(
+                apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts),
+                [],
+            )
         except BrokenProcessPool:
-            fail(f"a process that looked at the rows of {name} was ended by the system, which mostly means that memory ran out: --rows 1000 looks at some only")
+            fail(
+                f"a process that looked at the rows of {name} was ended by the system, which mostly means that memory ran out: --rows 1000 looks at some only"
+            )
         limit = max_length(settings, training) or math.inf
         for one in found:
             if one["problem"] is None and one["length"] > limit:  # some recipes look at the length after the collator
@@ -199,7 +240,10 @@ class Data:
         good = [n for n, one in enumerate(found) if one["problem"] is None]
         if not good:
             raise Seen
-        columns = {"length": [one["length"] for one in found], "image_keys": [one.get("image_keys", []) for one in found]}
+        columns = {
+            "length": [one["length"] for one in found],
+            "image_keys": [one.get("image_keys", []) for one in found],
+        }
         return datasets.concatenate_datasets([data, datasets.Dataset.from_dict(columns)], axis=1).select(good)
 
 
@@ -230,13 +274,32 @@ def about_data(looked, limit, per_row):
     good = [one for one in found if not one["problem"]]
     middle = lambda n: statistics.median(size[n] for size in sizes) if sizes else None
     return {
-        "name": name, "rows": whole, "looked_at": len(found), "good": len(good), "bad": dict(bad),
+        "name": name,
+        "rows": whole,
+        "looked_at": len(found),
+        "good": len(good),
+        "bad": dict(bad),
         "images_per_row": dict(sorted(images.items())),
-        "image_sizes": {"smallest": min(sizes, key=math.prod), "median": [middle(0), middle(1)], "largest": max(sizes, key=math.prod),
-                        "different": len(set(map(tuple, sizes)))} if sizes else None,
-        "tokens_per_row": {"median": statistics.median(lengths), "p95": quantile(lengths, 0.95), "longest": max(lengths)} if lengths else None,
-        "max_length": limit, "too_long": len(bad["too long"]) if "too long" in bad else 0,
-        "trained_share": sum(one["trained"] for one in good) / max(1, sum(one["tokens"] for one in good)), "answers_per_row": per_row}
+        "image_sizes": {
+            "smallest": min(sizes, key=math.prod),
+            "median": [middle(0), middle(1)],
+            "largest": max(sizes, key=math.prod),
+            "different": len(set(map(tuple, sizes))),
+        }
+        if sizes
+        else None,
+        "tokens_per_row": {
+            "median": statistics.median(lengths),
+            "p95": quantile(lengths, 0.95),
+            "longest": max(lengths),
+        }
+        if lengths
+        else None,
+        "max_length": limit,
+        "too_long": len(bad["too long"]) if "too long" in bad else 0,
+        "trained_share": sum(one["trained"] for one in good) / max(1, sum(one["tokens"] for one in good)),
+        "answers_per_row": per_row,
+    }
 
 
 def example(batch, processor, recipe):
@@ -246,9 +309,13 @@ def example(batch, processor, recipe):
     shown = []
     for row, learnt, there in zip(ids, trained, real):
         row, learnt, pieces, said, end = row[there].tolist(), learnt[there].tolist(), [], "", 0
-        for kind, run in itertools.groupby(("image" if i == token else "trained" if one else "text") for i, one in zip(row, learnt)):
+        for kind, run in itertools.groupby(
+            ("image" if i == token else "trained" if one else "text") for i, one in zip(row, learnt)
+        ):
             end += (count := len(list(run)))
-            text = processor.tokenizer.decode(row[:end])  # from the start: by itself a run would lose its leading space
+            text = processor.tokenizer.decode(
+                row[:end]
+            )  # from the start: by itself a run would lose its leading space
             mark = f"{processor.tokenizer.decode(row[end - 1 : end])} x {count}"
             pieces.append({"kind": kind, "text": mark if kind == "image" else text[len(said) :], "tokens": count})
             said = text
@@ -259,7 +326,17 @@ def example(batch, processor, recipe):
 # ------------------------------------------------------------------------------------- a model without content
 
 
-def without_weights(cls, name, *args, config=None, dtype=None, quantization_config=None, output_loading_info=False, revision=None, **kwargs):
+def without_weights(
+    cls,
+    name,
+    *args,
+    config=None,
+    dtype=None,
+    quantization_config=None,
+    output_loading_info=False,
+    revision=None,
+    **kwargs,
+):
     """Stands in for from_pretrained: the model on the meta device, from its configuration, with 4-bit layers where the quantizer would put them."""
     config = config if config is not None else cls.config_class.from_pretrained(name, revision=revision)
     with torch.device("meta"):
@@ -270,7 +347,9 @@ def without_weights(cls, name, *args, config=None, dtype=None, quantization_conf
             quantizer.preprocess_model(model=model, device_map={"": "meta"}, dtype=dtype)
             model.hf_quantizer, model.is_loaded_in_4bit, model.is_4bit_serializable = quantizer, True, True
             model.config.quantization_config = quantization_config
-    return (model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}) if output_loading_info else model
+    return (
+        (model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}) if output_loading_info else model
+    )
 
 
 def dequantized(layer, stock=peft.tuners.lora.dora.dequantize_module_weight):
@@ -293,19 +372,26 @@ def build(recipe, settings, training, train, held_out):
         raise Seen(trainer)
 
     stand_ins = {
-        "parse": lambda argv=None: (settings, training), "check": lambda *args: None, "checkpoint_to_resume": lambda training, *args: None,
+        "parse": lambda argv=None: (settings, training),
+        "check": lambda *args: None,
+        "checkpoint_to_resume": lambda training, *args: None,
         "load_data": lambda *args: (train, held_out),
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
-        "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder)}
+        "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
+    }
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
         training.output_dir, training.report_to, training.push_to_hub = out, [], False
         training.logging_dir = out
         for name in stand_ins.keys() & vars(recipe).keys():
             stack.enter_context(patch.object(recipe, name, stand_ins[name]))
-        stack.enter_context(patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights)))
+        stack.enter_context(
+            patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights))
+        )
         stack.enter_context(patch.object(peft.PeftModel, "__init__", on_meta))
         stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
-        stack.enter_context(patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model))
+        stack.enter_context(
+            patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model)
+        )
         stack.enter_context(patch.object(transformers.Trainer, "train", stop))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
@@ -319,8 +405,11 @@ def build(recipe, settings, training, train, held_out):
 
 # ------------------------------------------------------------------------------------------------------ parameters
 
-KINDS = (("vision tower", r"vision|visual|vpm"), ("projector", r"projector|connector|merger|resampler|abstractor|aligner"),
-         ("language model", r"language|text_model|llm|lm_head|decoder|embed_tokens"))
+KINDS = (
+    ("vision tower", r"vision|visual|vpm"),
+    ("projector", r"projector|connector|merger|resampler|abstractor|aligner"),
+    ("language model", r"language|text_model|llm|lm_head|decoder|embed_tokens"),
+)
 
 
 def kind_of(name):
@@ -339,8 +428,15 @@ def about_parameters(model):
     adapters; bytes of what is frozen and of what is trained."""
     parts = {}
     for name, p in model.named_parameters():
-        plain = name.removeprefix("base_model.model.").replace("original_module.", "").replace("modules_to_save.default.", "")
-        part = parts.setdefault(kind_of(plain), dict.fromkeys(("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes"), 0))
+        plain = (
+            name.removeprefix("base_model.model.")
+            .replace("original_module.", "")
+            .replace("modules_to_save.default.", "")
+        )
+        part = parts.setdefault(
+            kind_of(plain),
+            dict.fromkeys(("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes"), 0),
+        )
         size = p.numel() * (NF4 if is_nf4(p) else p.element_size())
         part["total"] += p.numel()
         part["four_bit"] += p.numel() * is_nf4(p)
@@ -381,7 +477,13 @@ class Hollow(torch.Tensor):
     @staticmethod
     def __new__(cls, meta):
         made = torch.Tensor._make_wrapper_subclass(
-            cls, meta.size(), strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device="cpu")
+            cls,
+            meta.size(),
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device="cpu",
+        )
         made.meta = meta
         return made
 
@@ -412,7 +514,9 @@ def without_content(func, args, kwargs):
             places += one.nonzero(as_tuple=True) if mask else [one]
         args = (args[0], places, *args[2:])
     elif func is ATEN.masked_select.default and not isinstance(args[1], Hollow):
-        return Hollow(args[0].meta.new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum())))
+        return Hollow(
+            args[0].meta.new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum()))
+        )
     owners = {}
     args, kwargs = [to_meta(x, owners) for x in args], {name: to_meta(x, owners) for name, x in kwargs.items()}
     return from_meta(func(*args, **kwargs), owners)
@@ -490,7 +594,12 @@ def hollow(model):
         for name, p in module._parameters.items():
             if p is not None and p.device.type == "meta":
                 if id(p) not in seen:
-                    seen[id(p)] = p, torch.nn.Parameter(Hollow(torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad)  # p is kept: another one could get its id
+                    seen[id(p)] = (
+                        p,
+                        torch.nn.Parameter(
+                            Hollow(torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad
+                        ),
+                    )  # p is kept: another one could get its id
                 module._parameters[name] = seen[id(p)][1]
         for name, b in module._buffers.items():
             if b is not None and b.device.type == "meta":
@@ -533,7 +642,9 @@ def measure(trainer, rows, batch):
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
         stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
-        if trainer.args.for_gpu:  # which has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
+        if (
+            trainer.args.for_gpu
+        ):  # which has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
             stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
             stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
             if trainer.args.bf16:  # PEFT and CUDA's autocast
@@ -568,17 +679,36 @@ def per_gpu(parts, optim, strategy, gpus, half, layer, hidden):
 
     DDP keeps everything everywhere; ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP the weights as well, of which they gather two layers
     at a time. DeepSpeed trains in 16 bits and keeps a float32 copy with the optimizer's states; else what is trained is as the trainer has it."""
-    frozen, trained, count, nf4 = (sum(part[key] for part in parts.values()) for key in ("frozen_bytes", "trained_bytes", "trainable", "four_bit"))
+    frozen, trained, count, nf4 = (
+        sum(part[key] for part in parts.values()) for key in ("frozen_bytes", "trained_bytes", "trainable", "four_bit")
+    )
     states, wide = state_bytes(optim), 2 if half else 4
     if nf4 and strategy in ("zero3", "fsdp"):
         return None
     if strategy == "ddp":
-        return {"weights": frozen, "trained": trained, "gradients": trained, "optimizer": count * states, "exchange": trained * (gpus > 1)}
+        return {
+            "weights": frozen,
+            "trained": trained,
+            "gradients": trained,
+            "optimizer": count * states,
+            "exchange": trained * (gpus > 1),
+        }
     if strategy == "fsdp":
-        return {"weights": frozen / gpus, "trained": trained / gpus, "gradients": trained / gpus, "optimizer": count * states / gpus, "exchange": 2 * layer}
+        return {
+            "weights": frozen / gpus,
+            "trained": trained / gpus,
+            "gradients": trained / gpus,
+            "optimizer": count * states / gpus,
+            "exchange": 2 * layer,
+        }
     share = gpus if strategy == "zero3" else 1
-    return {"weights": frozen / share, "trained": count * wide / share, "gradients": count * wide / gpus, "optimizer": count * (states + 4 * half) / gpus,
-            "exchange": 2 * wide * hidden**2 + 2 * layer * (strategy == "zero3")}
+    return {
+        "weights": frozen / share,
+        "trained": count * wide / share,
+        "gradients": count * wide / gpus,
+        "optimizer": count * (states + 4 * half) / gpus,
+        "exchange": 2 * wide * hidden**2 + 2 * layer * (strategy == "zero3"),
+    }
 
 
 def by_the_rule(parameters, trained, reference):
@@ -586,7 +716,10 @@ def by_the_rule(parameters, trained, reference):
     table = {"all in float32": (4 * parameters, 4 * parameters * reference, 4 * parameters, 8 * parameters)}
     if trained < parameters:
         table["16 bits, adapter"] = (2 * parameters, 2 * parameters * reference, 2 * trained, 4 * trained)
-    return {name: dict(zip(("weights", "reference", "gradients", "optimizer"), row)) | {"sum": sum(row)} for name, row in table.items()}
+    return {
+        name: dict(zip(("weights", "reference", "gradients", "optimizer"), row)) | {"sum": sum(row)}
+        for name, row in table.items()
+    }
 
 
 def about_memory(trainer, parts, rows, args):
@@ -594,13 +727,31 @@ def about_memory(trainer, parts, rows, args):
     training, batch = trainer.args, trainer.args.per_device_train_batch_size
     optim = getattr(training.optim, "value", training.optim)
     hidden = trainer.model.config.get_text_config().hidden_size if hasattr(trainer.model, "config") else 0
-    layers = [sum(p.numel() * (NF4 if is_nf4(p) else p.element_size()) for p in layer.parameters())
-              for module in trainer.model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    fixed = {name: per_gpu(parts, optim, name, args.gpus, training.bf16, max(layers, default=0), hidden) for name in STRATEGIES}
+    layers = [
+        sum(p.numel() * (NF4 if is_nf4(p) else p.element_size()) for p in layer.parameters())
+        for module in trainer.model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+        for layer in module
+    ]
+    fixed = {
+        name: per_gpu(parts, optim, name, args.gpus, training.bf16, max(layers, default=0), hidden)
+        for name in STRATEGIES
+    }
     total = {key: sum(part[key] for part in parts.values()) for key in ("total", "trainable", "adapters")}
-    report = {"optim": optim, "batch": batch, "for_gpu": training.for_gpu, "gpus": args.gpus, "strategy": args.strategy, "fixed": fixed, "checkpointing": training.activation_checkpointing,
-              "by_the_rule": by_the_rule(total["total"] - total["adapters"], total["trainable"], isinstance(trainer, trl.DPOTrainer)),
-              "activations": None, "fits": None}
+    report = {
+        "optim": optim,
+        "batch": batch,
+        "for_gpu": training.for_gpu,
+        "gpus": args.gpus,
+        "strategy": args.strategy,
+        "fixed": fixed,
+        "checkpointing": training.activation_checkpointing,
+        "by_the_rule": by_the_rule(
+            total["total"] - total["adapters"], total["trainable"], isinstance(trainer, trl.DPOTrainer)
+        ),
+        "activations": None,
+        "fits": None,
+    }
     try:
         found = measure(trainer, rows, batch)
     except Exception as e:  # a model that looks at content somewhere: the other figures hold all the same
@@ -611,7 +762,10 @@ def about_memory(trainer, parts, rows, args):
         report["fits"] = {}
         for card in CARDS:
             room = card * 1e9 * (1 - PIECES) - CONTEXT - sum(mine.values())
-            report["fits"][card] = {names[kind]: max(0, batch + math.floor((room - at) / more) if more > 0 else 0) for kind, (at, more) in found.items()}
+            report["fits"][card] = {
+                names[kind]: max(0, batch + math.floor((room - at) / more) if more > 0 else 0)
+                for kind, (at, more) in found.items()
+            }
         report["sum"] = {names[kind]: sum(mine.values()) + at for kind, (at, _) in found.items()}
     return report
 
@@ -652,7 +806,9 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     batch = training.per_device_train_batch_size * gpus * training.gradient_accumulation_steps
     a_pass = math.ceil(rows / batch)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
-    every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"]
+    every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[
+        training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"
+    ]
     every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
     marks = ()  # when it is evaluated, in what --eval_delay counts in
     if every and training.eval_strategy == "epoch":  # after each, the last one whole or not
@@ -664,7 +820,11 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
         scored = min(of_them or round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
     fields = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(settings)}
-    answered = scored if "answer" in fields.get("max_eval_rows", "").lower() else min(scored, getattr(settings, "sample_rows", 0))
+    answered = (
+        scored
+        if "answer" in fields.get("max_eval_rows", "").lower()
+        else min(scored, getattr(settings, "sample_rows", 0))
+    )
     tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
     # In forward passes of a row: training takes three, four with checkpointing, and a generated token of a batch a fifth of one.
     train_cost = steps * batch * (4 if training.activation_checkpointing else 3)
@@ -678,19 +838,27 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
     for what, rate in rates.items():
         low, high = usual(what, preferences)
         if not low <= rate <= high:
-            odd.append(f"learning rate {rate:g} for {what}: unusually {'low' if rate < low else 'high'}, usual are {low:g} to {high:g}{' in DPO' * preferences}")
+            odd.append(
+                f"learning rate {rate:g} for {what}: unusually {'low' if rate < low else 'high'}, usual are {low:g} to {high:g}{' in DPO' * preferences}"
+            )
     if not asked_to_evaluate:
         odd.append("nothing will be evaluated: --eval_strategy no")
     elif held_out is None:
         odd.append("there is no evaluation split, and none is held out: nothing will tell when to stop")
     elif evaluations == 0:
-        odd.append(f"no evaluation will happen: --eval_delay is {training.eval_delay:g}, and there are {steps} steps, {steps / a_pass:.3g} epochs")
+        odd.append(
+            f"no evaluation will happen: --eval_delay is {training.eval_delay:g}, and there are {steps} steps, {steps / a_pass:.3g} epochs"
+        )
     elif training.eval_strategy == "steps" and steps < every:
         odd.append(f"no evaluation before the end: one comes every {every:g} steps, and there are {steps}")
     if eval_cost > train_cost:
-        odd.append(f"evaluation takes longer than training: {evaluations} evaluations of {scored} rows, {answered} of them answered with up to {tokens} tokens")
+        odd.append(
+            f"evaluation takes longer than training: {evaluations} evaluations of {scored} rows, {answered} of them answered with up to {tokens} tokens"
+        )
     if training.save_strategy.value == "steps" and 1 <= steps < training.save_steps:
-        odd.append(f"no checkpoint before the end: one comes every {training.save_steps:g} steps, and there are {steps}")
+        odd.append(
+            f"no checkpoint before the end: one comes every {training.save_steps:g} steps, and there are {steps}"
+        )
     if warmup >= steps:
         odd.append(f"the learning rate never comes up: {warmup:g} steps of warm-up, {steps} in all")
     if training.max_steps > 0 and steps < a_pass:
@@ -701,16 +869,33 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
         odd.append(f"{steps / a_pass:.0f} passes over the data")
     would_stop = False
     for part in data:
-        stops = [reason for reason in part["bad"] if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"]
+        stops = [
+            reason
+            for reason in part["bad"]
+            if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"
+        ]
         if stops:
             would_stop = True
-            odd.append(f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): fix them, or --on_bad_rows skip, --on_long_rows drop")
+            odd.append(
+                f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): fix them, or --on_bad_rows skip, --on_long_rows drop"
+            )
         elif part["looked_at"] - part["good"] > 0.1 * part["looked_at"]:
             odd.append(f"{1 - part['good'] / part['looked_at']:.0%} of the rows of {part['name']} are left out")
     if not any(part["trainable"] for part in parts.values()):
         odd.append("nothing is trained")
-    return {"rows": rows, "evaluation_rows": scored, "effective_batch": batch, "steps": steps, "epochs": steps / a_pass, "evaluations": evaluations,
-            "warmup_steps": warmup, "learning_rates": rates, "gpus": gpus, "would_stop": would_stop, "sampled": share < 1}, odd
+    return {
+        "rows": rows,
+        "evaluation_rows": scored,
+        "effective_batch": batch,
+        "steps": steps,
+        "epochs": steps / a_pass,
+        "evaluations": evaluations,
+        "warmup_steps": warmup,
+        "learning_rates": rates,
+        "gpus": gpus,
+        "would_stop": would_stop,
+        "sampled": share < 1,
+    }, odd
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -723,29 +908,54 @@ def inspect(recipe, args, rest):
     asked_to_evaluate, train, held_out = training.eval_strategy != "no", None, None
     processor = recipe.load_processor(settings)
     collator = recipe.Collator(processor, settings, training)
-    with patch.object(recipe, "check_and_measure_rows", data), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Seen):
+    with (
+        patch.object(recipe, "check_and_measure_rows", data),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(Seen),
+    ):
         train, held_out = recipe.load_data(settings, training, collator)
-    report = {"recipe": str(args.recipe), "model": settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}", "precision": str(dtype).removeprefix("torch.")}
+    report = {
+        "recipe": str(args.recipe),
+        "model": settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}",
+        "precision": str(dtype).removeprefix("torch."),
+    }
     report["data"] = [about_data(one, max_length(settings, training), 1) for one in data.looked]
     if train is None:
-        return report | {"examples": [], "parts": {}, "memory": None, "plan": None, "odd": [f"no row of {data.looked[-1][0]} can be trained on"]}
+        return report | {
+            "examples": [],
+            "parts": {},
+            "memory": None,
+            "plan": None,
+            "odd": [f"no row of {data.looked[-1][0]} can be trained on"],
+        }
     few = min(args.examples, len(train))
     chosen = sorted((train[n * len(train) // few] for n in range(few)), key=lambda row: row["row"])
-    report["examples"] = [{"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen]
+    report["examples"] = [
+        {"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen
+    ]
     for shown in report["examples"]:
         pieces = [piece for pieces in shown["sequences"] for piece in pieces]
         shown["tokens"] = sum(piece["tokens"] for piece in pieces)
-        shown["trained_share"] = sum(piece["tokens"] for piece in pieces if piece["kind"] == "trained") / shown["tokens"]
+        shown["trained_share"] = (
+            sum(piece["tokens"] for piece in pieces if piece["kind"] == "trained") / shown["tokens"]
+        )
     lengths = train["length"]
     longest = sorted(range(len(train)), key=lambda n: -lengths[n])[:batch]
     if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = transformers.trainer_utils.IntervalStrategy("no"), False
+        training.eval_strategy, training.load_best_model_at_end = (
+            transformers.trainer_utils.IntervalStrategy("no"),
+            False,
+        )
     try:
         trainer = build(recipe, settings, training, train, held_out)
     except Exception as e:  # PEFT and TRL say so when a trainer cannot be made of these settings
-        fail(f"{args.recipe} cannot make its trainer of these settings: {type(e).__name__}: {' '.join(str(e).split())}")
+        fail(
+            f"{args.recipe} cannot make its trainer of these settings: {type(e).__name__}: {' '.join(str(e).split())}"
+        )
     report["parts"] = about_parameters(trainer.model)
-    report["plan"], report["odd"] = about_plan(trainer, settings, training, report["data"], train, held_out, report["parts"], asked_to_evaluate, args.gpus)
+    report["plan"], report["odd"] = about_plan(
+        trainer, settings, training, report["data"], train, held_out, report["parts"], asked_to_evaluate, args.gpus
+    )
     report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)
     report["memory"]["longest"] = lengths[longest[0]]
     if (most := report["memory"].get("sum")) and (fits := report["memory"]["fits"]):
@@ -791,17 +1001,32 @@ def show(report, console, colour):
             if len(rows) > 20:
                 say(f"    ... and {len(rows) - 20} more")
         if tokens := part["tokens_per_row"]:
-            limit = f", {part['too_long']} above max_length {part['max_length']}" if part["max_length"] else ", no max_length"
-            say(f"  tokens per row: median {tokens['median']:g}, 95 % up to {tokens['p95']}, longest {tokens['longest']}{limit}; {part['trained_share']:.1%} trained on")
+            limit = (
+                f", {part['too_long']} above max_length {part['max_length']}"
+                if part["max_length"]
+                else ", no max_length"
+            )
+            say(
+                f"  tokens per row: median {tokens['median']:g}, 95 % up to {tokens['p95']}, longest {tokens['longest']}{limit}; {part['trained_share']:.1%} trained on"
+            )
         if part["images_per_row"]:
-            say("  images per row: " + ", ".join(f"{n} in {count:,} rows" for n, count in part["images_per_row"].items()))
+            say(
+                "  images per row: "
+                + ", ".join(f"{n} in {count:,} rows" for n, count in part["images_per_row"].items())
+            )
         if sizes := part["image_sizes"]:
             of = lambda size: f"{size[0]:g} x {size[1]:g}"
-            say(f"  image sizes: {of(sizes['smallest'])} to {of(sizes['largest'])}, median {of(sizes['median'])}" if sizes["different"] > 1 else f"  image sizes: all {of(sizes['median'])}")
+            say(
+                f"  image sizes: {of(sizes['smallest'])} to {of(sizes['largest'])}, median {of(sizes['median'])}"
+                if sizes["different"] > 1
+                else f"  image sizes: all {of(sizes['median'])}"
+            )
 
     for shown in report["examples"]:
         both = " in both sequences" if len(shown["sequences"]) > 1 else ""
-        head(f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens{both}, {shown['trained_share']:.1%} trained on")
+        head(
+            f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens{both}, {shown['trained_share']:.1%} trained on"
+        )
         for n, pieces in enumerate(shown["sequences"]):
             if len(shown["sequences"]) > 1:
                 say(f"[dim]{('chosen', 'rejected')[n % 2]}:[/dim]")
@@ -811,52 +1036,109 @@ def show(report, console, colour):
     if report["parts"]:
         head(f"Parameters of {report['model']}, {report['precision']}")
         rows = table("part", "all", "trained", "of it adapters", "in 4-bit", "GB")
-        parts = {**report["parts"], "all": {key: sum(part[key] for part in report["parts"].values()) for key in next(iter(report["parts"].values()))}}
+        parts = {
+            **report["parts"],
+            "all": {
+                key: sum(part[key] for part in report["parts"].values())
+                for key in next(iter(report["parts"].values()))
+            },
+        }
         for name, part in parts.items():
-            trained = f"{part['trainable']:,} ({part['trainable'] / part['total']:.2%})" if part["trainable"] else "frozen"
-            rows.add_row(name, f"{part['total']:,}", trained, f"{part['adapters']:,}", f"{part['four_bit']:,}", gb(part["frozen_bytes"] + part["trained_bytes"]))
+            trained = (
+                f"{part['trainable']:,} ({part['trainable'] / part['total']:.2%})" if part["trainable"] else "frozen"
+            )
+            rows.add_row(
+                name,
+                f"{part['total']:,}",
+                trained,
+                f"{part['adapters']:,}",
+                f"{part['four_bit']:,}",
+                gb(part["frozen_bytes"] + part["trained_bytes"]),
+            )
         console.print(rows)
 
     if memory := report["memory"]:
         shown = list(STRATEGIES) if memory["gpus"] > 1 else [memory["strategy"]]
-        where = f"of each of {memory['gpus']} GPUs" if memory["gpus"] > 1 else "of the GPU" if memory["for_gpu"] else "of a CPU (--use_cpu)"
+        where = (
+            f"of each of {memory['gpus']} GPUs"
+            if memory["gpus"] > 1
+            else "of the GPU"
+            if memory["for_gpu"]
+            else "of a CPU (--use_cpu)"
+        )
         head(f"Memory {where}, in GB")
         rows = table("", *(STRATEGIES[name] if memory["gpus"] > 1 else "" for name in shown))
-        for key, label in (("weights", "frozen weights"), ("trained", "what is trained"), ("gradients", "gradients"), ("optimizer", f"optimizer ({memory['optim']})"),
-                           ("exchange", "sent between GPUs")):
+        for key, label in (
+            ("weights", "frozen weights"),
+            ("trained", "what is trained"),
+            ("gradients", "gradients"),
+            ("optimizer", f"optimizer ({memory['optim']})"),
+            ("exchange", "sent between GPUs"),
+        ):
             if any((memory["fixed"][name] or {}).get(key) for name in shown):
-                rows.add_row(label, *(gb(memory["fixed"][name][key]) if memory["fixed"][name] else "not in 4-bit" for name in shown))
+                rows.add_row(
+                    label,
+                    *(gb(memory["fixed"][name][key]) if memory["fixed"][name] else "not in 4-bit" for name in shown),
+                )
         for kind, found in (memory["activations"] or {}).items():
             used = kind.startswith("with_") == bool(memory["checkpointing"])
-            rows.add_row(f"activations, {kind.replace('_', ' ')}{'' if used else ' (not chosen)'}", *([gb(found["bytes"])] * len(shown)))
+            rows.add_row(
+                f"activations, {kind.replace('_', ' ')}{'' if used else ' (not chosen)'}",
+                *([gb(found["bytes"])] * len(shown)),
+            )
         for kind, found in (memory["activations"] or {}).items():
             used = kind.startswith("with_") == bool(memory["checkpointing"])
-            rows.add_row(f"all, {kind.replace('_', ' ')}", *(gb(sum(memory["fixed"][name].values()) + found["bytes"]) if memory["fixed"][name] else "-" for name in shown),
-                         style="bold" if used and colour else None)
+            rows.add_row(
+                f"all, {kind.replace('_', ' ')}",
+                *(
+                    gb(sum(memory["fixed"][name].values()) + found["bytes"]) if memory["fixed"][name] else "-"
+                    for name in shown
+                ),
+                style="bold" if used and colour else None,
+            )
         console.print(rows)
         if memory["activations"]:
-            on_top = f" On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces." if memory["for_gpu"] else " On top: Python and its libraries."
+            on_top = (
+                f" On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces."
+                if memory["for_gpu"]
+                else " On top: Python and its libraries."
+            )
             say(f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens.{on_top}")
         else:
-            say(escape(f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."))
+            say(
+                escape(
+                    f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."
+                )
+            )
         if memory["fits"] and memory["for_gpu"]:  # a CPU keeps other things: what it takes says nothing of a card
-            head(f"Largest batch that fits, rows of {memory['longest']} tokens{', ' + STRATEGIES[memory['strategy']] if memory['gpus'] > 1 else ''}")
+            head(
+                f"Largest batch that fits, rows of {memory['longest']} tokens{', ' + STRATEGIES[memory['strategy']] if memory['gpus'] > 1 else ''}"
+            )
             rows = table("", *(f"{card} GB" for card in CARDS))
             for kind in memory["activations"]:
                 rows.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
             console.print(rows)
         dpo = memory["by_the_rule"]["all in float32"]["reference"]
-        say(f"By the rule of thumb, without activations: weights +{' reference model +' if dpo else ''} gradients + optimizer")
+        say(
+            f"By the rule of thumb, without activations: weights +{' reference model +' if dpo else ''} gradients + optimizer"
+        )
         for name, row in memory["by_the_rule"].items():
-            say(f"  {name}: {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}")
+            say(
+                f"  {name}: {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}"
+            )
         if dpo:
             say("  here the reference is the model without its adapter, and takes nothing")
 
     if plan := report["plan"]:
         head("Plan")
-        say(f"{'about ' * plan['sampled']}{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
-            f"{' on ' + str(plan['gpus']) + ' GPUs' if plan['gpus'] > 1 else ''}, {plan['epochs']:.2f} epochs; {plan['evaluations']} evaluations; {plan['warmup_steps']} steps of warm-up")
-        say("learning rate: " + (", ".join(f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()) or "not known"))
+        say(
+            f"{'about ' * plan['sampled']}{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
+            f"{' on ' + str(plan['gpus']) + ' GPUs' if plan['gpus'] > 1 else ''}, {plan['epochs']:.2f} epochs; {plan['evaluations']} evaluations; {plan['warmup_steps']} steps of warm-up"
+        )
+        say(
+            "learning rate: "
+            + (", ".join(f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()) or "not known")
+        )
     head("Odd" if report["odd"] else "Nothing odd")
     for one in report["odd"]:
         say(f"  [yellow]{escape(one)}[/yellow]")
@@ -881,7 +1163,12 @@ def main(argv=None):
         print(json.dumps(report, ensure_ascii=False))
     else:
         plain = args.no_color or "NO_COLOR" in os.environ
-        console = Console(no_color=plain, highlight=False, width=None if sys.stdout.isatty() else 160, color_system=None if plain else "auto")
+        console = Console(
+            no_color=plain,
+            highlight=False,
+            width=None if sys.stdout.isatty() else 160,
+            color_system=None if plain else "auto",
+        )
         show(report, console, colour=not plain and console.is_terminal)
     if not report["plan"]:
         fail(report["odd"][0])

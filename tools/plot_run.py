@@ -25,7 +25,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 FIRST = ["loss", "learning_rate", "grad_norm"]  # then by the alphabet
-LEFT_OUT = "epoch step runtime samples_per_second steps_per_second model_preparation_time".split()  # unless they are asked for
+LEFT_OUT = (
+    "epoch step runtime samples_per_second steps_per_second model_preparation_time".split()
+)  # unless they are asked for
 COLUMNS = 3
 
 
@@ -36,10 +38,16 @@ def fail(message):
 
 def parse(argv=None):
     """-> the arguments. Raises SystemExit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output_dir of a run")
     parser.add_argument("--metrics", nargs="+", help="what to draw, in this order (default: all that was logged)")
-    parser.add_argument("--output", type=Path, help="the .png to write (default: curves.png in RUN, of several runs curves.png here, drawn anew each time)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the .png to write (default: curves.png in RUN, of several runs curves.png here, drawn anew each time)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT where it exists")
     parser.error = fail
     args = parser.parse_args(argv)
@@ -56,14 +64,22 @@ def read(run):
     """A run's folder -> its log, [{"step": n, metric: value}]. Raises SystemExit where there is none."""
     if not run.is_dir():
         fail(f"{run} is a file: needed is the folder of a run" if run.exists() else f"{run}: there is no such folder")
-    checkpoints = sorted((c for c in run.glob("checkpoint-*/trainer_state.json") if c.parent.name[11:].isdigit()), key=lambda c: -int(c.parent.name[11:]))
+    checkpoints = sorted(
+        (c for c in run.glob("checkpoint-*/trainer_state.json") if c.parent.name[11:].isdigit()),
+        key=lambda c: -int(c.parent.name[11:]),
+    )
     states, log = [path for path in (run / "trainer_state.json", *checkpoints) if path.exists()], None
     if not states:
-        fail(f"{run} holds no trainer_state.json, nor does a checkpoint in it: it is no run, or one that was cut off before its first checkpoint")
+        fail(
+            f"{run} holds no trainer_state.json, nor does a checkpoint in it: it is no run, or one that was cut off before its first checkpoint"
+        )
     for state in states:  # of a run that was cut off while it wrote its newest checkpoint, the one before
         try:
             log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-            log = [{k: float(v) for k, v in entry.items() if type(v) in (int, float)} | {"step": entry["step"] + 0} for entry in log]
+            log = [
+                {k: float(v) for k, v in entry.items() if type(v) in (int, float)} | {"step": entry["step"] + 0}
+                for entry in log
+            ]
             break
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             said = f"{state} is damaged ({type(e).__name__}: {e})"
@@ -83,8 +99,14 @@ def metrics(logs, wanted=None):
     steps = [entry for log in logs for entry in log if "train_runtime" not in entry]  # the last entry sums up the run
     logged = sorted({base(key) for entry in steps for key in entry} - {"step"})
     if wanted is None:
-        names = [name for name in [*FIRST, *(name for name in logged if name not in FIRST)] if name in logged and name not in LEFT_OUT]
-        return names or fail("nothing was logged but the end of the run: --logging_steps is larger than its number of steps")
+        names = [
+            name
+            for name in [*FIRST, *(name for name in logged if name not in FIRST)]
+            if name in logged and name not in LEFT_OUT
+        ]
+        return names or fail(
+            "nothing was logged but the end of the run: --logging_steps is larger than its number of steps"
+        )
     wanted = list(dict.fromkeys(map(base, wanted)))
     if unknown := [name for name in wanted if name not in logged]:
         fail(f"--metrics {' '.join(unknown)}: not logged; there are {', '.join(logged)}")
@@ -94,7 +116,9 @@ def metrics(logs, wanted=None):
 def draw(runs, wanted=None):
     """{label: log} -> the figure, a panel for each metric, and what is to be said about it."""
     names, notes = metrics(runs.values(), wanted), []
-    shown = {label: label.replace("$", r"\$").replace("_", " _", label.startswith("_")) for label in runs}  # matplotlib reads $ as a formula, and hides _
+    shown = {
+        label: label.replace("$", r"\$").replace("_", " _", label.startswith("_")) for label in runs
+    }  # matplotlib reads $ as a formula, and hides _
     columns = min(COLUMNS, len(names))
     figure, axes = plt.subplots(math.ceil(len(names) / columns), columns, figsize=(5 * columns, 3.6 * math.ceil(len(names) / columns)),
                                 layout="constrained", squeeze=False)  # fmt: skip
@@ -105,12 +129,21 @@ def draw(runs, wanted=None):
             for key, kind, style in ((name, "training", "-"), (f"eval_{name}", "held out", "o-")):
                 points = [(entry["step"], entry[key]) for entry in log if key in entry]
                 if odd := [step for step, value in points if not math.isfinite(value)]:
-                    notes.append(f"{label}: {key} is no finite number at {len(odd)} of {len(points)} steps, first at {odd[0]}")
+                    notes.append(
+                        f"{label}: {key} is no finite number at {len(odd)} of {len(points)} steps, first at {odd[0]}"
+                    )
                 if points:
                     colour = f"C{2 * n + (kind == 'held out')}" if len(runs) == 1 else f"C{n}"
                     style = style if len(points) > 1 else "o"
                     pale = len(runs) > 1 and kind == "training" and any(f"eval_{name}" in entry for entry in log)
-                    axis.plot(*zip(*points), style, color=colour, alpha=0.5 if pale else 1, label=f"{shown[label]}, {kind}" if len(runs) > 1 else kind, markersize=4)
+                    axis.plot(
+                        *zip(*points),
+                        style,
+                        color=colour,
+                        alpha=0.5 if pale else 1,
+                        label=f"{shown[label]}, {kind}" if len(runs) > 1 else kind,
+                        markersize=4,
+                    )
         axis.set(title=name.replace("_", " "), xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8 if len(runs) > 1 else None)

@@ -24,7 +24,9 @@ from .hub.tokenization_minicpmv_fast import MiniCPMVTokenizerFast
 
 QUERIES, SIZE, PATCH = 8, 56, 14  # image tokens of a slice; its side in pixels
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-SPECIAL += [f"<{end}{name}>" for name in ("image", "ref", "box", "quad", "point", "slice", "image_id") for end in ("", "/")]
+SPECIAL += [
+    f"<{end}{name}>" for name in ("image", "ref", "box", "quad", "point", "slice", "image_id") for end in ("", "/")
+]
 # Qwen2's, with a system prompt of its own where there is none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -51,10 +53,15 @@ def tokenizer(texts: list[str] | None = None) -> MiniCPMVTokenizerFast:
     """Qwen2's tokenizer (byte-level BPE, in which "!" is token 0), trained here on `texts`: without any, on all that is said of
     digits in `llava`."""
     if texts is None:
-        said = [llava.counting(a) for a in range(10)] + [x for a in range(10) for x in llava.captions(a) + llava.captions(a, 9 - a)]
+        said = [llava.counting(a) for a in range(10)] + [
+            x for a in range(10) for x in llava.captions(a) + llava.captions(a, 9 - a)
+        ]
         asked = [q.format(word) for some in llava.QUESTIONS.values() for q in some for word in llava.WORDS]
         texts = [text for pair in said for text in pair] + asked
-    texts = [f"{role}\n{text}" for text in texts for role in ("user", "assistant")] + ["system\nYou are a helpful assistant.", "\n\n"] * 10
+    texts = [f"{role}\n{text}" for text in texts for role in ("user", "assistant")] + [
+        "system\nYou are a helpful assistant.",
+        "\n\n",
+    ] * 10
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = MiniCPMVTokenizerFast().backend_tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -74,7 +81,12 @@ def tokenizer(texts: list[str] | None = None) -> MiniCPMVTokenizerFast:
 def processor(tok: MiniCPMVTokenizerFast | None = None) -> MiniCPMVProcessor:
     """Pictures of more than 56 x 56 pixels are cut into up to 9 slices, 8 tokens each."""
     images = MiniCPMVImageProcessor(
-        scale_resolution=SIZE, patch_size=PATCH, image_feature_size=QUERIES, use_image_id=True, slice_mode=True, version=2.6
+        scale_resolution=SIZE,
+        patch_size=PATCH,
+        image_feature_size=QUERIES,
+        use_image_id=True,
+        slice_mode=True,
+        version=2.6,
     )
     return MiniCPMVProcessor(images, tok or tokenizer())
 

@@ -23,6 +23,10 @@ class MiniCPMVConfig(Qwen2Config):
         self.drop_vision_last_layer, self.batch_vision_input = drop_vision_last_layer, batch_vision_input
         self.vision_batch_size, self.slice_mode = vision_batch_size, True
         self.slice_config = MiniCPMVSliceConfig(**(slice_config or {"max_slice_nums": 1}))
-        self.vision_config = SiglipVisionConfig(**vision_config) if isinstance(vision_config, dict) else vision_config or SiglipVisionConfig()
+        self.vision_config = (
+            SiglipVisionConfig(**vision_config)
+            if isinstance(vision_config, dict)
+            else vision_config or SiglipVisionConfig()
+        )
         self.patch_size = self.vision_config.patch_size
         super().__init__(**kwargs)

@@ -20,7 +20,13 @@ class MiniCPMVBatchFeature(BatchFeature):
     def __init__(self, data=None, tensor_type=None):
         super().__init__(data)
         if tensor_type is not None:
-            tensor = lambda x: x if isinstance(x, torch.Tensor) else torch.from_numpy(x) if isinstance(x, np.ndarray) else torch.tensor(x)
+            tensor = lambda x: (
+                x
+                if isinstance(x, torch.Tensor)
+                else torch.from_numpy(x)
+                if isinstance(x, np.ndarray)
+                else torch.tensor(x)
+            )
             self.data = {key: nested(tensor, value) for key, value in self.data.items()}
 
     def to(self, device):
@@ -53,7 +59,9 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         if wanted <= 1:
             return None
         counts = [count for count in (wanted - 1, wanted, wanted + 1) if 1 < count <= max_slice_nums]
-        grids = [[columns, count // columns] for count in counts for columns in range(1, count + 1) if count % columns == 0]
+        grids = [
+            [columns, count // columns] for count in counts for columns in range(1, count + 1) if count % columns == 0
+        ]
         return min(grids, key=lambda grid: abs(math.log(shape) - math.log(grid[0] / grid[1])))
 
     def get_sliced_images(self, image, max_slice_nums=None):
@@ -72,7 +80,11 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
     def get_slice_image_placeholder(self, image_size, image_idx=0, max_slice_nums=None, use_image_id=None):
         """The text that stands for a picture: one <unk> for each of its tokens."""
         empty = "<unk>" * self.image_feature_size
-        text = f"<image_id>{image_idx}</image_id>" if (self.use_image_id if use_image_id is None else use_image_id) else ""
+        text = (
+            f"<image_id>{image_idx}</image_id>"
+            if (self.use_image_id if use_image_id is None else use_image_id)
+            else ""
+        )
         text += f"<image>{empty}</image>"
         if grid := self.get_sliced_grid(image_size, max_slice_nums or self.max_slice_nums):
             text += "\n".join([f"<slice>{empty}</slice>" * grid[0]] * grid[1])

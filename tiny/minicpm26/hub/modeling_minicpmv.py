@@ -30,7 +30,9 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         if config.drop_vision_last_layer:
             self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
         self.vision_dim, self.embed_dim = self.vpm.embeddings.embed_dim, config.hidden_size
-        self.resampler = Resampler(config.query_num, self.embed_dim, self.embed_dim // 128, self.vision_dim, adaptive=True)
+        self.resampler = Resampler(
+            config.query_num, self.embed_dim, self.embed_dim // 128, self.vision_dim, adaptive=True
+        )
         self.processor, self.terminators = None, ["<|im_end|>", "<|endoftext|>"]
 
     def get_input_embeddings(self):
@@ -62,9 +64,13 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         if "vision_hidden_states" in data:
             seen = data["vision_hidden_states"]
         elif any(len(slices) for slices in data["pixel_values"]):
-            sizes = torch.vstack([size for size in data["tgt_sizes"] if isinstance(size, torch.Tensor)]).type(torch.int32)
+            sizes = torch.vstack([size for size in data["tgt_sizes"] if isinstance(size, torch.Tensor)]).type(
+                torch.int32
+            )
             every = self.see([image for slices in data["pixel_values"] for image in slices], sizes)
-            seen = [part if len(part) else [] for part in every.split([len(slices) for slices in data["pixel_values"]])]
+            seen = [
+                part if len(part) else [] for part in every.split([len(slices) for slices in data["pixel_values"]])
+            ]
         elif self.training:  # so that every weight has a gradient
             size = 224 // self.config.patch_size
             blank = self.vpm(torch.zeros(1, 3, 224, 224, dtype=words.dtype, device=words.device)).last_hidden_state
@@ -91,12 +97,19 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
     ):  # fmt: skip
         """-> new tokens (B, n), without the prompt and padded with 0; with `decode_text`, texts."""
         assert input_ids is not None and len(input_ids) == len(pixel_values) and not stream
-        data = {"input_ids": input_ids, "image_bound": image_bound, "pixel_values": pixel_values, "tgt_sizes": tgt_sizes}
+        data = {
+            "input_ids": input_ids,
+            "image_bound": image_bound,
+            "pixel_values": pixel_values,
+            "tgt_sizes": tgt_sizes,
+        }
         data |= {} if vision_hidden_states is None else {"vision_hidden_states": vision_hidden_states}
         stops = [tokenizer.convert_tokens_to_ids(token) for token in self.terminators]
         with torch.inference_mode():
             words, seen = self.get_vllm_embedding(data)
-            said = self.llm.generate(inputs_embeds=words, pad_token_id=0, eos_token_id=stops, attention_mask=attention_mask, **kwargs)
+            said = self.llm.generate(
+                inputs_embeds=words, pad_token_id=0, eos_token_id=stops, attention_mask=attention_mask, **kwargs
+            )
         if decode_text:
             kept = [[token for token in row.tolist() if token != 0] for row in said]
             said = [tokenizer.decode(row[:-1] if row[-1] in stops else row).strip() for row in kept]
@@ -117,11 +130,15 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         for turn in turns:
             parts = [turn["content"]] if isinstance(turn["content"], str) else turn["content"]
             images += [part for part in parts if isinstance(part, Image.Image)]
-            turn["content"] = "\n".join("(<image>./</image>)" if isinstance(part, Image.Image) else part for part in parts)
+            turn["content"] = "\n".join(
+                "(<image>./</image>)" if isinstance(part, Image.Image) else part for part in parts
+            )
         if system_prompt:
             turns.insert(0, {"role": "system", "content": system_prompt})
         prompt = processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = processor([prompt], [images], max_slice_nums=max_slice_nums, use_image_id=use_image_id, max_length=max_inp_length)
+        inputs = processor(
+            [prompt], [images], max_slice_nums=max_slice_nums, use_image_id=use_image_id, max_length=max_inp_length
+        )
         inputs = inputs.to(self.device)
         inputs.pop("image_sizes")
         how = {"do_sample": True, "top_p": 0.8, "top_k": 100, "temperature": 0.7, "repetition_penalty": 1.05}

@@ -10,7 +10,11 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipPreT
 class SiglipVisionEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embed_dim, self.patch_size, self.side = config.hidden_size, config.patch_size, config.image_size // config.patch_size
+        self.embed_dim, self.patch_size, self.side = (
+            config.hidden_size,
+            config.patch_size,
+            config.image_size // config.patch_size,
+        )
         self.patch_embedding = nn.Conv2d(3, self.embed_dim, self.patch_size, self.patch_size)
         self.position_embedding = nn.Embedding(self.side**2, self.embed_dim)
 
@@ -42,11 +46,15 @@ class SiglipVisionTransformer(SiglipPreTrainedModel):
         """pixel_values (B, 3, 14, 14 * patches), patch_attention_mask (B, 1, patches), tgt_sizes (B, 2) -> (B, patches, width)."""
         if patch_attention_mask is None:
             height, width = (size // self.embeddings.patch_size for size in pixel_values.shape[2:])
-            patch_attention_mask = torch.ones(len(pixel_values), height, width, dtype=torch.bool, device=pixel_values.device)
+            patch_attention_mask = torch.ones(
+                len(pixel_values), height, width, dtype=torch.bool, device=pixel_values.device
+            )
         hidden, real = self.embeddings(pixel_values, patch_attention_mask, tgt_sizes), patch_attention_mask.flatten(1)
         bias = None
         if not real.all():
-            bias = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~real, torch.finfo(hidden.dtype).min)
+            bias = torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(
+                ~real, torch.finfo(hidden.dtype).min
+            )
             bias = bias[:, None, None, :].expand(-1, 1, real.shape[1], -1)
         hidden = self.encoder(inputs_embeds=hidden, attention_mask=bias).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(hidden))

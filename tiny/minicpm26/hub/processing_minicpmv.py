@@ -21,8 +21,19 @@ class MiniCPMVProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         self.version = image_processor.version
 
-    def __call__(self, text, images=None, max_length=None, do_pad=True, max_slice_nums=None, use_image_id=None, return_tensors="pt"):
-        seen = self.image_processor(images, do_pad=do_pad, max_slice_nums=max_slice_nums, return_tensors=return_tensors)
+    def __call__(
+        self,
+        text,
+        images=None,
+        max_length=None,
+        do_pad=True,
+        max_slice_nums=None,
+        use_image_id=None,
+        return_tensors="pt",
+    ):
+        seen = self.image_processor(
+            images, do_pad=do_pad, max_slice_nums=max_slice_nums, return_tensors=return_tensors
+        )
         ids, bounds = [], []
         for row, sizes in zip([text] if isinstance(text, str) else text, seen["image_sizes"]):
             pieces = row.split("(<image>./</image>)")
@@ -45,4 +56,7 @@ class MiniCPMVProcessor(ProcessorMixin):
 
     def batch_decode(self, rows, **kwargs):
         kept = [row[row != 0] for row in rows]
-        return [self.tokenizer.decode(row[:-1] if row[-1] == self.tokenizer.eos_id else row, **kwargs).strip() for row in kept]
+        return [
+            self.tokenizer.decode(row[:-1] if row[-1] == self.tokenizer.eos_id else row, **kwargs).strip()
+            for row in kept
+        ]

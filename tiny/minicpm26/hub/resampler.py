@@ -24,7 +24,10 @@ class MultiheadAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * width, width)), nn.Parameter(torch.zeros(3 * width))
+        self.in_proj_weight, self.in_proj_bias = (
+            nn.Parameter(torch.empty(3 * width, width)),
+            nn.Parameter(torch.zeros(3 * width)),
+        )
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 

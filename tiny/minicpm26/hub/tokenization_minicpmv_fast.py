@@ -6,7 +6,14 @@ from transformers.models.qwen2 import Qwen2TokenizerFast
 class MiniCPMVTokenizerFast(Qwen2TokenizerFast):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        for name, word in (("im", "image"), ("ref", "ref"), ("box", "box"), ("quad", "quad"), ("slice", "slice"), ("im_id", "image_id")):
+        for name, word in (
+            ("im", "image"),
+            ("ref", "ref"),
+            ("box", "box"),
+            ("quad", "quad"),
+            ("slice", "slice"),
+            ("im_id", "image_id"),
+        ):
             setattr(self, f"{name}_start", f"<{word}>")
             setattr(self, f"{name}_end", f"</{word}>")
 
