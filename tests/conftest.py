@@ -25,6 +25,21 @@ import pytest  # noqa: E402
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from recipes import (  # noqa: E402, F401
+    FOLDERS,
+    NAMES,
+    Loaded,
+    Recipe,
+    asks,
+    chat,
+    load_data,
+    minicpm_run,
+    prefers,
+    said,
+    short_run,
+    talks,
+    two_stage_run,
+)
 from transformers import (  # noqa: E402
     GemmaTokenizer,
     PaliGemmaConfig,
@@ -104,8 +119,8 @@ def paligemma(out, text="gemma"):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
     first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=470, special_tokens=first, show_progress=False)
-    said = [row[part] for row in preferences.make_rows(n=300) for part in ("question", "chosen", "rejected")]
-    bpe.train_from_iterator(said, trainer)
+    sentences = [row[part] for row in preferences.make_rows(n=300) for part in ("question", "chosen", "rejected")]
+    bpe.train_from_iterator(sentences, trainer)
     bpe = json.loads(bpe.to_str())["model"]
     images = SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     images.image_seq_length = 16
@@ -260,19 +275,6 @@ def learnt(tiny_forms, tmp_path_factory):
     return out
 
 
-def short_run(folder, out, data=("dataset_name", "data"), **settings):
-    """The list of flags for a run on the CPU of the model and the data in `folder`, into `out`; settings add to them, or with None take one away.
-    `data`: the flag that names the data, and where they are."""
-    own = {"use_cpu": True, "model_name_or_path": folder / "model", "output_dir": out, data[0]: folder / data[1]}
-    settings = {**own, "dataloader_num_workers": 0, "report_to": "none", **settings}
-    lists = {
-        name: value if isinstance(value, list | tuple) else [value]
-        for name, value in settings.items()
-        if value is not None
-    }
-    return [part for name, values in lists.items() for part in (f"--{name}", *map(str, values))]
-
-
 @pytest.fixture
 def form_flags(tiny_forms, tmp_path):
     """A function: settings as keywords -> the list of flags for a run of the tiny Idefics2 on the CPU."""
@@ -319,13 +321,6 @@ def pair_collate(pair_parse, tmp_path):
     return make
 
 
-def minicpm_run(folder, out, **settings):
-    """The list of flags for a run of finetune_minicpm_lora.py on the CPU; 2.6 brings its own code."""
-    own = {"trust_remote_code": True} if (folder / "model" / "modeling_minicpmv.py").exists() else {}
-    own |= {"image_folder": folder / "json" / "images", "lora_r": 8}
-    return short_run(folder, out, ("data_path", "json/train.json"), **{**own, **settings})
-
-
 @pytest.fixture
 def minicpm_flags(tiny_minicpm, tmp_path):
     """A function: settings as keywords -> the list of flags for a run of the tiny MiniCPM-V 4.6 on the CPU."""
@@ -347,21 +342,6 @@ def minicpm_collate(minicpm_parse, tmp_path):
         return finetune_minicpm_lora.Collator(finetune_minicpm_lora.load_processor(settings), settings, training)
 
     return make
-
-
-def two_stage_run(folder, out, stage="align", **settings):
-    """The list of flags for a run of llava_two_stage.py on the CPU: of the two parts in align, of align/ in instruct unless parts are named."""
-    joined = stage == "align" and "model_name_or_path" not in settings or "pretrain_mm_mlp_adapter" in settings
-    parts = {"vision_tower": folder / "vision", "language_model": folder / "language"} if joined else {}
-    own = {
-        "stage": stage,
-        "model_name_or_path": None if joined else folder / "align",
-        **parts,
-        "image_folder": folder / "json" / "images",
-    }
-    own |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    data = "json/captions.json" if stage == "align" else "json/train.json"
-    return short_run(folder, out, ("data_path", data), **{**own, **settings})
 
 
 @pytest.fixture
@@ -408,6 +388,12 @@ def collate(parse, tmp_path):
         return sft_llava.Collator(sft_llava.load_processor(settings), settings, training)
 
     return make
+
+
+@pytest.fixture(params=NAMES)
+def case(request, tmp_path):
+    """Each recipe in turn, with its tiny model (recipes.Recipe)."""
+    return Recipe(request.param, request.getfixturevalue(FOLDERS[request.param]), tmp_path)
 
 
 @pytest.fixture
@@ -490,10 +476,6 @@ def refusal(main, argv):
     return stopped.value.code
 
 
-class Loaded(BaseException):
-    """Weights were asked for: the recipe found nothing to complain about."""
-
-
 def stopped_by(recipe, flags, monkeypatch):
     """A function: settings as keywords -> the message with which a recipe's main() ends, before it loads any weights."""
 
@@ -516,39 +498,3 @@ def fresh(code, *args):
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def said(*turns, image=None, **more):
-    """Texts of the user and the assistant by turns -> a row of LLaVA JSON."""
-    conversations = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(turns)]
-    return {**more, **({} if image is None else {"image": image}), "conversations": conversations}
-
-
-def chat(*turns, images=(), **more):
-    """(role, content) pairs -> a row of messages and images."""
-    return {
-        **more,
-        "messages": [{"role": role, "content": content} for role, content in turns],
-        "images": list(images),
-    }
-
-
-def asks(question, *answers, image="red.png", **more):
-    """A question about a page and its accepted answers -> a row of idefics2_docvqa.py."""
-    return {**more, "image": image, "question": question, "answers": list(answers)}
-
-
-def prefers(question, chosen, rejected, image="red.png", **more):
-    """A question about an image, the better answer and the worse one -> a row of dpo_idefics2.py."""
-    return {**more, "image": image, "question": question, "chosen": chosen, "rejected": rejected}
-
-
-def talks(*turns, image="red.png", **more):
-    """Texts of the user and the assistant by turns, and an image or {placeholder: image} -> a row of finetune_minicpm_lora.py."""
-    conversations = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    return {**more, **({} if image is None else {"image": image}), "conversations": conversations}
-
-
-def load_data(recipe, settings, training):
-    """What a recipe's load_data makes of these settings, with the collator that its main would make."""
-    return recipe.load_data(settings, training, recipe.Collator(recipe.load_processor(settings), settings, training))
