@@ -23,10 +23,6 @@ TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --g
   --per_device_eval_batch_size 50 --eval_steps 100 --save_steps 100 --activation_checkpointing false --sample_tokens 16 \
   --dataloader_num_workers 1
 
-# The rules of the recipes and of what they share.
-RECIPES := sft_llava.py idefics2_docvqa.py dpo_idefics2.py finetune_minicpm_lora.py llava_two_stage.py
-READABLE := --extend-select E501,C4,SIM,N,RET,PLR0915,C901 --ignore SIM905,N818 --config 'lint.mccabe.max-complexity=12'
-
 .PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test sync clean
 
 demo: demo-$(RECIPE)
@@ -85,13 +81,13 @@ demo-dpo_idefics2: .venv/done
 
 demo-finetune_minicpm_lora: .venv/done
 	$(PY) -m tiny minicpmv4_6 --out $(TALKS) --seed $(SEED)
-	$(PY) finetune_minicpm_lora.py --use_cpu --model_name_or_path $(TALKS)/model --data_path $(TALKS)/json/train.json \
-	  --image_folder $(TALKS)/json/images --eval_data_path $(TALKS)/json/test.json --output_dir $(RUN) --seed $(SEED) --max_steps 300 \
+	$(PY) finetune_minicpm_lora.py --use_cpu --model_name_or_path $(TALKS)/model --dataset_name $(TALKS)/json/train.json \
+	  --image_folder $(TALKS)/json/images --eval_dataset_name $(TALKS)/json/test.json --output_dir $(RUN) --seed $(SEED) --max_steps 300 \
 	  --learning_rate 2e-3 --lora_r 16 --lora_alpha 32 --lora_dropout 0 --per_device_train_batch_size 32 --per_device_eval_batch_size 50 \
 	  --gradient_accumulation_steps 1 --activation_checkpointing false --load_best_model_at_end false --sample_tokens 16 \
 	  --dataloader_num_workers 1
 	for what in before after shuffled; do \
-	  $(PY) tools/generate.py $(RUN) --data_path $(TALKS)/json/$$(test $$what = shuffled && echo shuffled || echo test).json \
+	  $(PY) tools/generate.py $(RUN) --dataset_name $(TALKS)/json/$$(test $$what = shuffled && echo shuffled || echo test).json \
 	    --image_folder $(TALKS)/json/images --batch_size 64 --max_new_tokens 16 $$(test $$what != before || echo --base_only) \
 	    --output $(RUN)/$$what.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
@@ -101,15 +97,15 @@ demo-finetune_minicpm_lora: .venv/done
 demo-llava_two_stage: .venv/done
 	$(PY) -m tiny llava_two_stage --out $(PARTS) --seed $(SEED)
 	$(PY) llava_two_stage.py --use_cpu --stage align --vision_tower $(PARTS)/vision --language_model $(PARTS)/language \
-	  --data_path $(PARTS)/json/captions.json --image_folder $(PARTS)/json/images --eval_data_path $(PARTS)/json/captions-test.json \
+	  --dataset_name $(PARTS)/json/captions.json --image_folder $(PARTS)/json/images --eval_dataset_name $(PARTS)/json/captions-test.json \
 	  --output_dir $(RUN)-align $(TWO_STAGE) --projector_learning_rate 2e-3
-	$(PY) llava_two_stage.py --use_cpu --stage instruct --model_name_or_path $(RUN)-align --data_path $(PARTS)/json/train.json \
-	  --image_folder $(PARTS)/json/images --eval_data_path $(PARTS)/json/test.json --output_dir $(RUN) $(TWO_STAGE) \
+	$(PY) llava_two_stage.py --use_cpu --stage instruct --model_name_or_path $(RUN)-align --dataset_name $(PARTS)/json/train.json \
+	  --image_folder $(PARTS)/json/images --eval_dataset_name $(PARTS)/json/test.json --output_dir $(RUN) $(TWO_STAGE) \
 	  --learning_rate 5e-4 --projector_learning_rate 5e-4
 	for when in before after; do base=$$(test $$when = after || echo --base_only) && \
-	  $(PY) tools/generate.py $(RUN)-align --data_path $(PARTS)/json/captions-test.json --image_folder $(PARTS)/json/images \
+	  $(PY) tools/generate.py $(RUN)-align --dataset_name $(PARTS)/json/captions-test.json --image_folder $(PARTS)/json/images \
 	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/captions-$$when.jsonl --overwrite && \
-	  $(PY) tools/generate.py $(RUN) --data_path $(PARTS)/json/test.json --image_folder $(PARTS)/json/images \
+	  $(PY) tools/generate.py $(RUN) --dataset_name $(PARTS)/json/test.json --image_folder $(PARTS)/json/images \
 	    --batch_size 64 --max_new_tokens 16 $$base --output $(RUN)/$$when.jsonl --overwrite || exit 1; done
 	$(PY) -m tiny report $(RUN)
 	$(PY) tools/plot_run.py $(RUN)-align $(RUN) --output $(RUN)/curves.png --overwrite --metrics loss
@@ -117,7 +113,6 @@ demo-llava_two_stage: .venv/done
 
 test: .venv/done
 	.venv/bin/ruff check .
-	.venv/bin/ruff check $(READABLE) $(RECIPES) workbench
 	.venv/bin/ruff format --check .
 	$(PY) workbench/sync.py --check
 	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one

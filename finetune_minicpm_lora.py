@@ -7,7 +7,7 @@
 # ///
 """Fine-tune MiniCPM-V on conversations about images: LoRA or QLoRA, plain Trainer, one 24 GB GPU.
 
-    python finetune_minicpm_lora.py --data_path train.json      # MiniCPM-V-4.6, LoRA; train.json is the default
+    python finetune_minicpm_lora.py --dataset_name train.json     # MiniCPM-V-4.6, LoRA; train.json is the default
     python finetune_minicpm_lora.py --q_lora                    # language model in 4-bit NF4
     python finetune_minicpm_lora.py --model_name_or_path openbmb/MiniCPM-V-2_6 --trust_remote_code
     python finetune_minicpm_lora.py --use_lora false --tune_llm --learning_rate 1e-5   # language model in full
@@ -23,8 +23,10 @@ interrupted, if data, settings and rows in a step are unchanged. N GPUs multiply
 Every setting is a flag: python finetune_minicpm_lora.py --help. The format of a row is shown in load_data."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -73,8 +75,12 @@ class Settings:
     model_revision: str | None = HfArg(default=None, help="Branch, tag, commit. Set it for 2.6: its code runs.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model. 2.6 needs it.")
     # data
-    data_path: str = HfArg(default="train.json", help="Rows as load_data shows them: a .json or .jsonl file.")
-    eval_data_path: str | None = HfArg(default=None, help="Evaluation rows, same format. Or see eval_fraction.")
+    dataset_name: str = HfArg(default="train.json", help="Hub id, folder or file of rows.", aliases=["--data_path"])
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if there is one.")
+    eval_dataset_name: str | None = HfArg(default=None, help="To evaluate on.", aliases=["--eval_data_path"])
     image_folder: str | None = HfArg(default=None, help="Folder of the images. Default: that of the .json.")
     eval_fraction: float = HfArg(default=0.02, help="Share of the images held out for evaluation. 0: none.")
     max_eval_rows: int = HfArg(default=200, help="Evaluate on at most this many rows, the same ones each time.")
@@ -83,7 +89,7 @@ class Settings:
     model_max_length: int = HfArg(default=2048, help="Longest row in tokens, images included. Never cut.")
     max_slice_nums: int = HfArg(default=9, help="Maximum number of slices, in addition to the whole image. 1: none.")
     downsample_mode: Literal["16x", "4x"] = HfArg(default="16x", help="4x: four times the image tokens (not 2.6).")
-    # what is trained
+    # adapter, and what else is trained
     tune_vision: bool = HfArg(default=False, help="Train the vision tower in full.")
     tune_llm: bool = HfArg(default=False, help="Train the language model in full. Needs use_lora false.")
     use_lora: bool = HfArg(default=True, help="Adapters on the language model. false alone trains only the projector.")
@@ -107,22 +113,19 @@ class Settings:
 class Training(transformers.TrainingArguments):
     """TrainingArguments with this recipe's defaults. All its other settings are flags, too."""
 
+    # training
     output_dir: str = HfArg(default="minicpm-lora", help="Adapter, processor, settings, samples, logs, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
     per_device_train_batch_size: int = HfArg(default=1, help="Raise it first where memory is left.")
-    per_device_eval_batch_size: int = HfArg(default=1, help="Rows that are evaluated, or answered, at once.")
     gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
     learning_rate: float = HfArg(default=1e-4, help="The language model's: 1e-4 for LoRA, 1e-5 in full.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
     warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a share of the run.")
     weight_decay: float = HfArg(default=0.1, help="Of all trained weights except biases and norms.")
     adam_beta2: float = HfArg(default=0.95, help="AdamW's second beta.")
-    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
-    eval_steps: float = HfArg(default=100, help="Steps between evaluations. The last step is evaluated, too.")
     save_steps: float = HfArg(default=100, help="Steps between checkpoints: what a crash can cost.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest and the best.")
-    load_best_model_at_end: bool = HfArg(default=True, help="Result: lowest eval_loss. false: last weights.")
     logging_steps: float = HfArg(default=5, help="Steps between two lines of the log.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
     report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
@@ -132,6 +135,11 @@ class Training(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(default=True, help="false: faster, if all rows have images.")
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
+    # evaluation
+    per_device_eval_batch_size: int = HfArg(default=1, help="Rows that are evaluated, or answered, at once.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=100, help="Steps between evaluations. The last step is evaluated, too.")
+    load_best_model_at_end: bool = HfArg(default=True, help="Result: lowest eval_loss. false: last weights.")
 
     def __post_init__(self):
         pick_precision(self)
@@ -146,7 +154,7 @@ class Training(transformers.TrainingArguments):
 REFUSED_HERE = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel neftune_noise_alpha
 torch_compile""".split()
 PLACEHOLDER = re.compile(r"(<image(?:_\d+)?>)")  # what stands for an image in a turn
-# model_type -> the paths of the model's parts. minicpmv is 2.6: what differs is in functions in _26.
+# model_type -> the paths of the model's parts. minicpmv is 2.6: its own code is called in functions that end in _26.
 PARTS_4 = {"vision": "model.vision_tower", "projector": "model.merger", "language": "model.language_model"}
 PARTS_26 = {"vision": "vpm", "projector": "resampler", "language": "llm"}
 PARTS = {"minicpmv4_6": PARTS_4, "minicpmv4_7": PARTS_4, "minicpmv": PARTS_26}
@@ -203,17 +211,15 @@ def load_processor(settings):
 
 def load_data(settings, training, collator):
     r"""-> (train, eval): rows that the collator accepts; eval is None if nothing is evaluated. Raises SystemExit.
-    A row has the official format. `image` is a path, or several paths by their placeholders, or missing:
+    A row has the official format. `image` is a path or an embedded image, or several by placeholders, or missing:
         {"id": "0", "image": "cat.jpg", "conversations": [
             {"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]}
         {"id": "1", "image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": [...]}
     User and assistant alternate; a system turn may come first. Only users' turns have placeholders, each one once.
     Texts with <think> are refused: reasoning is not trained."""
-    train_rows = read_rows(settings.data_path, None, settings)
-    eval_rows = None  # then prepare_rows holds out training rows
-    if settings.eval_data_path and training.eval_strategy != "no":
-        eval_rows = read_rows(settings.eval_data_path, None, settings)
-    return prepare_rows(train_rows, eval_rows, settings.data_path, collator, settings, training)
+    train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+    eval_rows = read_eval_rows(read_rows, settings, training)  # if None, prepare_rows holds out training rows
+    return prepare_rows(train_rows, eval_rows, settings.dataset_name, collator, settings, training)
 
 
 class Collator:
@@ -292,25 +298,25 @@ class Collator:
 
     def messages_of(self, row):
         """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
-        paths = image_paths(row, self.folder)
+        found = images_by_placeholder(row, self.folder)
         check_turns(row.get("conversations"), self.control_tokens)
         turns = [dict(turn) for turn in row["conversations"]]
         questions = [turn for turn in turns if turn["role"] == "user"]
         has_placeholder = any("<image" in turn["content"] for turn in turns)  # a misspelt one is reported below
-        if len(paths) == 1 and questions and not has_placeholder:
-            questions[0]["content"] = list(paths)[0] + questions[0]["content"]  # as in the official code
+        if len(found) == 1 and questions and not has_placeholder:
+            questions[0]["content"] = list(found)[0] + questions[0]["content"]  # as in the official code
         placeholders = PLACEHOLDER.findall(" ".join(turn["content"] for turn in turns))
-        if sorted(placeholders) != sorted(paths):
-            detail = f"the turns name {placeholders}, the row has {list(paths)}; use each image exactly once"
+        if sorted(placeholders) != sorted(found):
+            detail = f"the turns name {placeholders}, the row has {list(found)}; use each image exactly once"
             raise BadRow("images do not match", detail)
         # Edit images here, to crop or augment them (for evaluation, too). Each needs room in --model_max_length: 64
         # tokens, and 64 more for each of its slices (with --downsample_mode 4x four times as many).
-        images = {placeholder: load_image(path, max_aspect_ratio=20) for placeholder, path in paths.items()}
+        images = {placeholder: load_image(image, max_aspect_ratio=20) for placeholder, image in found.items()}
         return [{"role": turn["role"], "content": split_at_images(turn["content"], images)} for turn in turns]
 
     def images_of(self, row):
-        """The paths of a row's images. Raises BadRow."""
-        return list(image_paths(row, self.folder).values())
+        """A row's images: paths or {"bytes": ...}. Raises BadRow."""
+        return list(images_by_placeholder(row, self.folder).values())
 
 
 def learning_rates(settings, training):
@@ -412,6 +418,8 @@ class Trainer(transformers.Trainer):
             if self.rate_of(name) == 0:  # --lora_bias all makes biases of frozen parts trainable
                 parameter.requires_grad = False
         train_in_float32(self.model)
+        if not settings.use_lora and not settings.tune_llm:
+            self.model.enable_input_require_grads()  # else backward() fails in a step of rows without images
         self.lm_head = self.model.get_output_embeddings()
         tower = [weight for name, weight in self.model.named_parameters() if is_inside(name, parts["vision"])]
         if not any(weight.requires_grad for weight in tower):
@@ -419,8 +427,8 @@ class Trainer(transformers.Trainer):
         self.add_callback(AnswerSamples(self, settings.sample_rows, settings.sample_tokens))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Optional, for speed and memory: lm_head scores only positions whose next token is trained. (The model
-        divides the sum of their losses by num_items_in_batch, their number in the whole step, on all GPUs.)"""
+        """Optional, for speed and memory: logits only where the next token is trained. The loss stays the same: a sum
+        over trained tokens, divided by num_items_in_batch, the trained tokens of the whole step on all GPUs."""
         next_labels = next_tokens(inputs["labels"])
         is_trained = next_labels != -100
         inputs = {**inputs, "shift_labels": next_labels[is_trained]}  # the model's loss takes these instead of labels
@@ -498,38 +506,31 @@ def do_without_torchvision():
 
 
 def read_rows(name, split, settings):
-    """The rows of a .json or .jsonl file, which has no splits: `split` is ignored. Raises SystemExit.
-    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
-    is_json = Path(name).suffix.lower() in (".json", ".jsonl")
-    require(is_json, f"cannot read {name}: this reads .json and .jsonl files of rows {{id, image, conversations}}")
-    with fail_on_error(f"cannot read {name}"):
-        rows = read_json(Path(name))
+    """The rows of a split; None if there is no test split to evaluate on. Raises SystemExit."""
+    rows = read_dataset(name, split, settings)
+    if rows is None:
+        return None
     columns = rows.column_names
     require("conversations" in columns, f"cannot read {name}: no row has 'conversations', only {columns}")
-    misnamed = [key for key in columns if key.lower() in ("image", "images", "system") and key != "image"]
-    for column in misnamed:
-        numbers = [n for n, value in enumerate(rows[column]) if value is not None]
-        if numbers:
-            remedy = "images go under 'image', a system message is the first turn"
-            fail(f"cannot read {name}: row {numbers[0]} has a key {column!r}: {remedy}")
-    rows = rows.select_columns([column for column in ("id", "image", "conversations") if column in columns])
-    folder = os.path.abspath(settings.image_folder or Path(name).parent)
-    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+    return keep_columns(rows, ["image", "conversations"], ["image", "images", "system", "video", "videos"], name)
 
 
-def image_paths(row, folder):
-    """A row -> {placeholder: path of the image}; the placeholder of a single path is <image>. Raises BadRow.
-    Relative paths start in the row's own `folder`, from read_rows. `folder` is for rows that have none."""
-    image = row.get("image")
-    if image is None or image == "":
-        return {}
-    images = image if isinstance(image, dict) else {"<image>": image}
-    for placeholder, path in images.items():
-        if not PLACEHOLDER.fullmatch(placeholder) or not isinstance(path, str) or path == "":
-            wanted = 'it must be a path, or for several images {"<image_00>": a path, ...}'
-            raise BadRow("malformed image", f"{placeholder!r:.100} is {path!r:.100}; {wanted}")
-    start = row.get("folder") or folder
-    return {placeholder: os.path.join(start, path) for placeholder, path in images.items()}
+def images_by_placeholder(row, folder):
+    """A row -> {placeholder: path or {"bytes": ...}}; the placeholder of a single image is <image>. Raises BadRow.
+    Relative paths start in the row's own `folder`, from read_dataset. `folder` is for rows that have none."""
+    image, folder = row.get("image"), row.get("folder") or folder
+    if isinstance(image, dict) and "bytes" not in image:
+        named = {key: value for key, value in image.items() if value is not None}  # Arrow adds other rows' keys
+    else:
+        named = {"<image>": image} if as_image_list(image, folder) else {}
+    images = {}
+    for placeholder, value in named.items():
+        found = [] if isinstance(value, list) else as_image_list(value, folder)
+        if not PLACEHOLDER.fullmatch(placeholder) or not found:
+            wanted = 'it must be one image, or for several {"<image_00>": an image, ...}'
+            raise BadRow("malformed image", f"{placeholder!r:.100} is {value!r:.100}; {wanted}")
+        images[placeholder] = found[0]
+    return images
 
 
 def split_at_images(text, images):
@@ -689,9 +690,22 @@ def repaired_26(hub_class, tokenizer):
 # Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
 REFUSED_EVERYWHERE = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs
 deepspeed fsdp do_train do_eval do_predict dataloader_drop_last""".split()
-OTHER_NAMES = {
-    "gradient_checkpointing": "; its new name is --activation_checkpointing",
-    "deepspeed": "; give it to the launcher: accelerate launch --config_file",
+OTHER_NAMES = {  # a setting here: its names in other scripts
+    "model_name_or_path": "model model_id model_name model_path base_model pretrained_model_name_or_path",
+    "load_in_4bit": "bits load_4bit quantization_bit use_4bit q_lora",
+    "q_lora": "bits load_4bit quantization_bit use_4bit load_in_4bit",
+    "dataset_name": "dataset data data_path data_files train_file train_data",
+    "max_length": "max_seq_length max_seq_len cutoff_len model_max_length",
+    "model_max_length": "max_seq_length max_seq_len cutoff_len max_length",
+    "lora_r": "lora_rank rank",
+    "num_train_epochs": "epochs num_epochs",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
+    "learning_rate": "lr",
+    "warmup_steps": "warmup_ratio",
+    "eval_strategy": "evaluation_strategy",
+    "bf16": "torch_dtype dtype",
+    "config_file of accelerate launch": "deepspeed fsdp",
 }
 
 
@@ -727,26 +741,88 @@ def fail_on_error(message):
 def parse_arguments(parser, refused, argv=None):
     """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
     refused: inherited flags that this recipe does not use, besides REFUSED_EVERYWHERE.
-    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml."""
+    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml.
+    training.typed: the names of those on the command line; second_names: {a flag's other name: its name}."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else forked loader processes cause warnings
+    refused = REFUSED_EVERYWHERE + refused
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print_help(parser, refused)
+        sys.exit(0)
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("--help_all", action="help", help="Show all of these flags, not only the recipe's own.")
+    second_names = {}
+    for field in fields(parser.dataclass_types[0]):
+        second_names |= dict.fromkeys(field.metadata.get("aliases", ()), field.name)
+    typed = typed_settings(argv, second_names)
     config_file = parser.parse_known_args(argv)[0].config
     if config_file:
         argv = flags_from_yaml(config_file, parser) + argv
     try:
-        as_given = vars(parser.parse_args(argv))  # no dataclass is made yet, so no __post_init__ is called
+        namespace, unknown = parser.parse_known_args(argv)
+        as_given = vars(namespace)  # no dataclass is made yet, so no __post_init__ is called
         del as_given["config"]
+        if unknown:
+            flags = [word for word in unknown if word.startswith("-")] or unknown
+            fail(", ".join(f"{flag}: unknown{other_names(flag, as_given)}" for flag in flags))
         for field in fields(parser.dataclass_types[1]):
-            if field.name in REFUSED_EVERYWHERE + refused and as_given[field.name] != field.default:
-                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+            if field.name in refused and as_given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{other_names(field.name, as_given)}")
         settings, training = parser.parse_dict(as_given)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    training.typed, training.second_names = typed, second_names
     return settings, training
+
+
+def typed_settings(argv, second_names):
+    """The names of the settings in argv. Raises SystemExit if one is given under two names with different values."""
+    values = defaultdict(dict)
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            name = second_names.get(flag, flag).lstrip("-").replace("-", "_")
+            values[name][flag] = value or following
+    for flags in values.values():
+        require(len(set(flags.values())) == 1, f"{' and '.join(flags)} are one setting: give it one value")
+    return set(values)
+
+
+def other_names(flag, known):
+    """What to add to a message about a flag: its name here, or the names here that are most like it."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    same = [here for here, elsewhere in OTHER_NAMES.items() if name in elsewhere.split()]
+    same = [here for here in same if here in known or " " in here]
+    if same:
+        return f"; its name here is --{same[0]}"
+    alike = difflib.get_close_matches(name, known, cutoff=0.7)
+    if alike:
+        return f"; did you mean {' or '.join(f'--{here}' for here in alike)}?"
+    return "; --help shows what there is"
+
+
+def print_help(parser, refused):
+    """Print the commands of the docstring, and the recipe's own settings: under the comments that group them."""
+    lines = __doc__.splitlines()
+    commands = [line for line in lines if line.strip().startswith(("python ", "accelerate "))]
+    groups = {}
+    for dataclass_type in parser.dataclass_types:
+        own = {field.name: field for field in fields(dataclass_type) if field.name in dataclass_type.__annotations__}
+        for line in inspect.getsource(dataclass_type).splitlines():
+            name = line.strip().partition(":")[0]
+            if line.startswith("    # "):
+                group = groups.setdefault(line[6:], [])
+            elif name in own and name not in refused:
+                default = parser.get_default(name)
+                text = "" if default is None else json.dumps(default, ensure_ascii=False).strip('"')
+                group.append(f"{f'  --{name} {text}':40} {own[name].metadata['help']}")
+    print(lines[0], *commands, sep="\n")
+    for group, settings in groups.items():
+        print(f"\n{group}", *settings, sep="\n")
+    print("\n--config FILE reads settings from a YAML file. --help_all also shows those inherited from the trainer.")
 
 
 def flags_from_yaml(file, parser):
@@ -798,6 +874,22 @@ class BadRow(ValueError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+def as_image_list(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images.
+    None, "", and embedded images with neither bytes nor path count as no image."""
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str) and image:
+            image = os.path.join(folder, image)
+        if image:
+            images.append(image)
+    return images
 
 
 def image_key(image):
@@ -985,6 +1077,73 @@ def draw_rows(rows, count, seed):
     return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
 
 
+def read_eval_rows(read_rows, settings, training):
+    """The evaluation rows, read by read_rows(name, split, settings); None if there is no data set or split for them,
+    or if nothing is evaluated. Raises SystemExit."""
+    if training.eval_strategy == "no":
+        return None
+    if settings.eval_dataset_name:
+        split = settings.dataset_test_split or settings.dataset_train_split
+        return read_rows(settings.eval_dataset_name, split, settings)
+    if settings.dataset_test_split is None and settings.dataset_train_split == "test":
+        return None  # the test split is trained on
+    if settings.dataset_test_split is None and Path(settings.dataset_name).is_file():
+        return None  # a file has one split
+    return read_rows(settings.dataset_name, settings.dataset_test_split, settings)  # for None: test, if there is one
+
+
+def read_dataset(name, split, settings):
+    """One split as a Dataset; for split None `test`, or None if there is none. Raises SystemExit.
+    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
+    config, revision = None, None
+    if name == settings.dataset_name:  # another data set, to evaluate on, has neither
+        config, revision = settings.dataset_config, settings.dataset_revision
+    splits = load_splits(name, config, revision)
+    if split is None and "test" not in splits:
+        return None
+    split = split or "test"
+    require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
+
+    rows = splits[split]
+    for column, feature in rows.features.items():
+        if undecoded(feature) != feature:
+            rows = rows.cast_column(column, undecoded(feature))
+    new_columns = ("row", "folder", "length", "image_keys")
+    rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
+    folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def undecoded(feature):
+    """A feature whose images stay files and bytes, so that the collator can name the row of a broken one."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(undecoded(feature.feature))
+    return {key: undecoded(value) for key, value in feature.items()} if isinstance(feature, dict) else feature
+
+
+def load_splits(name, config, revision):
+    """{split: Dataset} of a hub id, folder, saved data set or file; a file has only `train`. Raises SystemExit."""
+    path = Path(name)
+    try:
+        if path.suffix.lower() in (".json", ".jsonl"):
+            splits = {"train": read_json(path)}
+        elif path.suffix.lower() == ".parquet":
+            splits = datasets.load_dataset("parquet", data_files=name)
+        elif path.is_file():
+            raise ValueError("known are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name, config, revision=revision)
+    except (StopIteration, IndexError):
+        fail(f"cannot read {name}: it is empty")
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        fail(f"cannot read {name}: {error.__cause__ or error}")
+    return splits if isinstance(splits, dict) else {"train": splits}
+
+
 def read_json(path):
     """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
     text = path.read_text(encoding="utf-8-sig")
@@ -1020,6 +1179,17 @@ def refuse_duplicate_keys(pairs):
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"a key appears twice in {str(pairs):.200}")
     return dict(pairs)
+
+
+def keep_columns(rows, columns, misplaced, name):
+    """Rows of which only these columns are left, if they are there. (`id`, `row`, `folder` stay.) Raises SystemExit if
+    a row has a value in one of `misplaced` (in any case): it would be ignored, although it carries meaning."""
+    for column in rows.column_names:
+        if column.lower() in misplaced and column not in columns:
+            numbers = [n for n, value in enumerate(rows[column]) if value is not None]
+            remedy = "images go under 'image', a system message is the first turn, and there are no videos"
+            require(not numbers, f"cannot read {name}: row {numbers[:1]} has a key {column!r}: {remedy}")
+    return rows.select_columns([column for column in rows.column_names if column in ("id", "row", "folder", *columns)])
 
 
 # ---------------------------------------------------------------------------------------------------- texts and labels
@@ -1402,7 +1572,9 @@ def checkpoint_to_resume(training):
     finished = (output_dir / "trainer_state.json").exists()
 
     if wanted.lower() == "false":
-        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+        message = f"{output_dir} holds a run already. Choose another --output_dir, or resume what is there: {command}"
+        require(not checkpoints and not finished, message)
         return None
     if wanted.lower() != "auto":
         require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
@@ -1437,30 +1609,38 @@ def is_complete(checkpoint):
 
 
 def require_same_settings(training):
-    """Stop if output_dir holds a run with other settings, or with other steps on these GPUs. Raises SystemExit."""
+    """Stop if output_dir holds another run, or other settings, or other steps on these GPUs. Raises SystemExit."""
     output_dir = Path(training.output_dir)
-    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+    remedy = f"Choose another --output_dir, or resume what is there: {command}"
     try:
         text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
-        old = dict(yaml.safe_load(text))
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
-        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+        second_names = {flag[2:]: name for flag, name in training.second_names.items()}
+        old = {second_names.get(name, name): value for name, value in yaml.safe_load(text).items()}
+    except (OSError, AttributeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one. {remedy}, once repaired")
+    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
+    if old_rows is None:
+        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
+        fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
+
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
         may_differ += ["max_eval_rows", "per_device_eval_batch_size", "max_new_tokens"]
-    changes = []
-    for name, value in training.as_given.items():
-        if name in old and old[name] != value and name not in may_differ:
-            changes.append(f"{name} {old[name]} -> {value}")
-    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
-    if old_rows is None:
-        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
-        fail(f"{problem}: use that version for it, or choose another --output_dir")
+    new = training.as_given
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in may_differ]
+    changed.sort(key=lambda name: name not in training.typed)  # False first: those on this command line
+    for name in ("model_name_or_path", "dataset_name"):
+        if name in changed:
+            fail(f"{output_dir} holds another run: its {name} is {old[name]}. {remedy}")
+    lines = [f"  {name} {old[name]} -> {new[name]}" for name in changed]
     if int(old_rows[1]) != rows_per_step(training):
-        rows = f"rows in a step {old_rows[1]} -> {rows_per_step(training)}"
-        changes.append(f"{rows}: --gradient_accumulation_steps makes up for another number of GPUs")
-    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
+        more = "--gradient_accumulation_steps makes up for another number of GPUs"
+        lines.insert(0, f"  rows in a step {old_rows[1]} -> {rows_per_step(training)}; {more}")
+    if len(lines) > 10:
+        lines[10:] = [f"  and {len(lines) - 10} more"]
+    require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -1472,7 +1652,7 @@ def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
     best = Path(state.best_model_checkpoint or checkpoint)
     if args.load_best_model_at_end:  # without it Trainer would save the last weights
         require(is_complete(best), f"{best}, the best checkpoint, is missing or damaged")
-    # In an unfinished epoch Trainer would take one more step. So ask only for the finished ones: no step is left.
+    # If the last epoch is incomplete, Trainer would take one more step. So ask for complete epochs only: none is left.
     args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
 
 

@@ -27,8 +27,10 @@ interrupted, if data, settings and rows in a step are unchanged (with fewer GPUs
 Every setting is a flag: python idefics2_docvqa.py --help. The formats of a row are shown in load_data."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -41,7 +43,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -112,23 +114,17 @@ class Settings:
 class Training(TrainingArguments):
     """TrainingArguments with this recipe's defaults. Its other settings are flags as well, except REFUSED_*."""
 
+    # training
     output_dir: str = HfArg(default="idefics2-docvqa", help="Adapter, processor, settings, samples, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
     per_device_train_batch_size: int = HfArg(default=2, help="Raise it first where memory is left.")
-    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
     gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
     learning_rate: float = HfArg(default=1e-4, help="1e-4 suits LoRA on short answers.")
     warmup_steps: float = HfArg(default=0.1, help="Steps, or below 1 a share of the run.")
     weight_decay: float = HfArg(default=0.01, help="AdamW's weight decay on the adapters.")
-    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
-    eval_steps: float = HfArg(
-        default=25, help="Steps between evaluations. Trainer also evaluates after the last step."
-    )
     save_steps: float = HfArg(default=25, help="Steps between checkpoints: what a crash can cost.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest and the best.")
-    load_best_model_at_end: bool = HfArg(default=True, help="Result: the best checkpoint. false: last weights.")
-    metric_for_best_model: str | None = HfArg(default="anls", help="anls or exact_match (highest), or loss (lowest).")
     logging_steps: float = HfArg(default=5, help="Steps between two lines of the log.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
     report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
@@ -138,6 +134,12 @@ class Training(TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not needed: every row uses all adapters.")
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
+    # evaluation
+    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=25, help="Steps between evaluations. The last step is evaluated, too.")
+    load_best_model_at_end: bool = HfArg(default=True, help="Result: the best checkpoint. false: last weights.")
+    metric_for_best_model: str | None = HfArg(default="anls", help="anls or exact_match (highest), or loss (lowest).")
 
     def __post_init__(self):
         pick_precision(self)
@@ -492,10 +494,10 @@ def refuse_bad_text(text, name, control_tokens):
     """Raises BadRow for what is not a text, is blank, or holds a control token."""
     if not isinstance(text, str):
         raise BadRow(
-            f"{name} is not a text", f"{text!r}; write it in quotes, exactly as the model should read or say it"
+            f"{name} is not a text", f"{text!r:.200}; write it in quotes, exactly as the model should read or say it"
         )
     if not text.strip():
-        raise BadRow(f"empty {name}", f"{text!r} holds nothing but white space")
+        raise BadRow(f"empty {name}", f"{text!r:.200} holds nothing but white space")
     refuse_control_tokens(text, control_tokens, f"the {name}")
 
 
@@ -526,9 +528,22 @@ class EpochColumn(transformers.TrainerCallback):
 # Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
 REFUSED_EVERYWHERE = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs
 deepspeed fsdp do_train do_eval do_predict dataloader_drop_last""".split()
-OTHER_NAMES = {
-    "gradient_checkpointing": "; its new name is --activation_checkpointing",
-    "deepspeed": "; give it to the launcher: accelerate launch --config_file",
+OTHER_NAMES = {  # a setting here: its names in other scripts
+    "model_name_or_path": "model model_id model_name model_path base_model pretrained_model_name_or_path",
+    "load_in_4bit": "bits load_4bit quantization_bit use_4bit q_lora",
+    "q_lora": "bits load_4bit quantization_bit use_4bit load_in_4bit",
+    "dataset_name": "dataset data data_path data_files train_file train_data",
+    "max_length": "max_seq_length max_seq_len cutoff_len model_max_length",
+    "model_max_length": "max_seq_length max_seq_len cutoff_len max_length",
+    "lora_r": "lora_rank rank",
+    "num_train_epochs": "epochs num_epochs",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
+    "learning_rate": "lr",
+    "warmup_steps": "warmup_ratio",
+    "eval_strategy": "evaluation_strategy",
+    "bf16": "torch_dtype dtype",
+    "config_file of accelerate launch": "deepspeed fsdp",
 }
 
 
@@ -564,26 +579,88 @@ def fail_on_error(message):
 def parse_arguments(parser, refused, argv=None):
     """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
     refused: inherited flags that this recipe does not use, besides REFUSED_EVERYWHERE.
-    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml."""
+    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml.
+    training.typed: the names of those on the command line; second_names: {a flag's other name: its name}."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else forked loader processes cause warnings
+    refused = REFUSED_EVERYWHERE + refused
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print_help(parser, refused)
+        sys.exit(0)
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("--help_all", action="help", help="Show all of these flags, not only the recipe's own.")
+    second_names = {}
+    for field in fields(parser.dataclass_types[0]):
+        second_names |= dict.fromkeys(field.metadata.get("aliases", ()), field.name)
+    typed = typed_settings(argv, second_names)
     config_file = parser.parse_known_args(argv)[0].config
     if config_file:
         argv = flags_from_yaml(config_file, parser) + argv
     try:
-        as_given = vars(parser.parse_args(argv))  # no dataclass is made yet, so no __post_init__ is called
+        namespace, unknown = parser.parse_known_args(argv)
+        as_given = vars(namespace)  # no dataclass is made yet, so no __post_init__ is called
         del as_given["config"]
+        if unknown:
+            flags = [word for word in unknown if word.startswith("-")] or unknown
+            fail(", ".join(f"{flag}: unknown{other_names(flag, as_given)}" for flag in flags))
         for field in fields(parser.dataclass_types[1]):
-            if field.name in REFUSED_EVERYWHERE + refused and as_given[field.name] != field.default:
-                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+            if field.name in refused and as_given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{other_names(field.name, as_given)}")
         settings, training = parser.parse_dict(as_given)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    training.typed, training.second_names = typed, second_names
     return settings, training
+
+
+def typed_settings(argv, second_names):
+    """The names of the settings in argv. Raises SystemExit if one is given under two names with different values."""
+    values = defaultdict(dict)
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            name = second_names.get(flag, flag).lstrip("-").replace("-", "_")
+            values[name][flag] = value or following
+    for flags in values.values():
+        require(len(set(flags.values())) == 1, f"{' and '.join(flags)} are one setting: give it one value")
+    return set(values)
+
+
+def other_names(flag, known):
+    """What to add to a message about a flag: its name here, or the names here that are most like it."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    same = [here for here, elsewhere in OTHER_NAMES.items() if name in elsewhere.split()]
+    same = [here for here in same if here in known or " " in here]
+    if same:
+        return f"; its name here is --{same[0]}"
+    alike = difflib.get_close_matches(name, known, cutoff=0.7)
+    if alike:
+        return f"; did you mean {' or '.join(f'--{here}' for here in alike)}?"
+    return "; --help shows what there is"
+
+
+def print_help(parser, refused):
+    """Print the commands of the docstring, and the recipe's own settings: under the comments that group them."""
+    lines = __doc__.splitlines()
+    commands = [line for line in lines if line.strip().startswith(("python ", "accelerate "))]
+    groups = {}
+    for dataclass_type in parser.dataclass_types:
+        own = {field.name: field for field in fields(dataclass_type) if field.name in dataclass_type.__annotations__}
+        for line in inspect.getsource(dataclass_type).splitlines():
+            name = line.strip().partition(":")[0]
+            if line.startswith("    # "):
+                group = groups.setdefault(line[6:], [])
+            elif name in own and name not in refused:
+                default = parser.get_default(name)
+                text = "" if default is None else json.dumps(default, ensure_ascii=False).strip('"')
+                group.append(f"{f'  --{name} {text}':40} {own[name].metadata['help']}")
+    print(lines[0], *commands, sep="\n")
+    for group, settings in groups.items():
+        print(f"\n{group}", *settings, sep="\n")
+    print("\n--config FILE reads settings from a YAML file. --help_all also shows those inherited from the trainer.")
 
 
 def flags_from_yaml(file, parser):
@@ -848,6 +925,8 @@ def read_eval_rows(read_rows, settings, training):
         return read_rows(settings.eval_dataset_name, split, settings)
     if settings.dataset_test_split is None and settings.dataset_train_split == "test":
         return None  # the test split is trained on
+    if settings.dataset_test_split is None and Path(settings.dataset_name).is_file():
+        return None  # a file has one split
     return read_rows(settings.dataset_name, settings.dataset_test_split, settings)  # for None: test, if there is one
 
 
@@ -864,16 +943,22 @@ def read_dataset(name, split, settings):
     require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
 
     rows = splits[split]
-    undecoded = datasets.Image(decode=False)  # so that the collator can name the row of a broken image
     for column, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, undecoded)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(column, datasets.List(undecoded))
+        if undecoded(feature) != feature:
+            rows = rows.cast_column(column, undecoded(feature))
     new_columns = ("row", "folder", "length", "image_keys")
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
     return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def undecoded(feature):
+    """A feature whose images stay files and bytes, so that the collator can name the row of a broken one."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(undecoded(feature.feature))
+    return {key: undecoded(value) for key, value in feature.items()} if isinstance(feature, dict) else feature
 
 
 def load_splits(name, config, revision):
@@ -1274,7 +1359,9 @@ def checkpoint_to_resume(training):
     finished = (output_dir / "trainer_state.json").exists()
 
     if wanted.lower() == "false":
-        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+        message = f"{output_dir} holds a run already. Choose another --output_dir, or resume what is there: {command}"
+        require(not checkpoints and not finished, message)
         return None
     if wanted.lower() != "auto":
         require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
@@ -1309,30 +1396,38 @@ def is_complete(checkpoint):
 
 
 def require_same_settings(training):
-    """Stop if output_dir holds a run with other settings, or with other steps on these GPUs. Raises SystemExit."""
+    """Stop if output_dir holds another run, or other settings, or other steps on these GPUs. Raises SystemExit."""
     output_dir = Path(training.output_dir)
-    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+    remedy = f"Choose another --output_dir, or resume what is there: {command}"
     try:
         text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
-        old = dict(yaml.safe_load(text))
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
-        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+        second_names = {flag[2:]: name for flag, name in training.second_names.items()}
+        old = {second_names.get(name, name): value for name, value in yaml.safe_load(text).items()}
+    except (OSError, AttributeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one. {remedy}, once repaired")
+    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
+    if old_rows is None:
+        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
+        fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
+
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
         may_differ += ["max_eval_rows", "per_device_eval_batch_size", "max_new_tokens"]
-    changes = []
-    for name, value in training.as_given.items():
-        if name in old and old[name] != value and name not in may_differ:
-            changes.append(f"{name} {old[name]} -> {value}")
-    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
-    if old_rows is None:
-        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
-        fail(f"{problem}: use that version for it, or choose another --output_dir")
+    new = training.as_given
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in may_differ]
+    changed.sort(key=lambda name: name not in training.typed)  # False first: those on this command line
+    for name in ("model_name_or_path", "dataset_name"):
+        if name in changed:
+            fail(f"{output_dir} holds another run: its {name} is {old[name]}. {remedy}")
+    lines = [f"  {name} {old[name]} -> {new[name]}" for name in changed]
     if int(old_rows[1]) != rows_per_step(training):
-        rows = f"rows in a step {old_rows[1]} -> {rows_per_step(training)}"
-        changes.append(f"{rows}: --gradient_accumulation_steps makes up for another number of GPUs")
-    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
+        more = "--gradient_accumulation_steps makes up for another number of GPUs"
+        lines.insert(0, f"  rows in a step {old_rows[1]} -> {rows_per_step(training)}; {more}")
+    if len(lines) > 10:
+        lines[10:] = [f"  and {len(lines) - 10} more"]
+    require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -1344,7 +1439,7 @@ def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
     best = Path(state.best_model_checkpoint or checkpoint)
     if args.load_best_model_at_end:  # without it Trainer would save the last weights
         require(is_complete(best), f"{best}, the best checkpoint, is missing or damaged")
-    # In an unfinished epoch Trainer would take one more step. So ask only for the finished ones: no step is left.
+    # If the last epoch is incomplete, Trainer would take one more step. So ask for complete epochs only: none is left.
     args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
 
 

@@ -10,7 +10,7 @@
 A small new part connects them, the projector: it makes the encoder's features of an image into embeddings.
 
 Stage 1, align: image -> caption. Only the projector is trained. -> llava-align/
-    python llava_two_stage.py --stage align --data_path blip_laion_cc_sbu_558k.json --image_folder images
+    python llava_two_stage.py --stage align --dataset_name blip_laion_cc_sbu_558k.json --image_folder images
 Stage 2, instruct: conversations. Projector and language model (or adapters on it) are trained. -> llava-instruct/
     python llava_two_stage.py --stage instruct --lora_r 128                   # LoRA; with --load_in_4bit QLoRA
     accelerate launch --config_file zero3.yaml llava_two_stage.py --stage instruct    # all weights: 8 GPUs, deepspeed
@@ -23,11 +23,13 @@ Result: the last weights, or with --load_best_model_at_end true those with the l
 images, averaged over evaluation batches. Each whole model takes 13 GB on the disk (7B in 16 bits).
 All rows that are used, with their images, are checked before training. The same command resumes a run that was
 interrupted, if data, settings and rows in a step are unchanged (with DeepSpeed also the number of GPUs).
-Every setting is a flag: --help. `accelerate config` writes zero3.yaml."""
+Every setting is a flag: --help. `accelerate config --config_file zero3.yaml` writes that file."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -69,7 +71,7 @@ VISION, PROJECTOR, LANGUAGE = "model.vision_tower", "model.multi_modal_projector
 # Defaults that differ by stage. Learning rates and rows in a step are LLaVA-1.5's.
 DEFAULTS = {
     "output_dir": {"align": "llava-align", "instruct": "llava-instruct"},
-    "data_path": {"align": "blip_laion_cc_sbu_558k.json", "instruct": "llava_v1_5_mix665k.json"},
+    "dataset_name": {"align": "blip_laion_cc_sbu_558k.json", "instruct": "llava_v1_5_mix665k.json"},
     "image_aspect_ratio": {"align": "square", "instruct": "pad"},
     "projector_learning_rate": {"align": 1e-3, "instruct": 2e-5},
     "learning_rate": {"align": 0.0, "instruct": 2e-5},
@@ -82,8 +84,9 @@ ROWS_PER_STEP = {"align": 256, "instruct": 128}
 class Settings:
     """Stage, model, adapter, data, samples. Each line is a flag: --lora_r 128. LLaVA's own names where it has some."""
 
+    # stage
     stage: Literal["align", "instruct"] = HfArg(default="align", help="align: captions. instruct: conversations.")
-    # what to start from: a LLaVA, or two models to join
+    # model: a LLaVA, or two models to join
     model_name_or_path: str | None = HfArg(default=None, help="A LLaVA. Default in instruct: llava-align.")
     model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of model_name_or_path.")
     vision_tower: str = HfArg(default="openai/clip-vit-large-patch14-336", help="CLIP to join: hub id or folder.")
@@ -91,7 +94,7 @@ class Settings:
     language_model: str = HfArg(default="lmsys/vicuna-7b-v1.5", help="Llama or Mistral to join: hub id or folder.")
     language_model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of language_model.")
     pretrain_mm_mlp_adapter: str | None = HfArg(default=None, help="Projector: stage-1 folder or mm_projector.bin.")
-    # what is trained; the language model's rate is --learning_rate
+    # adapter, and learning rates; the language model's is --learning_rate
     vision_learning_rate: float = HfArg(default=0.0, help="Learning rate of the vision tower; 0 freezes it.")
     projector_learning_rate: float | None = HfArg(default=None, help="0 freezes it. Default: align 1e-3, else 2e-5.")
     lora_r: int = HfArg(default=0, help="Rank of adapters on the language model; LLaVA's is 128. 0: no adapters.")
@@ -100,8 +103,14 @@ class Settings:
     lora_target_modules: list[str] | None = HfArg(default=None, help="Layers to adapt: q_proj v_proj, or one regex.")
     load_in_4bit: bool = HfArg(default=False, help="With adapters: the language model in 4-bit NF4 (QLoRA).")
     # data
-    data_path: str | None = HfArg(default=None, help="LLaVA JSON: .json or .jsonl. Default: LLaVA-1.5's own file.")
-    eval_data_path: str | None = HfArg(default=None, help="Rows to evaluate on. Default: eval_fraction of the images.")
+    dataset_name: str | None = HfArg(
+        default=None, help="Hub id, folder or file of rows. Default: LLaVA-1.5's own .json.", aliases=["--data_path"]
+    )
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
+    dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
+    dataset_train_split: str = HfArg(default="train", help="Split to train on.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if there is one.")
+    eval_dataset_name: str | None = HfArg(default=None, help="To evaluate on.", aliases=["--eval_data_path"])
     image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
     eval_fraction: float = HfArg(default=0.001, help="Fraction of the images to hold out for evaluation. 0: none.")
     max_eval_rows: int = HfArg(default=200, help="Evaluate on at most this many rows, the same ones each time.")
@@ -110,6 +119,7 @@ class Settings:
     model_max_length: int = HfArg(default=2048, help="Longest row in tokens, 576 for each image. Never cut.")
     image_aspect_ratio: Literal["pad", "square"] | None = HfArg(default=None, help="square: crop; default in align.")
     group_by_modality_length: bool = HfArg(default=True, help="Make each step of similar rows.")
+    # samples.md
     sample_rows: int = HfArg(default=8, help="Number of held-out rows to answer at each evaluation. 0: none.")
     sample_tokens: int = HfArg(default=64, help="Longest answer in samples.md, in tokens.")
 
@@ -118,17 +128,15 @@ class Settings:
 class Training(transformers.TrainingArguments):
     """TrainingArguments with this recipe's defaults. All its other settings are flags, too."""
 
+    # training
     output_dir: str | None = HfArg(default=None, help="Model or adapter, processor, settings, samples, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data. max_steps, if given, wins.")
     per_device_train_batch_size: int | None = HfArg(default=None, help="Default: 8 in align, 4 in instruct.")
-    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
     gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: a step has 256 rows, instruct 128.")
     learning_rate: float | None = HfArg(default=None, help="Language model's: 2e-5, adapters 2e-4, frozen in align.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
     warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a fraction of the run.")
-    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
-    eval_steps: float = HfArg(default=500, help="Steps between evaluations. The last step is evaluated, too.")
     save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept.")
     logging_steps: float = HfArg(default=10, help="Steps between two lines of the log.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
@@ -139,6 +147,10 @@ class Training(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Not needed: each batch uses all weights.")
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
+    # evaluation
+    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
+    eval_steps: float = HfArg(default=500, help="Steps between evaluations. The last step is evaluated, too.")
 
     def __post_init__(self):
         pick_precision(self)
@@ -150,6 +162,7 @@ class Training(transformers.TrainingArguments):
 def parse(argv=None):
     """Flags and `--config run.yaml` -> (Settings, Training). Raises SystemExit."""
     parser = transformers.HfArgumentParser([Settings, Training], allow_abbrev=False)
+    # parse_arguments ends with parser.parse_dict: fill in defaults there. settings.yaml keeps what was given.
     make_dataclasses = parser.parse_dict
     parser.parse_dict = lambda given: make_dataclasses(fill_defaults(given))
     return parse_arguments(parser, REFUSED_HERE, argv)
@@ -247,19 +260,17 @@ def load_data(settings, training, collator):
         {"image": "cat.jpg", "caption": "a cat on a sofa"}
         {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\nDescribe this."},
                                                {"from": "gpt", "value": "a cat on a sofa"}]}
-    Several images are a list of paths. A first turn from "system" takes the place of LLaVA's system prompt."""
-    train_rows = read_rows(settings.data_path, None, settings)
-    eval_rows = None  # if it stays None, prepare_rows holds out training rows
-    if settings.eval_data_path and training.eval_strategy != "no":
-        eval_rows = read_rows(settings.eval_data_path, None, settings)
-    return prepare_rows(train_rows, eval_rows, settings.data_path, collator, settings, training)
+    An image may also be embedded; several are a list. A first turn from "system" takes the place of LLaVA's."""
+    train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
+    eval_rows = read_eval_rows(read_rows, settings, training)  # if None, prepare_rows holds out training rows
+    return prepare_rows(train_rows, eval_rows, settings.dataset_name, collator, settings, training)
 
 
 class Collator:
     """Rows -> a batch: input_ids, attention_mask, labels (B, L), padded on the left; pixel_values (images, 3, H, W)
     if there are images. labels: the input_ids of captions and answers, -100 on everything else. Raises BadRow."""
 
-    image_columns = ("image",)  # another column: also in images_of, and in select_columns of read_rows
+    image_columns = ("image",)  # another column: also in images_of, and in read_rows
 
     def __init__(self, processor, settings, training):
         # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
@@ -323,16 +334,16 @@ class Collator:
     def messages_of(self, row):
         """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
         turns = read_turns(row, self.stage)
-        paths = self.images_of(row)
+        found = self.images_of(row)
         num_markers = sum(text.count("<image>") for role, text in turns if role == "user")
-        if num_markers != len(paths):
+        if num_markers != len(found):
             raise BadRow(
-                "images do not match", f"the human's turns have {num_markers} <image>, the row {len(paths)} images"
+                "images do not match", f"the human's turns have {num_markers} <image>, the row {len(found)} images"
             )
         if self.stage == "align":
-            check_caption(turns, len(paths))
+            check_caption(turns, len(found))
         # Edit images here, to augment them. Evaluation rows come through here, too.
-        images = (load_image(path) for path in paths)
+        images = (load_image(image) for image in found)
         messages = []
         for n, (role, text) in enumerate(turns):
             content = []
@@ -346,13 +357,8 @@ class Collator:
         return messages
 
     def images_of(self, row):
-        """The paths of a row's images. Raises BadRow."""
-        images = row.get("image") or []  # None and "" are no image
-        paths = images if isinstance(images, list) else [images]
-        for path in paths:
-            if not isinstance(path, str) or not path:
-                raise BadRow("malformed image", f"{path!r:.100}; it must be a path, or a list of paths")
-        return [os.path.join(row.get("folder") or self.folder, path) for path in paths]
+        """A row's images: paths, {"bytes": ...}, or PIL images."""
+        return as_image_list(row.get("image"), row.get("folder") or self.folder)
 
 
 def load_model(settings, training):
@@ -550,21 +556,16 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 def read_rows(name, split, settings):
-    """The rows of a .json or .jsonl file, numbered. A file has no splits: `split` is None. Raises SystemExit."""
-    is_json = Path(name).suffix.lower() in (".json", ".jsonl")
-    require(is_json, f"cannot read {name}: it must be a .json file (a list of rows) or a .jsonl file (one row a line)")
-    with fail_on_error(f"cannot read {name}"):
-        rows = read_json(Path(name))
-    keys = rows.column_names
-    require({"conversations", "caption"} & set(keys), f"cannot read {name}: no row has 'conversations', only {keys}")
-    # These would be ignored, although they carry meaning:
-    for key in {"images", "Image", "Images", "system", "video", "videos"} & set(keys):
-        remedy = "images go under 'image', a system message is the first turn, and there are no videos"
-        numbers = [n for n, value in enumerate(rows[key]) if value is not None]
-        require(not numbers, f"cannot read {name}: row {numbers[:1]} has a key {key!r}: {remedy}")
-    rows = rows.select_columns([key for key in ("id", "image", "conversations", "caption") if key in keys])
-    folder = os.path.abspath(settings.image_folder or Path(name).parent)
-    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+    """The rows of a split; None if there is no test split to evaluate on. Raises SystemExit."""
+    rows = read_dataset(name, split, settings)
+    if rows is None:
+        return None
+    texts = {"conversations", "caption"}
+    require(
+        texts & set(rows.column_names),
+        f"cannot read {name}: no row has 'conversations' or 'caption', only {rows.column_names}",
+    )
+    return keep_columns(rows, ["image", *texts], ["image", "images", "system", "video", "videos"], name)
 
 
 def read_turns(row, stage):
@@ -777,9 +778,22 @@ def blank_image(llava, inputs):
 # Inherited flags that no recipe uses: they would be ignored, or break what a recipe promises.
 REFUSED_EVERYWHERE = """save_only_model remove_unused_columns gradient_checkpointing gradient_checkpointing_kwargs
 deepspeed fsdp do_train do_eval do_predict dataloader_drop_last""".split()
-OTHER_NAMES = {
-    "gradient_checkpointing": "; its new name is --activation_checkpointing",
-    "deepspeed": "; give it to the launcher: accelerate launch --config_file",
+OTHER_NAMES = {  # a setting here: its names in other scripts
+    "model_name_or_path": "model model_id model_name model_path base_model pretrained_model_name_or_path",
+    "load_in_4bit": "bits load_4bit quantization_bit use_4bit q_lora",
+    "q_lora": "bits load_4bit quantization_bit use_4bit load_in_4bit",
+    "dataset_name": "dataset data data_path data_files train_file train_data",
+    "max_length": "max_seq_length max_seq_len cutoff_len model_max_length",
+    "model_max_length": "max_seq_length max_seq_len cutoff_len max_length",
+    "lora_r": "lora_rank rank",
+    "num_train_epochs": "epochs num_epochs",
+    "per_device_train_batch_size": "batch_size train_batch_size micro_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
+    "learning_rate": "lr",
+    "warmup_steps": "warmup_ratio",
+    "eval_strategy": "evaluation_strategy",
+    "bf16": "torch_dtype dtype",
+    "config_file of accelerate launch": "deepspeed fsdp",
 }
 
 
@@ -815,26 +829,88 @@ def fail_on_error(message):
 def parse_arguments(parser, refused, argv=None):
     """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
     refused: inherited flags that this recipe does not use, besides REFUSED_EVERYWHERE.
-    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml."""
+    training.as_given: all values as they were before __post_init__ changed any, for settings.yaml.
+    training.typed: the names of those on the command line; second_names: {a flag's other name: its name}."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else forked loader processes cause warnings
+    refused = REFUSED_EVERYWHERE + refused
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print_help(parser, refused)
+        sys.exit(0)
     parser.error = fail
     parser.add_argument("--config", help="YAML file of any of these flags.")
-    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("--help_all", action="help", help="Show all of these flags, not only the recipe's own.")
+    second_names = {}
+    for field in fields(parser.dataclass_types[0]):
+        second_names |= dict.fromkeys(field.metadata.get("aliases", ()), field.name)
+    typed = typed_settings(argv, second_names)
     config_file = parser.parse_known_args(argv)[0].config
     if config_file:
         argv = flags_from_yaml(config_file, parser) + argv
     try:
-        as_given = vars(parser.parse_args(argv))  # no dataclass is made yet, so no __post_init__ is called
+        namespace, unknown = parser.parse_known_args(argv)
+        as_given = vars(namespace)  # no dataclass is made yet, so no __post_init__ is called
         del as_given["config"]
+        if unknown:
+            flags = [word for word in unknown if word.startswith("-")] or unknown
+            fail(", ".join(f"{flag}: unknown{other_names(flag, as_given)}" for flag in flags))
         for field in fields(parser.dataclass_types[1]):
-            if field.name in REFUSED_EVERYWHERE + refused and as_given[field.name] != field.default:
-                fail(f"--{field.name}: not used by this recipe{OTHER_NAMES.get(field.name, '')}")
+            if field.name in refused and as_given[field.name] != field.default:
+                fail(f"--{field.name}: not used by this recipe{other_names(field.name, as_given)}")
         settings, training = parser.parse_dict(as_given)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    training.typed, training.second_names = typed, second_names
     return settings, training
+
+
+def typed_settings(argv, second_names):
+    """The names of the settings in argv. Raises SystemExit if one is given under two names with different values."""
+    values = defaultdict(dict)
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            name = second_names.get(flag, flag).lstrip("-").replace("-", "_")
+            values[name][flag] = value or following
+    for flags in values.values():
+        require(len(set(flags.values())) == 1, f"{' and '.join(flags)} are one setting: give it one value")
+    return set(values)
+
+
+def other_names(flag, known):
+    """What to add to a message about a flag: its name here, or the names here that are most like it."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    same = [here for here, elsewhere in OTHER_NAMES.items() if name in elsewhere.split()]
+    same = [here for here in same if here in known or " " in here]
+    if same:
+        return f"; its name here is --{same[0]}"
+    alike = difflib.get_close_matches(name, known, cutoff=0.7)
+    if alike:
+        return f"; did you mean {' or '.join(f'--{here}' for here in alike)}?"
+    return "; --help shows what there is"
+
+
+def print_help(parser, refused):
+    """Print the commands of the docstring, and the recipe's own settings: under the comments that group them."""
+    lines = __doc__.splitlines()
+    commands = [line for line in lines if line.strip().startswith(("python ", "accelerate "))]
+    groups = {}
+    for dataclass_type in parser.dataclass_types:
+        own = {field.name: field for field in fields(dataclass_type) if field.name in dataclass_type.__annotations__}
+        for line in inspect.getsource(dataclass_type).splitlines():
+            name = line.strip().partition(":")[0]
+            if line.startswith("    # "):
+                group = groups.setdefault(line[6:], [])
+            elif name in own and name not in refused:
+                default = parser.get_default(name)
+                text = "" if default is None else json.dumps(default, ensure_ascii=False).strip('"')
+                group.append(f"{f'  --{name} {text}':40} {own[name].metadata['help']}")
+    print(lines[0], *commands, sep="\n")
+    for group, settings in groups.items():
+        print(f"\n{group}", *settings, sep="\n")
+    print("\n--config FILE reads settings from a YAML file. --help_all also shows those inherited from the trainer.")
 
 
 def flags_from_yaml(file, parser):
@@ -886,6 +962,22 @@ class BadRow(ValueError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+def as_image_list(value, folder):
+    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images.
+    None, "", and embedded images with neither bytes nor path count as no image."""
+    images = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, bytes):
+            image = {"bytes": image}
+        if isinstance(image, dict) and not image.get("bytes"):
+            image = image.get("path")
+        if isinstance(image, str) and image:
+            image = os.path.join(folder, image)
+        if image:
+            images.append(image)
+    return images
 
 
 def image_key(image):
@@ -1073,6 +1165,73 @@ def draw_rows(rows, count, seed):
     return rows.shuffle(seed).select(range(min(len(rows), count))).flatten_indices()
 
 
+def read_eval_rows(read_rows, settings, training):
+    """The evaluation rows, read by read_rows(name, split, settings); None if there is no data set or split for them,
+    or if nothing is evaluated. Raises SystemExit."""
+    if training.eval_strategy == "no":
+        return None
+    if settings.eval_dataset_name:
+        split = settings.dataset_test_split or settings.dataset_train_split
+        return read_rows(settings.eval_dataset_name, split, settings)
+    if settings.dataset_test_split is None and settings.dataset_train_split == "test":
+        return None  # the test split is trained on
+    if settings.dataset_test_split is None and Path(settings.dataset_name).is_file():
+        return None  # a file has one split
+    return read_rows(settings.dataset_name, settings.dataset_test_split, settings)  # for None: test, if there is one
+
+
+def read_dataset(name, split, settings):
+    """One split as a Dataset; for split None `test`, or None if there is none. Raises SystemExit.
+    New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
+    config, revision = None, None
+    if name == settings.dataset_name:  # another data set, to evaluate on, has neither
+        config, revision = settings.dataset_config, settings.dataset_revision
+    splits = load_splits(name, config, revision)
+    if split is None and "test" not in splits:
+        return None
+    split = split or "test"
+    require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
+
+    rows = splits[split]
+    for column, feature in rows.features.items():
+        if undecoded(feature) != feature:
+            rows = rows.cast_column(column, undecoded(feature))
+    new_columns = ("row", "folder", "length", "image_keys")
+    rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
+    folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
+    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+
+
+def undecoded(feature):
+    """A feature whose images stay files and bytes, so that the collator can name the row of a broken one."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(undecoded(feature.feature))
+    return {key: undecoded(value) for key, value in feature.items()} if isinstance(feature, dict) else feature
+
+
+def load_splits(name, config, revision):
+    """{split: Dataset} of a hub id, folder, saved data set or file; a file has only `train`. Raises SystemExit."""
+    path = Path(name)
+    try:
+        if path.suffix.lower() in (".json", ".jsonl"):
+            splits = {"train": read_json(path)}
+        elif path.suffix.lower() == ".parquet":
+            splits = datasets.load_dataset("parquet", data_files=name)
+        elif path.is_file():
+            raise ValueError("known are .json, .jsonl and .parquet files, folders, saved data sets and hub ids")
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name, config, revision=revision)
+    except (StopIteration, IndexError):
+        fail(f"cannot read {name}: it is empty")
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        fail(f"cannot read {name}: {error.__cause__ or error}")
+    return splits if isinstance(splits, dict) else {"train": splits}
+
+
 def read_json(path):
     """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
     text = path.read_text(encoding="utf-8-sig")
@@ -1108,6 +1267,17 @@ def refuse_duplicate_keys(pairs):
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"a key appears twice in {str(pairs):.200}")
     return dict(pairs)
+
+
+def keep_columns(rows, columns, misplaced, name):
+    """Rows of which only these columns are left, if they are there. (`id`, `row`, `folder` stay.) Raises SystemExit if
+    a row has a value in one of `misplaced` (in any case): it would be ignored, although it carries meaning."""
+    for column in rows.column_names:
+        if column.lower() in misplaced and column not in columns:
+            numbers = [n for n, value in enumerate(rows[column]) if value is not None]
+            remedy = "images go under 'image', a system message is the first turn, and there are no videos"
+            require(not numbers, f"cannot read {name}: row {numbers[:1]} has a key {column!r}: {remedy}")
+    return rows.select_columns([column for column in rows.column_names if column in ("id", "row", "folder", *columns)])
 
 
 # ---------------------------------------------------------------------------------------------------- texts and labels
@@ -1537,7 +1707,9 @@ def checkpoint_to_resume(training):
     finished = (output_dir / "trainer_state.json").exists()
 
     if wanted.lower() == "false":
-        require(not checkpoints and not finished, f"{output_dir} holds a run already: choose another --output_dir")
+        command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+        message = f"{output_dir} holds a run already. Choose another --output_dir, or resume what is there: {command}"
+        require(not checkpoints and not finished, message)
         return None
     if wanted.lower() != "auto":
         require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
@@ -1572,30 +1744,38 @@ def is_complete(checkpoint):
 
 
 def require_same_settings(training):
-    """Stop if output_dir holds a run with other settings, or with other steps on these GPUs. Raises SystemExit."""
+    """Stop if output_dir holds another run, or other settings, or other steps on these GPUs. Raises SystemExit."""
     output_dir = Path(training.output_dir)
-    remedy = "choose another --output_dir, or resume from it all the same with --resume_from_checkpoint CHECKPOINT"
+    command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
+    remedy = f"Choose another --output_dir, or resume what is there: {command}"
     try:
         text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
-        old = dict(yaml.safe_load(text))
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
-        fail(f"{output_dir} holds a run without the settings.yaml that says which one: {remedy}")
+        second_names = {flag[2:]: name for flag, name in training.second_names.items()}
+        old = {second_names.get(name, name): value for name, value in yaml.safe_load(text).items()}
+    except (OSError, AttributeError, ValueError, yaml.YAMLError):
+        fail(f"{output_dir} holds a run without the settings.yaml that says which one. {remedy}, once repaired")
+    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
+    if old_rows is None:
+        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
+        fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
+
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
         may_differ += ["max_eval_rows", "per_device_eval_batch_size", "max_new_tokens"]
-    changes = []
-    for name, value in training.as_given.items():
-        if name in old and old[name] != value and name not in may_differ:
-            changes.append(f"{name} {old[name]} -> {value}")
-    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
-    if old_rows is None:
-        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
-        fail(f"{problem}: use that version for it, or choose another --output_dir")
+    new = training.as_given
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in may_differ]
+    changed.sort(key=lambda name: name not in training.typed)  # False first: those on this command line
+    for name in ("model_name_or_path", "dataset_name"):
+        if name in changed:
+            fail(f"{output_dir} holds another run: its {name} is {old[name]}. {remedy}")
+    lines = [f"  {name} {old[name]} -> {new[name]}" for name in changed]
     if int(old_rows[1]) != rows_per_step(training):
-        rows = f"rows in a step {old_rows[1]} -> {rows_per_step(training)}"
-        changes.append(f"{rows}: --gradient_accumulation_steps makes up for another number of GPUs")
-    require(not changes, f"{output_dir} holds a run with other settings ({', '.join(changes)}): {remedy}")
+        more = "--gradient_accumulation_steps makes up for another number of GPUs"
+        lines.insert(0, f"  rows in a step {old_rows[1]} -> {rows_per_step(training)}; {more}")
+    if len(lines) > 10:
+        lines[10:] = [f"  and {len(lines) - 10} more"]
+    require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -1607,7 +1787,7 @@ def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
     best = Path(state.best_model_checkpoint or checkpoint)
     if args.load_best_model_at_end:  # without it Trainer would save the last weights
         require(is_complete(best), f"{best}, the best checkpoint, is missing or damaged")
-    # In an unfinished epoch Trainer would take one more step. So ask only for the finished ones: no step is left.
+    # If the last epoch is incomplete, Trainer would take one more step. So ask for complete epochs only: none is left.
     args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
 
 

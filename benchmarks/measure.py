@@ -1,6 +1,5 @@
-"""What the benchmarks share: one step of a Trainer, its time, FLOPs and memory, and how far the gradients of two are apart."""
+"""What the benchmarks share: flags and files, a Trainer's step, what it costs, whether two are equal."""
 
-import argparse
 import contextlib
 import gc
 import io
@@ -18,36 +17,80 @@ import transformers
 import trl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils import flop_counter
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tools import generate
+from tools import program
+from tools.program import flag_parser
 
 TOLERANCE = 1e-5
 SMALL = "A small copy, to see that it runs: its figures say nothing of the real size"
 
 
+# ---------------------------------------------------------------- flags and files
+
+
 def start(main):
-    """main(), as a program that the tools' start() starts; SIGTERM ends it as Ctrl+C does, its processes and temporary folders with it."""
+    """Run a benchmark's main and exit with its status. SIGTERM ends it as Ctrl+C does: its processes end, its
+    temporary folders are removed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    generate.start(lambda: sys.exit(main()))
+    program.start(lambda: sys.exit(main()))
 
 
-def flag_parser(doc):
-    """A parser of flags, with `doc` as its help; a mistake in them ends the program with one line and exit status 1, as in recipes and tools."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = generate.fail
+def benchmark_parser(doc):
+    """A parser of flags, with `doc` as its help and --json. A mistake ends the program with one message."""
+    parser = flag_parser(doc)
+    parser.add_argument("--json", type=Path, help="Write all figures to this file.")
     return parser
 
 
+def add_recipes(parser, known):
+    """Let the flags name some of the `known` recipes; `check_recipes` reads them."""
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"Any of {', '.join(known)}. Default: all.")
+
+
+def check_recipes(parser, args, known):
+    """Make args.recipes the names of those that are meant, or all. Ends the program where one is unknown."""
+    names = [Path(name).stem if name.endswith(".py") else name for name in args.recipes]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(known)}")
+    args.recipes = names or list(known)
+
+
 def check_json(parser, path):
-    """Ends the program where a file of figures could not be written once they are there."""
+    """End the program where a file of figures could not be written once they are there."""
     try:
         if path:
             path.open("a").close()
-    except OSError as e:
-        parser.error(f"--json {path} cannot be written: {e.strerror}")
+    except OSError as error:
+        parser.error(f"--json {path} cannot be written: {error.strerror}")
+
+
+def write_json(args, **figures):
+    """Write the flags, the versions and these figures to the file of --json, if one was given."""
+    if args.json is None:
+        return
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    args.json.write_text(json.dumps({"arguments": flags, **versions, **figures}, indent=1))
+
+
+def as_flags(settings):
+    """{name: value} -> the list of a recipe's flags."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", str(value)]
+    return flags
+
+
+def on_or_off(choice):
+    """The value of --checkpointing -> the settings that are wanted."""
+    return {"on": [True], "off": [False], "both": [True, False]}[choice]
+
+
+# ---------------------------------------------------------------- one step
 
 
 def step(trainer, batch):
@@ -62,51 +105,67 @@ def gradients(trainer):
 
 
 def apart(stock, other):
-    """Two results of `gradients` -> how many there are; the largest relative difference of any, in its largest element and
-    in its norm."""
+    """Two results of `gradients` -> how many there are, and the largest relative difference of any: in its largest
+    element and in its norm. A NaN stays one."""
     assert all(g is not None and g.norm() > 0 for g in stock.values())
     pairs = [(g, other[name]) for name, g in stock.items()]
+    in_elements = [(g - h).abs().max() / g.abs().max() for g, h in pairs]
+    in_norms = [(g - h).norm() / g.norm() for g, h in pairs]
     return {
         "adapters": len(pairs),
-        "gradient_max": torch.stack([(g - h).abs().max() / g.abs().max() for g, h in pairs])
-        .max()
-        .item(),  # a NaN stays one
-        "gradient_norm": torch.stack([(g - h).norm() / g.norm() for g, h in pairs]).max().item(),
+        "gradient_max": torch.stack(in_elements).max().item(),
+        "gradient_norm": torch.stack(in_norms).max().item(),
     }
 
 
 def seconds(trainer, batch):
-    """Of one step. CPU: process time. GPU: wall time of a synchronized device."""
-    cuda = trainer.args.device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda:
+    """How long one step takes. CPU: process time. GPU: wall time of a synchronized device."""
+    on_gpu = trainer.args.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
         torch.cuda.synchronize()
     start = clock()
     step(trainer, batch)
-    if cuda:
+    if on_gpu:
         torch.cuda.synchronize()
     took = clock() - start
     trainer.model.zero_grad()
     return took
 
 
+def attention_flops(query, key, value, *args, **kwargs):
+    """FLOPs of the CPU's attention kernel, from the shapes of its inputs."""
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(gradient, query, key, value, *args, **kwargs):
+    """FLOPs of that kernel's backward pass."""
+    return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def addmm_flops(added, left, right, *args, **kwargs):
+    """FLOPs of a product that is added in place."""
+    return flop_counter.mm_flop(left, right)
+
+
+def four_bit_flops(left, packed, shape, *args, **kwargs):
+    """FLOPs of a product with a 4-bit weight, whose unpacked shape is (N, K)."""
+    return 2 * math.prod(left) * shape[0]
+
+
 def counter():
-    """A FlopCounterMode that also knows what PyTorch's own takes for free: the attention kernel of CPUs, addmm in place,
-    bitsandbytes' product with 4-bit weights (N, K), where there is one."""
-    aten, four_bit = torch.ops.aten, getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
-    return flop_counter.FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-                q, k, v
-            ),
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-                flop_counter.sdpa_backward_flop_count(g, q, k, v)
-            ),
-            aten.addmm_: lambda _, a, b, *__, **___: flop_counter.mm_flop(a, b),
-        }
-        | ({four_bit: lambda a, _, weight, *__, **___: 2 * math.prod(a) * weight[0]} if four_bit else {}),
-    )
+    """A FlopCounterMode that also knows what PyTorch's own takes for free: the CPU's attention kernel, addmm in place,
+    and bitsandbytes' product with 4-bit weights."""
+    aten = torch.ops.aten
+    kernels = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+        aten.addmm_: addmm_flops,
+    }
+    four_bit = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    if four_bit is not None:
+        kernels[four_bit] = four_bit_flops
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 def flops(trainer, batch):
@@ -117,26 +176,91 @@ def flops(trainer, batch):
     return counted.get_total_flops()
 
 
+def flops_by_part(trainer, batch):
+    """FLOPs of a step of pairs: of `all`, and of `language`, what is left where the image's features are there
+    already."""
+    model = trainer.model.get_base_model().model
+    original, kept = model.get_image_features, []
+
+    def keep(*args, **kwargs):
+        output = original(*args, **kwargs)
+        kept.append(output.pooler_output)
+        return output
+
+    def leaf(tensor):
+        return torch.zeros_like(tensor, requires_grad=tensor.requires_grad)
+
+    def give(*args, **kwargs):
+        return BaseModelOutputWithPooling(pooler_output=pytree.tree_map(leaf, kept.pop(0)))
+
+    found = {}
+    try:
+        for part, forward in (("all", keep), ("language", give)):
+            model.get_image_features = forward
+            found[part] = flops(trainer, batch)
+    finally:
+        del model.get_image_features
+    return found
+
+
+def flops_of_images(trainer, batch, copies=1):
+    """FLOPs to see each image of the batch once: vision tower and connector, forward. `copies`: of an image in it."""
+    names = ("pixel_values", "pixel_attention_mask", "target_sizes")
+    images = {name: batch[name][: len(batch[name]) // copies] for name in names if name in batch}
+    with counter() as counted, torch.no_grad():
+        model = trainer.model.get_base_model().model
+        model.get_image_features(**{name: value.to(trainer.args.device) for name, value in images.items()})
+    return counted.get_total_flops()
+
+
+def forward_shares(trainer, batch):
+    """Forward FLOPs of Idefics2's parts, as shares of their sum."""
+    parts = {"vision tower": ["model.vision_model"], "connector": ["model.connector"]}
+    parts["language model"] = ["model.text_model", "lm_head"]
+    model = trainer.model
+    inputs = {name: value.to(trainer.args.device) for name, value in batch.items() if name != "labels"}
+    with counter() as counted, torch.no_grad():
+        model(**inputs)  # of the Trainer's, which casts where it casts in training
+    found = dict.fromkeys(parts, 0)
+    for module, counts in counted.flop_counts.items():
+        for part, ends in parts.items():
+            if any(module.endswith(f"base_model.model.{end}") for end in ends):
+                found[part] += sum(counts.values())
+    total = sum(found.values())
+    return {part: count / total for part, count in found.items()}
+
+
 def peak(trainer, batch):
-    """Most bytes that PyTorch's allocator had given out at once during a step, above what was held before it. What libraries
-    allocate for themselves is not in it, neither on a CPU nor on a GPU."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch)
-        most = torch.cuda.max_memory_allocated() - before
-    else:
-        gc.collect()  # else an earlier trainer may go within the step, and what it gives back count against what the step takes
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step(trainer, batch)
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = most = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
+    """Most bytes that PyTorch's allocator had given out at once during a step, above what it held before. What
+    libraries allocate for themselves is not in it, neither on a CPU nor on a GPU."""
+    most = gpu_peak(trainer, batch) if trainer.args.device.type == "cuda" else cpu_peak(trainer, batch)
     trainer.model.zero_grad()
     return most
+
+
+def gpu_peak(trainer, batch):
+    """`peak` by torch.cuda.max_memory_allocated."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(trainer, batch)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak(trainer, batch):
+    """`peak` by the allocations in torch.profiler's record."""
+    gc.collect()  # what an earlier trainer gives back within the step would count against what the step takes
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(trainer, batch)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+# ---------------------------------------------------------------- a recipe's trainer
 
 
 class Ready(Exception):
@@ -144,7 +268,8 @@ class Ready(Exception):
 
 
 def trainer_of(recipe, flags):
-    """The trainer of a recipe's own main(), real weights in it, at the moment when it would train; as `train` then prepares it: checkpointing, autocast."""
+    """The trainer of a recipe's own main(), with real weights, at the moment when it would train; prepared as `train`
+    then prepares it: checkpointing, autocast."""
 
     def ready(trainer, *args, **kwargs):
         raise Ready(trainer)
@@ -152,8 +277,8 @@ def trainer_of(recipe, flags):
     with mock.patch.object(transformers.Trainer, "train", ready), contextlib.redirect_stdout(io.StringIO()):
         try:
             recipe.main(flags)
-        except Ready as e:
-            trainer = e.args[0]
+        except Ready as error:
+            trainer = error.args[0]
     if trainer.args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable()
     trainer.current_gradient_accumulation_steps = 1
@@ -162,8 +287,8 @@ def trainer_of(recipe, flags):
 
 
 def activations(trainer):
-    """Bytes at most allocated in the second of several accumulated steps on the longest rows, besides weights and gradients: what tools/inspect_recipe.py
-    foretells."""
+    """Most bytes allocated in the second of several accumulated steps on the longest rows, besides weights and
+    gradients: what tools/inspect_recipe.py foretells."""
     from tools.inspect_recipe import tensors  # here: the other benchmarks start without it
 
     rows = trainer.train_dataset
@@ -171,38 +296,46 @@ def activations(trainer):
     batch = dict(trainer.data_collator([rows[n] for n in longest]))
     for p in trainer.model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    given = sum(value.nbytes for value in tensors(batch))
-    return peak(trainer, batch) + given
+    inputs = sum(value.nbytes for value in tensors(batch))
+    return peak(trainer, batch) + inputs
+
+
+# ---------------------------------------------------------------- models without weights
 
 
 def without_storage(model):
     """A model on the meta device -> the same with fake CPU weights: all of the code runs, only shapes are computed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
-            for name, w in module._parameters.items():
-                if w is not None:
-                    module._parameters[name] = torch.nn.Parameter(
-                        torch.empty(w.shape, dtype=w.dtype), requires_grad=w.requires_grad
-                    )
-            for name, w in module._buffers.items():
-                if w is not None:
-                    module._buffers[name] = torch.empty(w.shape, dtype=w.dtype)
-    model.to = lambda *_, **__: model  # called by Trainer; fake weights cannot be moved, and are where they belong
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    fake = torch.empty(weight.shape, dtype=weight.dtype)
+                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=weight.requires_grad)
+            for name, weight in module._buffers.items():
+                if weight is not None:
+                    module._buffers[name] = torch.empty(weight.shape, dtype=weight.dtype)
+
+    def stay(*args, **kwargs):
+        return model
+
+    model.to = stay  # called by Trainer; fake weights cannot be moved, and are where they belong
     return model
 
 
 @contextlib.contextmanager
 def label_positions_only():
-    """Within it TRL's fused head scores label positions only, on a CPU, too, as on a GPU. The kernel itself stays the CPU's."""
+    """Within it TRL's fused head scores label positions only on a CPU, too, as on a GPU. The kernel stays the
+    CPU's."""
     with mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True):
         yield
 
 
 class StaticShapes(TorchFunctionMode):
-    """Within it code that asks tensors without storage for what they hold runs on: a boolean mask is looked up as indices, and a
-    number, which only metrics ask for, is 0."""
+    """Within it code runs that asks tensors without storage for what they hold: a boolean mask is looked up as
+    indices, and a number, which only metrics ask for, is 0."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        """PyTorch calls it in place of each of its functions."""
         if function is torch.Tensor.item and isinstance(args[0], FakeTensor):
             return 0.0
         if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
@@ -210,20 +343,25 @@ class StaticShapes(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+# ---------------------------------------------------------------- two sides beside each other
+
+
 def line(what, pair, unit, scale, note, ratio=None):
     """{"stock": value, "recipe": value} -> a line of a report."""
     figures = "".join(f"{side} {value / scale:8.2f} {unit:5s} " for side, value in pair.items())
-    return f"  {what:9s}{figures}{ratio or pair['stock'] / pair['recipe']:5.2f}x  {note}"
+    if ratio is None:
+        ratio = pair["stock"] / pair["recipe"]
+    return f"  {what:9s}{figures}{ratio:5.2f}x  {note}"
 
 
 def costs(sides, batches, report, counted=None):
-    """{"stock" and "recipe": trainer}, {the same: batches} -> time, FLOPs and memory of both, and their ratios; reports them. `counted`: FLOPs of the
-    first batch of both, where they are known."""
+    """{"stock" and "recipe": trainer}, {the same: batches} -> time, FLOPs and memory of both, and their ratios;
+    reports them. `counted`: their FLOPs, where they are known."""
     timed = {side: [] for side in sides}
     for n in range(len(batches["stock"])):
-        for side in sorted(sides, reverse=n % 2 == 0):  # whoever is first may find the caches otherwise
+        for side in sorted(sides, reverse=n % 2 == 0):  # else the second one would always find warm caches
             timed[side].append(seconds(sides[side], batches[side][n]))
-    ratios = [stock / mine for stock, mine in zip(timed["stock"], timed["recipe"])]
+    ratios = [stock / recipe for stock, recipe in zip(timed["stock"], timed["recipe"])]
     found = {"seconds_each": timed, "seconds": {side: statistics.median(values) for side, values in timed.items()}}
     found["flops"] = counted or {side: flops(trainer, batches[side][0]) for side, trainer in sides.items()}
     found["peak_bytes"] = {side: peak(trainer, batches[side][0]) for side, trainer in sides.items()}
@@ -233,65 +371,15 @@ def costs(sides, batches, report, counted=None):
     note = f"median of {len(ratios)}, alternating; ratios from {min(ratios):.2f} to {max(ratios):.2f}"
     report(line("time", found["seconds"], "s", 1, note, found["ratios"]["time"]))
     report(line("FLOPs", found["flops"], "GFLOP", 1e9, "forward, recomputation, backward"))
-    report(
-        line("memory", found["peak_bytes"], "MiB", 2**20, "most that PyTorch's allocator held at once, above weights")
-    )
+    memory_note = "most that PyTorch's allocator held at once, above weights"
+    report(line("memory", found["peak_bytes"], "MiB", 2**20, memory_note))
     return found
 
 
-def held(found, thresholds, report, when=""):
-    """A result of `costs`, {what: least ratio} -> the same with whether they hold; reports it."""
-    found |= {
-        "thresholds": thresholds,
-        "held": {what: found["ratios"][what] >= least for what, least in thresholds.items()},
-    }
+def check_thresholds(found, thresholds, report):
+    """A result of `costs` and {what: least ratio}: adds whether they hold, and reports it."""
+    found["thresholds"] = thresholds
+    found["held"] = {what: found["ratios"][what] >= least for what, least in thresholds.items()}
     for what, least in thresholds.items():
-        report(f"  {what} at least {least}x{when}: {'holds' if found['held'][what] else 'MISSED'}")
-
-
-def add_flags(parser, steps, rows):
-    """The flags of a benchmark of two sides. `rows`: what a step has."""
-    parser.add_argument("--steps", type=int, default=steps, help="Measured steps of each side.")
-    parser.add_argument("--batch_size", type=int, default=1, help=f"{rows} of a step.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
-    parser.add_argument(
-        "--checkpointing", choices=["on", "off", "both"], default="on", help="Activation checkpointing, of both sides."
-    )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: 16 bits, after the same check."
-    )
-    parser.add_argument("--report_only", action="store_true", help="Exit status 0 although a threshold is missed.")
-    parser.add_argument("--json", type=Path, help="Write all figures to this file.")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--real_size", action="store_true", help="Count the real model's FLOPs; with --device cuda measure it, too."
-    )
-    size.add_argument("--tiny", action="store_true", help="A model of no meaning, for the tests.")
-
-
-def check_flags(parser, args):
-    """Ends the program where the flags of `add_flags` cannot work. -> the name of the device."""
-    if min(args.steps, args.batch_size) < 1:
-        parser.error("--steps and --batch_size: at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU found")
-    if not 0 <= args.seed < 2**32:
-        parser.error("--seed: from 0 to below 2**32")
-    check_json(parser, args.json)
-    return torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread, float32, process time"
-
-
-def write(args, device, found):
-    """All figures into the file that was asked for."""
-    if args.json:
-        everything = {"arguments": {**vars(args), "json": str(args.json)}, "device": device, "settings": found}
-        everything |= {"torch": torch.__version__, "trl": trl.__version__}
-        args.json.write_text(json.dumps(everything, indent=1))
-
-
-def missed(args, found, report):
-    """Whether the benchmark fails because a threshold was missed; says which."""
-    below = [what for setting in found for what, ok in setting.get("held", {}).items() if not ok]
-    if below and not args.report_only:
-        report(f"\nerror: {' and '.join(below)} below what this benchmark asks for")
-    return bool(below) and not args.report_only
+        verdict = "holds" if found["held"][what] else "MISSED"
+        report(f"  {what} at least {least}x at equal settings: {verdict}")

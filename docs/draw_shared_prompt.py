@@ -1,6 +1,8 @@
-"""Draw docs/images/shared-prompt.png: the sequence, positions and mask that dpo_idefics2.py gives the language model for one pair.
+"""Draw docs/images/shared-prompt.png: the sequence, positions and mask that dpo_idefics2.py gives the language model
+for one pair.
 
-python docs/draw_shared_prompt.py      # from the project's root, after make demo or with requirements-dev.txt installed
+python docs/draw_shared_prompt.py      # from the project's root, after make demo or with requirements-dev.txt
+installed
 """
 
 import sys
@@ -45,8 +47,14 @@ def seen():
     row = PAIR | {"image": preferences.digits.to_pil(preferences.make_rows(0, True, 1)[0]["picture"])}
     collator = recipe.Collator(processor, settings, training)
     trainer = recipe.SharedPromptDPOTrainer(
-        settings, recipe.load_model(settings, training), args=training, data_collator=collator, train_dataset=Dataset.from_list([{"image": 0}]),
-        processing_class=processor, peft_config=recipe.lora_config(settings))  # fmt: skip
+        settings,
+        recipe.load_model(settings, training),
+        args=training,
+        data_collator=collator,
+        train_dataset=Dataset.from_list([{"image": 0}]),
+        processing_class=processor,
+        peft_config=recipe.lora_config(settings),
+    )
     given = {}
     trainer.model.get_base_model().model.text_model.register_forward_pre_hook(
         lambda _, args, kwargs: given.update(kwargs), with_kwargs=True

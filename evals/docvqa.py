@@ -5,24 +5,25 @@
 
 A line of the file has `prediction` and `reference`, a text or a list of accepted ones, as tools/generate.py writes it.
 
-ANLS, Average Normalized Levenshtein Similarity (Biten et al. 2019, arXiv:1905.13648), as the DocVQA challenge scores it: of
-prediction and accepted answer, both in lower case with single spaces, the Levenshtein distance is divided by the length of the
-longer one as it was given. The score of a question is 1 minus the smallest such share over its accepted answers, and 0 where
-that is below 0.5; ANLS is the mean over the questions. Exact match: equal to an accepted answer, case and spaces aside.
+ANLS, Average Normalized Levenshtein Similarity (Biten et al. 2019, arXiv:1905.13648), as the DocVQA challenge scores
+it: of prediction and accepted answer, both in lower case with single spaces, the Levenshtein distance is divided by
+the length of the longer one as it was given. The score of a question is 1 minus the smallest such share over its
+accepted answers, and 0 where that is below 0.5; ANLS is the mean over the questions. Exact match: equal to an accepted
+answer, case and spaces aside.
 """
 
-import argparse
 import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.program import fail, flag_parser, print_table, start, text_table  # noqa: E402
 
-def fail(message):
-    """End the program with one message and exit status 1."""
-    sys.exit(f"error: {message}")
+COLUMNS = ["ANLS", "exact", "id", "question", "prediction", "accepted"]
 
 
 def plain(text):
@@ -31,8 +32,8 @@ def plain(text):
 
 
 def anls(prediction, references):
-    """The score of one question, 0 to 1, from the model's answer and the list of accepted ones. Raises ValueError where an
-    accepted answer is blank or there is none."""
+    """The score of one question, 0 to 1, from the model's answer and the list of accepted ones (Biten et al. 2019).
+    Raises ValueError where an accepted answer is blank or there is none."""
     if not references or not all(reference.strip() for reference in references):
         raise ValueError(f"accepted answers {references!r}: at least one is needed, and none may be blank")
     distance = min(
@@ -41,9 +42,24 @@ def anls(prediction, references):
     return 1 - distance if distance <= 0.5 else 0.0
 
 
+def score_row(row):
+    """A line of a predictions file -> it, with `references` (a list), `anls` and `exact_match` (0 or 1). Raises
+    ValueError, KeyError or TypeError where it cannot be scored."""
+    json.dumps(row, ensure_ascii=False).encode()  # half a character could not be printed
+    prediction, references = row["prediction"], row["reference"]
+    if isinstance(references, str):
+        references = [references]
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in [prediction, *references]):
+        raise ValueError(
+            f"prediction {prediction!r} must be a text, reference {row['reference']!r} a text or a list of texts"
+        )
+    is_exact = plain(prediction) in [plain(reference) for reference in references]
+    scores = {"anls": anls(prediction, references), "exact_match": int(is_exact)}
+    return {**row, "references": references, **scores}
+
+
 def score(path):
-    """A predictions file -> its lines as dicts, each with `references` (a list), `anls` and `exact_match` (0 or 1), worst first.
-    Raises SystemExit for a line that cannot be scored."""
+    """A predictions file -> its scored lines, the worst first. Raises SystemExit for a line that cannot be scored."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as e:
@@ -53,80 +69,57 @@ def score(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a character could not be printed
-            references = [row["reference"]] if isinstance(row["reference"], str) else row["reference"]
-            if not isinstance(references, list) or not all(
-                isinstance(said, str) for said in [row["prediction"], *references]
-            ):
-                raise ValueError(
-                    f"prediction {row['prediction']!r} must be a text, reference {row['reference']!r} a text or a list of texts"
-                )
-            exact = plain(row["prediction"]) in [plain(reference) for reference in references]
-            scored.append(
-                {
-                    **row,
-                    "references": references,
-                    "anls": anls(row["prediction"], references),
-                    "exact_match": int(exact),
-                }
-            )
+            scored.append(score_row(json.loads(line)))
         except (ValueError, KeyError, TypeError) as e:
-            fail(
-                f"{path}, line {number}: {f'no {e}' if isinstance(e, KeyError) else e}; tools/generate.py shows the form"
-            )
+            cause = f"no {e}" if isinstance(e, KeyError) else e
+            fail(f"{path}, line {number}: {cause}; tools/generate.py shows the form")
     if not scored:
         fail(f"{path} is empty: there is nothing to score")
     return sorted(scored, key=lambda row: row["anls"])
 
 
+def cells_of(row):
+    """A scored line -> what stands in the table, a text for each of COLUMNS."""
+    number = row.get("id")
+    if number is None:
+        number = row.get("row", "")
+    cells = [f"{row['anls']:.3f}", row["exact_match"], number, row.get("question", ""), row["prediction"]]
+    return [*map(str, cells), " / ".join(row["references"])]
+
+
 def main(argv=None):
     """Parse, score, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what tools/generate.py wrote")
     parser.add_argument(
         "--worst", type=int, default=20, help="show so many questions, the worst first (default 20; -1: all)"
     )
     parser.add_argument("--csv", type=Path, help="write every question, the worst first, into this table")
     parser.add_argument("--overwrite", action="store_true", help="replace CSV where it exists")
-    parser.error = fail
     args = parser.parse_args(argv)
     if args.csv and args.csv.exists() and not args.overwrite:
         fail(f"{args.csv} exists: choose another --csv, or --overwrite it")
     rows = score(args.predictions)
-    table = [
-        [
-            f"{row['anls']:.3f}",
-            str(row["exact_match"]),
-            str(row.get("id") if row.get("id") is not None else row.get("row", "")),
-            str(row.get("question", "")),
-            row["prediction"],
-            " / ".join(row["references"]),
-        ]
-        for row in rows
-    ]
-    names = ["ANLS", "exact", "id", "question", "prediction", "accepted"]
+    lines = [cells_of(row) for row in rows]
     if args.csv:
         try:
             with open(args.csv, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([names, *table])
+                csv.writer(file).writerows([COLUMNS, *lines])
         except OSError as e:
             fail(f"cannot write {args.csv}: {e}")
-    shown = [[" ".join(cell.split()) for cell in line] for line in table[: args.worst if args.worst >= 0 else None]]
+    shown = lines[: args.worst] if args.worst >= 0 else lines
     if shown:
-        shown = [[cell if len(cell) <= 40 else cell[:39] + "…" for cell in line] for line in [names, *shown]]
-        widths = [max(map(len, column)) for column in zip(*shown)]
-        print(
-            "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in shown),
-            end="\n\n",
-        )
-    print(
-        f"ANLS {sum(row['anls'] for row in rows) / len(rows):.4f}   exact match {sum(row['exact_match'] for row in rows) / len(rows):.4f}   "
-        f"questions {len(rows)}" + (f"   table: {args.csv}" if args.csv else "")
-    )
+        table = text_table(*COLUMNS, left=len(COLUMNS), longest_cell=40)
+        for line in shown:
+            table.add_row(*(" ".join(cell.split()) for cell in line))
+        print_table(table)
+        print()
+    means = [statistics.fmean(row[name] for row in rows) for name in ("anls", "exact_match")]
+    summary = [f"ANLS {means[0]:.4f}", f"exact match {means[1]:.4f}", f"questions {len(rows)}"]
+    if args.csv:
+        summary.append(f"table: {args.csv}")
+    print("   ".join(summary))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

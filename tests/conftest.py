@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import math
 import os
@@ -17,6 +18,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=CACHE, HF_MODULES_CACHE=f"{CACHE}/modules", TOKENIZERS_PARALLELISM="false"
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process whose autograd has met a GPU could not be forked
 sys.path.insert(0, str(ROOT))
 
 import json  # noqa: E402
@@ -49,8 +51,6 @@ from transformers import (  # noqa: E402
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 
-import dpo_idefics2  # noqa: E402
-import finetune_minicpm_lora  # noqa: E402
 import idefics2_docvqa  # noqa: E402
 import llava_two_stage  # noqa: E402
 import sft_llava  # noqa: E402
@@ -87,8 +87,8 @@ def tiny_next(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_forms(tmp_path_factory):
-    """A folder as `python -m tiny idefics2` writes it: model/ (random weights), 96 rows to train on and 24 to test on in
-    data/*.parquet and json/*.json."""
+    """A folder as `python -m tiny idefics2` writes it: model/ (random weights), 96 rows to train on and 24 to test on
+    in data/*.parquet and json/*.json."""
     out = tmp_path_factory.mktemp("tiny_forms")
     processor = idefics2.processor()
     idefics2.model(processor.tokenizer).save_pretrained(out / "model")
@@ -100,8 +100,8 @@ def tiny_forms(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_pairs(tmp_path_factory):
-    """A folder as `python -m tiny idefics2_dpo` writes it, without its amber/: model/ (random weights), 96 rows to train on and
-    24 to test on in data/*.parquet and json/*.json."""
+    """A folder as `python -m tiny idefics2_dpo` writes it, without its amber/: model/ (random weights), 96 rows to
+    train on and 24 to test on in data/*.parquet and json/*.json."""
     out = tmp_path_factory.mktemp("tiny_pairs")
     processor = preferences.processor()
     preferences.model(processor.tokenizer).save_pretrained(out / "model")
@@ -112,8 +112,8 @@ def tiny_pairs(tmp_path_factory):
 
 
 def paligemma(out, text="gemma"):
-    """Write out/model, a PaliGemma with random weights: its processor knows no chat template. With `text` gemma2 it is a
-    PaliGemma 2, with a sliding window in every other layer."""
+    """Write out/model, a PaliGemma with random weights: its processor knows no chat template. With `text` gemma2 it is
+    a PaliGemma 2, with a sliding window in every other layer."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
     bpe.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
@@ -182,7 +182,8 @@ def minicpm_folder(out, family):
 
 @pytest.fixture(scope="session")
 def tiny_minicpm(tmp_path_factory):
-    """A folder as `python -m tiny minicpmv4_6` writes it: model/ (random weights), 96 rows to train on and 24 to test on in json/*.json."""
+    """A folder as `python -m tiny minicpmv4_6` writes it: model/ (random weights), 96 rows to train on and 24 to test
+    on in json/*.json."""
     return minicpm_folder(tmp_path_factory.mktemp("tiny_minicpm"), "minicpmv4_6")
 
 
@@ -212,25 +213,25 @@ def every_minicpm(request):
 
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory):
-    """A folder as `python -m tiny llava_two_stage` writes it: vision/ and language/ (random weights), in json/*.json 96 captions and 96
-    conversations to train on, and 24 of each to test on. And align/, what the first stage made of the two in three steps."""
+    """A folder as `python -m tiny llava_two_stage` writes it: vision/ and language/ (random weights), in json/*.json
+    96 captions and 96 conversations to train on, and 24 of each to test on. And align/, what the first stage made of
+    the two in three steps."""
     out = tmp_path_factory.mktemp("tiny_parts")
     tokenizer = two_stage.tokenizer()
     two_stage.save(out, two_stage.vision(), tokenizer, two_stage.language(tokenizer))
     for name, n in (("train", 96), ("test", 24)):
         two_stage.write_data(out, name, two_stage.make_rows(0, train=name == "train", n=n))
-        two_stage.write_data(
-            out, "captions" + "-test" * (name == "test"), two_stage.make_captions(0, train=name == "train", n=n)
-        )
+        captions = "captions" if name == "train" else "captions-test"
+        two_stage.write_data(out, captions, two_stage.make_captions(0, train=name == "train", n=n))
     llava_two_stage.main(two_stage_run(out, out / "align", max_steps=3, eval_fraction=0, save_strategy="no"))
     return out
 
 
 @pytest.fixture(scope="session")
 def learnt(tiny_forms, tmp_path_factory):
-    """A folder with model/, a tiny Idefics2 whose random weights are as large as their width asks for, so that it learns
-    fast; run/, what the recipe made of it: it knows the answers to 16 forms by heart; train.json, these, held_out.json,
-    the same and 3 that it never saw, and images/."""
+    """A folder with model/, a tiny Idefics2 whose random weights are as large as their width asks for, so that it
+    learns fast; run/, what the recipe made of it: it knows the answers to 16 forms by heart; train.json, these,
+    held_out.json, the same and 3 that it never saw, and images/."""
     out = tmp_path_factory.mktemp("learnt")
     processor = idefics2.processor()
     model = idefics2.model(processor.tokenizer)
@@ -273,98 +274,6 @@ def learnt(tiny_forms, tmp_path_factory):
     settings |= {"activation_checkpointing": False, "max_new_tokens": 8, "sample_rows": 19}
     idefics2_docvqa.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     return out
-
-
-@pytest.fixture
-def form_flags(tiny_forms, tmp_path):
-    """A function: settings as keywords -> the list of flags for a run of the tiny Idefics2 on the CPU."""
-    return functools.partial(short_run, tiny_forms, tmp_path / "out")
-
-
-@pytest.fixture
-def form_parse(form_flags):
-    """A function: settings as keywords -> (settings, training) of idefics2_docvqa.py, for a run of the tiny Idefics2 on the CPU."""
-    return lambda **settings: idefics2_docvqa.parse(form_flags(**settings))
-
-
-@pytest.fixture
-def form_collate(form_parse, tmp_path):
-    """A function: settings as keywords -> a Collator of idefics2_docvqa.py; relative image paths start in tmp_path."""
-
-    def make(**settings):
-        settings, training = form_parse(**{"image_folder": tmp_path, **settings})
-        return idefics2_docvqa.Collator(idefics2_docvqa.load_processor(settings), settings, training)
-
-    return make
-
-
-@pytest.fixture
-def pair_flags(tiny_pairs, tmp_path):
-    """A function: settings as keywords -> the list of flags for a run of dpo_idefics2.py on the CPU."""
-    return functools.partial(short_run, tiny_pairs, tmp_path / "out")
-
-
-@pytest.fixture
-def pair_parse(pair_flags):
-    """A function: settings as keywords -> (settings, training) of dpo_idefics2.py, for a run of the tiny Idefics2 on the CPU."""
-    return lambda **settings: dpo_idefics2.parse(pair_flags(**settings))
-
-
-@pytest.fixture
-def pair_collate(pair_parse, tmp_path):
-    """A function: settings as keywords -> a Collator of dpo_idefics2.py; relative image paths start in tmp_path."""
-
-    def make(**settings):
-        settings, training = pair_parse(**{"image_folder": tmp_path, **settings})
-        return dpo_idefics2.Collator(dpo_idefics2.load_processor(settings), settings, training)
-
-    return make
-
-
-@pytest.fixture
-def minicpm_flags(tiny_minicpm, tmp_path):
-    """A function: settings as keywords -> the list of flags for a run of the tiny MiniCPM-V 4.6 on the CPU."""
-    return functools.partial(minicpm_run, tiny_minicpm, tmp_path / "out")
-
-
-@pytest.fixture
-def minicpm_parse(minicpm_flags):
-    """A function: settings as keywords -> (settings, training) of finetune_minicpm_lora.py."""
-    return lambda **settings: finetune_minicpm_lora.parse(minicpm_flags(**settings))
-
-
-@pytest.fixture
-def minicpm_collate(minicpm_parse, tmp_path):
-    """A function: settings as keywords -> a Collator of finetune_minicpm_lora.py; relative image paths start in tmp_path."""
-
-    def make(**settings):
-        settings, training = minicpm_parse(**{"image_folder": tmp_path, **settings})
-        return finetune_minicpm_lora.Collator(finetune_minicpm_lora.load_processor(settings), settings, training)
-
-    return make
-
-
-@pytest.fixture
-def stage_flags(tiny_parts, tmp_path):
-    """A function: stage, and settings as keywords -> the list of flags for a run of llava_two_stage.py on the CPU."""
-    return functools.partial(two_stage_run, tiny_parts, tmp_path / "out")
-
-
-@pytest.fixture
-def stage_parse(stage_flags):
-    """A function: stage, and settings as keywords -> (settings, training) of llava_two_stage.py."""
-    return lambda stage="align", **settings: llava_two_stage.parse(stage_flags(stage, **settings))
-
-
-@pytest.fixture
-def stage_collate(stage_parse, tmp_path):
-    """A function: stage, and settings as keywords -> a Collator of llava_two_stage.py; relative image paths start in tmp_path."""
-
-    def make(stage="align", **settings):
-        settings, training = stage_parse(stage, **{"image_folder": tmp_path, **settings})
-        return llava_two_stage.Collator(llava_two_stage.load_processor(settings), settings, training)
-
-    return make
 
 
 @pytest.fixture
@@ -450,6 +359,15 @@ def write(tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def quick_collections():
+    """gc.collect() looks at what is made in this file only: with all that is imported it took longer than a run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Weights(TrainerCallback):
     """Copies what is trained, before the first step and after each."""
 
@@ -474,23 +392,6 @@ def refusal(main, argv):
         main(argv)
     assert str(stopped.value.code).startswith("error: ") and "\n" not in stopped.value.code
     return stopped.value.code
-
-
-def stopped_by(recipe, flags, monkeypatch):
-    """A function: settings as keywords -> the message with which a recipe's main() ends, before it loads any weights."""
-
-    def load_model(*args):
-        raise Loaded
-
-    def make(**settings):
-        with pytest.raises(SystemExit) as end:
-            recipe.main(flags(**{"eval_fraction": 0, **settings}))
-        message = end.value.code  # a text: Python prints it and exits with status 1
-        assert isinstance(message, str) and message.startswith("error: ") and "Traceback" not in message
-        return message
-
-    monkeypatch.setattr(recipe, "load_model", load_model)
-    return make
 
 
 def fresh(code, *args):

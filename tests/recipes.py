@@ -3,10 +3,13 @@
 import contextlib
 import importlib
 import io
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 NAMES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
 FOLDERS = {  # the fixture with the tiny model and data of each
@@ -41,7 +44,7 @@ def minicpm_run(folder, out, **settings):
     """The list of flags for a run of finetune_minicpm_lora.py on the CPU; 2.6 brings its own code."""
     own = {"trust_remote_code": True} if (folder / "model" / "modeling_minicpmv.py").exists() else {}
     own |= {"image_folder": folder / "json" / "images", "lora_r": 8}
-    return short_run(folder, out, ("data_path", "json/train.json"), **{**own, **settings})
+    return short_run(folder, out, ("dataset_name", "json/train.json"), **{**own, **settings})
 
 
 def two_stage_run(folder, out, stage="align", **settings):
@@ -55,7 +58,7 @@ def two_stage_run(folder, out, stage="align", **settings):
         own |= {"model_name_or_path": None, "vision_tower": folder / "vision", "language_model": folder / "language"}
     own |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     data = "json/captions.json" if stage == "align" else "json/train.json"
-    return short_run(folder, out, ("data_path", data), **{**own, **settings})
+    return short_run(folder, out, ("dataset_name", data), **{**own, **settings})
 
 
 def said(*turns, image=None, **more):
@@ -99,20 +102,6 @@ class Recipe:
         return importlib.import_module(self.name)
 
     @property
-    def data_flag(self):
-        """The flag that names the training data."""
-        return "data_path" if self.takes_files else "dataset_name"
-
-    @property
-    def eval_data_flag(self):
-        return f"eval_{self.data_flag}"
-
-    @property
-    def takes_files(self):
-        """Whether it reads LLaVA's JSON files only, not every kind of data set."""
-        return self.name in ("finetune_minicpm_lora", "llava_two_stage")
-
-    @property
     def talks_in_turns(self):
         """Whether a row may be a conversation of several turns, with several images or none."""
         return self.name in ("sft_llava", "finetune_minicpm_lora", "llava_two_stage")
@@ -138,7 +127,7 @@ class Recipe:
 
     def flags_for(self, rows, **settings):
         """The same for a data file; relative image paths start in tmp_path, and no row is held out."""
-        own = {self.data_flag: rows, "image_folder": self.tmp_path, "eval_fraction": 0}
+        own = {"dataset_name": rows, "image_folder": self.tmp_path, "eval_fraction": 0}
         return self.flags(**{**own, **settings})
 
     def parse(self, **settings):
@@ -161,6 +150,20 @@ class Recipe:
             self.module.main(self.flags(**settings))
         return printed.getvalue()
 
+    def trainer(self, train=False, **settings):
+        """The Trainer that main makes: before its first step, or with `train` after the last, and saved."""
+        made, train_and_save = [], self.module.train_and_save
+
+        def keep(trainer, checkpoint=None):
+            made.append(trainer)
+            if train:
+                train_and_save(trainer, checkpoint)
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(self.module, "train_and_save", keep)
+            self.module.main(self.flags(**settings))
+        return made[0]
+
     def refusal(self, argv):
         """The one message that main ends with before it loads any weights."""
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -180,3 +183,40 @@ def load_data(module, settings, training):
     """What a recipe's load_data makes of these settings, with the collator that its main would make."""
     collator = module.Collator(module.load_processor(settings), settings, training)
     return module.load_data(settings, training, collator)
+
+
+def same(one, other):
+    """Whether two batches hold the same values. In some a batch is nested, or holds lists of tensors."""
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def flat(batch):
+    """A batch with all of the model's inputs side by side (for MiniCPM-V 2.6 most are in a dict)."""
+    return {**batch.get("data", {}), **{key: value for key, value in batch.items() if key != "data"}}
+
+
+def sequences(batch):
+    """The (ids, labels) of each sequence of a batch, without padding. Every label is the token itself or -100."""
+    batch, pairs = flat(batch), []
+    labels = batch.get("labels")
+    if labels is None:  # of DPO
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    for ids, learnt, mask in zip(batch["input_ids"], labels, batch["attention_mask"].bool()):
+        assert (learnt[~mask] == -100).all() and ((learnt == ids) | (learnt == -100)).all()
+        pairs.append((ids[mask].tolist(), learnt[mask].tolist()))
+    return pairs
+
+
+def trained(batch, tokenizer):
+    """The runs of trained tokens of each sequence, as text, with the space before their first word."""
+    texts = []
+    for ids, labels in sequences(batch):
+        runs = itertools.groupby(range(len(ids)), key=lambda n, labels=labels: labels[n] != -100)
+        places = [list(run) for is_trained, run in runs if is_trained]
+        before = [tokenizer.decode(ids[: run[0]]) for run in places]
+        texts.append([tokenizer.decode(ids[: run[-1] + 1])[len(head) :] for run, head in zip(places, before)])
+    return texts

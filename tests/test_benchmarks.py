@@ -1,270 +1,471 @@
-"""benchmarks/docvqa_step.py and dpo_step.py: what they report, and that their checks can fail."""
+"""benchmarks/ but for full_size.py: step.py's checks can fail, what is counted is right, estimate.py and loader.py
+report what they claim."""
 
-import argparse
+import contextlib
+import functools
+import importlib
+import io
 import json
-import subprocess
+import signal
 import sys
-from pathlib import Path
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+import transformers
 from conftest import ROOT
+from recipes import NAMES, sequences
 
 import dpo_idefics2
 import idefics2_docvqa
+import sft_llava
+from tools import inspect_recipe
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import docvqa_step  # noqa: E402
-import dpo_step  # noqa: E402
+import estimate  # noqa: E402
+import loader  # noqa: E402
+import made_up  # noqa: E402
+import measure  # noqa: E402
+import scaled  # noqa: E402
+import step  # noqa: E402
 
-torch = dpo_step.torch
+pytestmark = [
+    pytest.mark.usefixtures("quick_collections"),
+    pytest.mark.filterwarnings("ignore:.*(pin_memory|This DataLoader will create).*"),
+]
+STEPS = {  # flags, and how many matrices are trained: A and B of each layer with LoRA
+    "sft_llava": ([], 2 * 2 * 7),  # seven projections in two layers
+    "idefics2_docvqa": ([], 2 * (2 * 4 + 3 * 4 + 1)),  # language model, perceiver, lm_head
+    "dpo_idefics2": (["--arch", "idefics2", "--adapters", "language"], 2 * 2 * 7),  # the tower is frozen
+    "dpo_idefics2 llava": (["--arch", "llava", "--adapters", "all"], 2 * (2 * 7 + 2 + 2 * 6)),  # two layers of a tower
+    "finetune_minicpm_lora": ([], 2 * (3 + 4 + 2 * 3) + 4 + 2 + 2 * 2),  # and a projector, trained in full
+    "llava_two_stage": ([], 2 * 2 * 7 + 4),  # the same
+}
+BOTH = ("sft_llava", "dpo_idefics2", "finetune_minicpm_lora")  # with activation checkpointing and without
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(docvqa_step.torch.cuda, "is_available", lambda: False)  # as all other tests run
+    """As all other tests run. And loader.py would leave its own cache for data sets behind, in a folder that is
+    gone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loader.datasets.config, "HF_DATASETS_CACHE", loader.datasets.config.HF_DATASETS_CACHE)
 
 
-def test_reports_costs_and_equality_of_both_settings(tmp_path, capsys):
-    assert docvqa_step.main(["--tiny", "--steps", "1", "--json", str(tmp_path / "step.json")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count(": equal") == 2 and "NOT EQUAL" not in printed and docvqa_step.SMALL in printed
-    found = json.loads((tmp_path / "step.json").read_text())["settings"]
-    assert [setting["checkpointing"] for setting in found] == [True, False]
-    for setting in found:
-        assert setting["equal"]
-        assert setting["check"]["adapters"] == 2 * (4 * 2 + 4 * 3 + 1)  # A and B: language model, perceiver, lm_head
-        for what in ("flops", "peak_bytes"):  # times of one tiny step say nothing
-            assert setting[what]["stock"] > setting[what]["recipe"] > 0
-    assert found[0]["flops"]["stock"] > found[1]["flops"]["stock"]  # recomputation is counted
+# ---------------------------------------------------------------- step.py
 
 
-@pytest.mark.parametrize(
-    "wrong", [lambda loss: loss * 1.0001, lambda loss: loss + 1e-4 * (loss - loss.detach())], ids=["loss", "gradients"]
-)
-def test_exit_status_1_where_they_differ(monkeypatch, capsys, wrong):
-    right = idefics2_docvqa.Trainer.compute_loss
-    monkeypatch.setattr(idefics2_docvqa.Trainer, "compute_loss", lambda *args, **more: wrong(right(*args, **more)))
-    assert docvqa_step.main(["--tiny", "--steps", "1", "--checkpointing", "off"]) == 1
-    printed = capsys.readouterr().out
-    assert "NOT EQUAL" in printed and "error: the recipe's loss or gradients" in printed
+def step_flags(name, *more):
+    """step.py's flags for one step of a tiny model."""
+    return ["--recipe", name.split()[0], *STEPS[name][0], "--tiny", "--steps", "1", *more]
 
 
-def test_nan_is_not_equal():
-    assert not docvqa_step.equal(
-        {"loss": {"stock": 1.0, "recipe": 1.0}, "gradient_max": float("nan"), "gradient_norm": 0.0}
-    )
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """A function: an entry of STEPS -> (exit status, what was printed, the settings in the file of figures)."""
+
+    @functools.cache
+    def run(name):
+        path, printed = tmp_path_factory.mktemp("step") / "step.json", io.StringIO()
+        flags = step_flags(name, "--batch_size", "2", "--checkpointing", "both" if name in BOTH else "on")
+        with contextlib.redirect_stdout(printed):
+            status = step.main([*flags, "--json", str(path)])
+        return status, printed.getvalue(), json.loads(path.read_text())["settings"]
+
+    return run
 
 
-def test_weights_without_storage_cost_as_many_flops(tmp_path):
-    shape, args = docvqa_step.SHAPES["tiny"], argparse.Namespace(batch_size=2, seed=0)
-    settings, training = docvqa_step.prepare(args, True, tmp_path)
-    processor = docvqa_step.make_processor(shape)
-    processor.image_processor.do_image_splitting = False
-    collator = idefics2_docvqa.Collator(processor, settings, training)
-    rows = docvqa_step.make_rows(2, shape, processor.tokenizer, 0)
-    counted, shares = docvqa_step.flops_without_storage(shape, collator, rows, settings, training)
-    assert sum(shares.values()) == pytest.approx(1)
-    model = docvqa_step.adapted(
-        docvqa_step.configuration(shape, processor.image_token_id), settings, training.device, None
-    )
-    for side, trainer in docvqa_step.trainers(model, collator, rows, settings, training).items():
-        trainer.model.activation_checkpointing_enable()
-        assert docvqa_step.flops(trainer, collator(rows)) == counted[side]
+@pytest.mark.parametrize("name", STEPS)
+def test_both_sides_are_equal_and_the_recipe_costs_less(stepped, name):
+    status, printed, settings = stepped(name)
+    assert status == 0 and printed.count(": equal") == len(settings)
+    assert [setting["checkpointing"] for setting in settings] == ([True, False] if name in BOTH else [True])
+    for setting in settings:  # times of one tiny step say nothing
+        check, flops, peak = setting["check"], setting["flops"], setting["peak_bytes"]
+        assert setting["equal"] and check["gradient_max"] < 1e-5 and check["adapters"] == STEPS[name][1]
+        assert peak["stock"] >= peak["recipe"] > 0
+        if name == "sft_llava" and not setting["checkpointing"]:
+            assert flops["stock"] == flops["recipe"] > 0
+        else:
+            assert flops["stock"] > flops["recipe"] > 0
+    if name in BOTH:
+        assert settings[0]["flops"]["stock"] > settings[1]["flops"]["stock"]  # recomputation is counted
 
 
-def test_texts_have_the_stated_lengths():
-    tokenizer = docvqa_step.make_processor(docvqa_step.SHAPES["tiny"]).tokenizer
-    rows = docvqa_step.make_rows(50, docvqa_step.SHAPES["tiny"], tokenizer, 0)
-    count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
-    assert all(12 <= count(row["question"]) <= 20 and 2 <= len(row["answers"][0]) <= 14 for row in rows)
+@pytest.mark.parametrize("name", STEPS)
+def test_weights_without_storage_cost_as_many_flops(stepped, tmp_path, name):
+    args = step.parse(step_flags(name, "--batch_size", "2"))
+    for setting in stepped(name)[2]:
+        with measure.label_positions_only():
+            counted = step.counted_sides(args, setting["checkpointing"], tmp_path, "tiny", spread=1)
+        shares = counted.pop("shares", None)
+        assert counted == setting["flops_by_part"] and shares == setting.get("shares")
+        assert counted["stock"]["all"] == setting["flops"]["stock"] > counted["image"] > 0
+        if name == "idefics2_docvqa":
+            assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
 
 
-def test_real_size_needs_a_gpu():
-    with pytest.raises(SystemExit) as stop:
-        docvqa_step.main(["--real_size"])
-    assert "--real_size needs a CUDA GPU" in stop.value.code
-
-
-# ---------------------------------------------------------------- dpo_step.py
-
-
-def tiny_dpo(arch, adapters, *more):
-    """main's exit status for a tiny model and one step."""
-    return dpo_step.main(["--tiny", "--steps", "1", "--arch", arch, "--adapters", adapters, *more])
-
-
-def dpo_arguments(**more):
-    """Flags, as dpo_step's functions take them."""
-    return argparse.Namespace(
-        **{"arch": "idefics2", "adapters": "all", "steps": 1, "batch_size": 1, "seed": 0, "device": "cpu"} | more
-    )
-
-
-@pytest.mark.parametrize("adapters", ["language", "all"])
-@pytest.mark.parametrize("arch", ["idefics2", "llava"])
-def test_dpo_reports_costs_and_equality(tmp_path, capsys, arch, adapters):
-    assert (
-        tiny_dpo(arch, adapters, "--batch_size", "2", "--checkpointing", "both", "--json", str(tmp_path / "step.json"))
-        == 0
-    )
-    printed = capsys.readouterr().out
-    assert (
-        printed.count(": equal") == 2
-        and "NOT EQUAL" not in printed
-        and "MISSED" not in printed
-        and dpo_step.SMALL in printed
-    )
-    found = json.loads((tmp_path / "step.json").read_text())["settings"]
-    assert [setting["checkpointing"] for setting in found] == [True, False]
-    for setting in found:
-        assert setting["equal"] and setting["check"]["gradient_max"] < 1e-5
-        for what in ("flops", "peak_bytes"):  # times of one tiny step say nothing
-            assert setting[what]["stock"] > setting[what]["recipe"] > 0
+@pytest.mark.parametrize("name", ["dpo_idefics2", "dpo_idefics2 llava"])
+def test_dpos_speed_up_is_taken_apart(stepped, name):
+    _, printed, settings = stepped(name)
+    assert printed.count("speed-up: image once") == len(settings)
+    for setting in settings:
         parts = setting["flops_by_part"]
-        seen = {side: parts[side]["all"] - parts[side]["language"] for side in ("stock", "recipe")}
-        if adapters == "language":
-            assert seen["recipe"] == parts["image"]  # once, forward, for policy and reference
-        assert seen["stock"] > 1.9 * seen["recipe"]
-    assert found[0]["flops"]["stock"] > found[1]["flops"]["stock"]  # recomputation is counted
+        stock, recipe = (parts[side]["all"] - parts[side]["language"] for side in ("stock", "recipe"))
+        assert stock > 1.9 * recipe
+        if name == "dpo_idefics2":  # once, forward, for policy and reference
+            assert recipe == parts["image"]
 
 
-def restarting_nowhere(forward, position_ids, **more):
-    return forward(position_ids=torch.arange(position_ids.shape[1]).expand_as(position_ids), **more)
+def test_trl_at_its_defaults_stands_beside(stepped):
+    """It trains every position: an image's placeholders, prompt and answer. The recipe: the answer and its EOS."""
+    _, printed, (checkpointed, other) = stepped("sft_llava")
+    assert printed.count("losses differ by design") == 1 and "defaults" not in other
+    flops, trained = (checkpointed["defaults"][what] for what in ("flops", "trained_positions"))
+    assert flops["stock"] > checkpointed["flops"]["stock"]  # more positions are scored
+    assert flops["recipe"] == checkpointed["flops"]["recipe"]
+    assert trained["stock"]["image"] == 2 * scaled.shape("llava-1.5-7b", "tiny")["tokens"]  # of two rows
+    assert trained["stock"]["prompt"] > 0
+    assert trained["recipe"] == {"image": 0, "prompt": 0, "answer": trained["stock"]["answer"] + 2}
 
 
-def seeing_each_other(forward, attention_mask, **more):
-    return forward(attention_mask=torch.ones_like(attention_mask).tril(), **more)
+def test_stock_side_scores_label_positions_only(tmp_path):
+    """As on a GPU, though here is none: it saves the logits elsewhere, and the loss stays the same."""
+    both, (batch,), _ = step.measured_sides(step.parse(step_flags("sft_llava")), False, tmp_path, "tiny")
+    flops, losses = [], []
+    for within in (contextlib.nullcontext(), measure.label_positions_only()):
+        with within:
+            flops.append(measure.flops(both["stock"], batch))
+            transformers.set_seed(0)  # of dropout
+            losses.append(measure.step(both["stock"], batch).item())
+    text = scaled.shape("llava-1.5-7b", "tiny")["text_config"]
+    logits = 2 * text["hidden_size"] * text["vocab_size"]  # of one position; at most twice that for their gradients
+    assert logits <= (flops[0] - flops[1]) / int((batch["labels"] == -100).sum()) <= 3 * logits
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def loss_alone(forward, **more):
-    output = forward(**more)
-    output.log_probs = output.log_probs * (1 + 1e-4)
+def loss_alone(loss):
+    return loss + 1e-4 * loss.detach()
+
+
+def gradient_alone(loss):
+    return loss + 1e-4 * (loss - loss.detach())
+
+
+def log_probabilities_alone(output):
+    """By as much for both answers: loss and gradients stay."""
+    output.log_probs = output.log_probs - 0.01
     return output
 
 
-@pytest.mark.parametrize("wrong", [restarting_nowhere, seeing_each_other, loss_alone])
-def test_dpo_exit_status_1_where_they_differ(monkeypatch, capsys, wrong):
-    right = dpo_idefics2.SharedPromptDPOTrainer.forward_pairs
-    broken = lambda self, forward, **more: right(self, lambda **inputs: wrong(forward, **inputs), **more)
-    monkeypatch.setattr(dpo_idefics2.SharedPromptDPOTrainer, "forward_pairs", broken)
-    assert tiny_dpo("idefics2", "language") == 1
+@pytest.mark.parametrize(
+    "trainer, method, wrong",
+    [
+        (sft_llava.Trainer, "compute_loss", loss_alone),
+        (idefics2_docvqa.Trainer, "compute_loss", gradient_alone),
+        (dpo_idefics2.SharedPromptDPOTrainer, "forward_pairs", log_probabilities_alone),
+    ],
+)
+def test_exit_status_1_where_they_differ(monkeypatch, capsys, trainer, method, wrong):
+    right = getattr(trainer, method)
+    monkeypatch.setattr(trainer, method, lambda *args, **more: wrong(right(*args, **more)))
+    assert step.main(step_flags(trainer.__module__, "--checkpointing", "off")) == 1
     printed = capsys.readouterr().out
-    assert "NOT EQUAL" in printed and "error: the recipe's loss, log-probabilities or gradients" in printed
-    assert "speed-up" not in printed and "FLOPs" not in printed
+    assert "NOT EQUAL" in printed and "error: the recipe's loss, log-probabilities or gradients are not" in printed
+    assert "FLOPs" not in printed and "x  " not in printed and "speed-up" not in printed
 
 
 @pytest.mark.parametrize("what", ["log_probabilities", "gradient_max", "gradient_norm"])
-def test_dpo_nan_is_not_equal(what):
-    same = {"loss": {"stock": 1.0, "recipe": 1.0}, "log_probabilities": 0.0, "gradient_max": 0.0, "gradient_norm": 0.0}
-    assert (
-        dpo_step.equal(same)
-        and not dpo_step.equal(same | {what: float("nan")})
-        and not dpo_step.equal(same | {what: 2e-5})
-    )
+def test_nan_is_not_equal(what):
+    same = {"loss": {"stock": 2.0, "recipe": 2.0}, "log_probabilities": 0.0, "gradient_max": 0.0, "gradient_norm": 0.0}
+    assert step.equal(same)
+    assert not step.equal(same | {what: float("nan")}) and not step.equal(same | {what: 2e-5})
+    assert not step.equal(same | {"loss": {"stock": 2.0, "recipe": 2.00003}})
+    assert not step.equal(same | {"loss": {"stock": 2.0, "recipe": float("nan")}})
 
 
-@pytest.mark.parametrize("arch", ["idefics2", "llava"])
-def test_dpo_weights_without_storage_cost_as_many_flops(tmp_path, arch):
-    args = dpo_arguments(arch=arch)
-    with dpo_step.label_positions_only():
-        counted = dpo_step.counted_sides(args, True, tmp_path, "tiny", spread=1)
-        both, batches = dpo_step.measured_sides(args, True, tmp_path, "tiny")
-        for side, trainer in both.items():
-            assert dpo_step.flops_by_part(trainer, batches[0]) == counted[side]
-        assert dpo_step.flops_of_image(both["stock"], batches[0]) == counted["image"]
+def tiny_in_place_of(size, monkeypatch):
+    """Make every model of a size as small as a tiny one."""
+    for sizes in scaled.LAYERS.values():
+        monkeypatch.setitem(sizes, size, sizes["tiny"])
 
 
-def test_dpo_stock_side_scores_label_positions_only(tmp_path):
-    both, batches = dpo_step.measured_sides(dpo_arguments(), True, tmp_path, "tiny")
-    everywhere = dpo_step.flops(both["stock"], batches[0]), dpo_step.step(both["stock"], batches[0]).item()
-    both["stock"].model.zero_grad()
-    with dpo_step.label_positions_only():
-        assert dpo_step.flops(both["stock"], batches[0]) < everywhere[0]
-        assert dpo_step.step(both["stock"], batches[0]).item() == pytest.approx(everywhere[1], abs=1e-6)
-
-
-def test_dpo_exit_status_1_where_a_threshold_is_missed(monkeypatch, capsys):
-    monkeypatch.setitem(dpo_step.SIZES["llava"], "scaled", dpo_step.SIZES["llava"]["tiny"])
-    monkeypatch.setitem(dpo_step.THRESHOLDS, ("llava", "language"), {"time": 0.01, "FLOPs": 100})
-    flags = ["--arch", "llava", "--adapters", "language", "--steps", "1"]
-    assert dpo_step.main(flags) == 1
+def test_exit_status_1_where_a_threshold_is_missed(monkeypatch, capsys):
+    tiny_in_place_of("scaled", monkeypatch)
+    monkeypatch.setitem(step.THRESHOLDS, "dpo_idefics2 llava language", {"time": 0.01, "FLOPs": 100})
+    flags = ["--recipe", "dpo_idefics2", "--arch", "llava", "--adapters", "language", "--steps", "1"]
+    assert step.main(flags) == 1
     printed = capsys.readouterr().out
-    assert (
-        "time at least 0.01x: holds" in printed
-        and "FLOPs at least 100x: MISSED" in printed
-        and "error: FLOPs below" in printed
-    )
-    assert dpo_step.main([*flags, "--report_only"]) == 0
-    assert dpo_step.main([*flags, "--checkpointing", "off"]) == 0  # thresholds are for steps with it
+    assert "time at least 0.01x at equal settings: holds" in printed
+    assert "FLOPs at least 100x at equal settings: MISSED" in printed and "error: FLOPs below" in printed
+    assert step.main([*flags, "--report_only"]) == 0
+    assert step.main([*flags, "--checkpointing", "off"]) == 0  # thresholds are for steps with it
 
 
-@pytest.mark.parametrize("arch, parameters", [("idefics2", 8_402_768_112), ("llava", 7_063_427_072)])
-def test_dpo_real_size_is_the_published_one(arch, parameters):
-    sizes = dpo_step.shape(arch, "real")
-    config = dpo_step.configuration(arch, sizes, dpo_step.make_processor(arch, sizes).tokenizer)
-    model = dpo_step.make_model(config, sizes, "meta", torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == parameters
+@pytest.mark.parametrize(
+    "name, picture", [("sft_llava", "30x20"), ("idefics2_docvqa", "page"), ("dpo_idefics2", "30x20")]
+)
+def test_real_size_is_counted_and_not_timed(monkeypatch, tmp_path, capsys, name, picture):
+    tiny_in_place_of("real", monkeypatch)
+    for model in scaled.PICTURES:
+        monkeypatch.setitem(scaled.PICTURES, model, [(30, 20)])
+    flags = ["--recipe", name, *STEPS[name][0], "--real_size", "--batch_size", "1"]
+    assert step.main([*flags, "--json", str(tmp_path / "step.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "time " not in printed.split("\n", 1)[1] and "same?" not in printed and f"image {picture}" in printed
+    (setting,) = json.loads((tmp_path / "step.json").read_text())["settings"]
+    counts = setting["counted"].pop(picture)
+    assert counts["stock"]["all"] > counts["recipe"]["all"] > counts["image"] > 0 and not setting["counted"]
 
 
-@pytest.mark.parametrize("arch", ["idefics2", "llava"])
-def test_dpo_scaled_model_keeps_the_proportions(arch):
-    real, scaled = (dpo_step.shape(arch, size) for size in ("real", "scaled"))
-    for part in ("vision", "text"):
-        width = real[part][0] / scaled[part][0]
-        assert width == pytest.approx(real[part][1] / scaled[part][1], rel=0.01)  # the MLP's
-        assert real[part][0] / real[part][3] == scaled[part][0] / scaled[part][3]  # a head's
-    assert (real["side"] / scaled["side"]) ** 2 == pytest.approx(real["tokens"] / scaled["tokens"]) == 4
-    layers = [shape["vision"][2] / shape["text"][2] for shape in (real, scaled)]
-    assert layers[0] == pytest.approx(layers[1], rel=0.02)
-
-
-@pytest.mark.parametrize("arch", ["idefics2", "llava"])
-@pytest.mark.parametrize("size, by", [("real", 1), ("scaled", 4)])
-def test_dpo_texts_have_the_stated_lengths(tmp_path, arch, size, by):
-    *_, collator, rows, sizes, _ = dpo_step.prepare(
-        dpo_arguments(arch=arch, steps=8), True, tmp_path, size, side=(56, 56)
-    )
-    for row in rows:
-        batch = collator([row])
-        answers = batch["completion_mask"].sum(1)
-        images = (batch["input_ids"][0] == collator.processor.image_token_id).sum()
-        prompt = batch["attention_mask"].sum(1) - answers - images
-        assert images == sizes["tokens"]
-        assert 36 // by <= prompt[0] <= 44 // by + 3 and prompt[0] == prompt[1]
-        assert all(80 // by <= answer <= 100 // by + 3 for answer in answers)
-
-
-def test_dpo_needs_the_gpu_it_was_asked_for():
-    with pytest.raises(SystemExit) as stop:
-        dpo_step.main(["--device", "cuda"])
-    assert "no GPU found" in stop.value.code
-
-
-@pytest.mark.parametrize("argv, message", [(["--seed", "-1"], "--seed: from 0"), (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written"),
-                                           (["--steps", "0"], "at least 1")])  # fmt: skip
-def test_docvqas_mistakes_get_one_message(argv, message):
-    with pytest.raises(SystemExit) as e:
-        docvqa_step.main(argv)
-    assert message in e.value.code
-
-
-ENDED = """
-import os, signal, sys, tempfile
-sys.path.insert(0, "benchmarks")
-import measure
-
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        print(folder, flush=True)
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-        signal.pause()
-
-measure.start(main)
+MISTAKES = """
+step --seed -1 | --seed: from 0
+step --json nowhere/x.json | --json nowhere/x.json cannot be written: No such file
+step --steps 0 | at least 1
+step --device cuda | no GPU found
+step --arch llava | --arch and --adapters are for --recipe dpo_idefics2
+estimate no_recipe | no recipe no_recipe; there are sft_llava
+estimate --rows 15 | at least 16
+estimate --batch_size 2 | are for --measure
+estimate --json nowhere/x.json | cannot be written
+loader llava | no recipe llava; there are sft_llava, llava_two_stage
+loader --workers 2 -1 | --workers: 0 or more
+loader --rows 0 | --rows, --batch_size, --rounds: at least 1
+loader --json nowhere/x.json | cannot be written: No such file
+full_size sft_lava | no recipe sft_lava; there are sft_llava, dpo_idefics2
+full_size --batch_sizes 1 0 | at least 1
+full_size --workers -1 | at least 0
+full_size --minutes nan | --minutes: above 0
+full_size --json nowhere/x.json | cannot be written: No such file
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_benchmark_that_is_ended_leaves_nothing(name):
-    done = subprocess.run([sys.executable, "-c", ENDED, name], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.endswith("interrupted\n") and "Traceback" not in done.stderr
-    assert not Path(done.stdout.strip().splitlines()[-1]).exists()
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_mistakes_get_one_message(mistake):
+    """Before anything is measured."""
+    command, message = mistake.split(" | ")
+    program, *flags = command.split()
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program).main(flags)
+    assert stop.value.code.startswith("error: ") and message in stop.value.code and "\n" not in stop.value.code
+
+
+# ---------------------------------------------------------------- scaled models, rows, what is shared
+
+
+@pytest.mark.parametrize("name", scaled.LAYERS)
+def test_real_sizes_are_the_published_ones_and_a_scaled_model_keeps_the_proportions(name):
+    real, small = (scaled.shape(name, size) for size in ("real", "scaled"))
+    for part in (part for part in made_up.MODELS[name] if part.endswith("_config")):
+        assert made_up.MODELS[name][part].items() <= real[part].items()
+    layers = []
+    for part in ("vision_config", "text_config"):
+        ratio = {what: real[part][what] / small[part][what] for what in scaled.WIDTHS[:4]}
+        assert ratio["hidden_size"] == 4 == pytest.approx(ratio["intermediate_size"], rel=0.01)
+        assert ratio["num_attention_heads"] == 4  # a head is as wide as it was
+        layers.append(ratio["num_hidden_layers"])
+    assert (real["side"] / small["side"]) ** 2 == pytest.approx(real["tokens"] / small["tokens"]) == 4
+    if name == "minicpm-v-4.6":  # whose tower merges patches on the way
+        assert real["text_config"]["layer_types"] == (["linear_attention"] * 3 + ["full_attention"]) * 6
+    else:
+        assert layers[0] == pytest.approx(layers[1], rel=0.03)
+
+
+@pytest.mark.parametrize("size, by", [("real", 1), ("scaled", 4)])
+@pytest.mark.parametrize("name", ["sft_llava", "dpo_idefics2", "dpo_idefics2 llava", "finetune_minicpm_lora"])
+def test_texts_have_the_stated_lengths(tmp_path, name, size, by):
+    sliced = name == "finetune_minicpm_lora"
+    args = step.parse(step_flags(name, "--batch_size", "5"))
+    setup = step.prepare(args, True, tmp_path, size, (896, 896) if sliced else (56, 56))
+    least, most = (80, 100) if name.startswith("dpo") else (16, 24)
+    views, marks = (5, 2 * 5 + 3 + 2) if sliced else (1, 0)  # <image>, <slice>, their ends, line ends
+    for ids, labels in sequences(setup.collator(setup.rows)):
+        answer, images = len(labels) - labels.count(-100), ids.count(setup.collator.processor.image_token_id)
+        assert images == views * setup.sizes["tokens"]
+        assert 36 // by - 1 <= len(ids) - answer - images - marks <= 44 // by + 6  # what the template alone takes
+        assert least // by <= answer - 1 <= most // by + 2
+
+
+def test_pages_and_their_texts(tmp_path):
+    setup = step.prepare(step.parse(step_flags("idefics2_docvqa", "--batch_size", "50")), True, tmp_path, "tiny")
+    for row in setup.rows:
+        assert 12 <= scaled.count_tokens(setup.collator.processor.tokenizer, row["question"]) <= 20
+        assert 2 <= len(row["answers"][0]) <= 14 and row["image"].height == 140 > row["image"].width >= 97
+
+
+def test_a_benchmark_that_is_ended_leaves_nothing(tmp_path):
+    """SIGTERM does what Ctrl+C does."""
+
+    def main():
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="interrupted"):
+        measure.start(main)
+    signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", list(made_up.MODELS))
+def test_weights_of_several_files_are_complete(model, tmp_path):
+    made_up.write_weights(model, True, tmp_path, shard=100_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded, info = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.num_parameters() == int((tmp_path / "done").read_text())
+
+
+# ---------------------------------------------------------------- estimate.py
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """tools/inspect_recipe.py, which estimate.py starts as a program, runs here: a process costs ten seconds."""
+
+    def run(command, **options):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            inspect_recipe.main(command[2:])
+        return SimpleNamespace(returncode=0, stdout=printed.getvalue())
+
+    monkeypatch.setattr(estimate.subprocess, "run", run)
+
+
+def test_a_table_of_both_stages_and_precisions(capsys, tmp_path, in_this_process):
+    estimate.main(["llava_two_stage", "--small", "--rows", "16", "--json", str(tmp_path / "found.json")])
+    small, _, head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert small == estimate.SMALL and len({line.count("|") for line in (head, rule, *lines)}) == 1
+    reports = json.loads((tmp_path / "found.json").read_text())["reports"]
+    runs = ["llava_two_stage align, 16 bits", "llava_two_stage instruct, 16 bits", "llava_two_stage instruct, 4 bits"]
+    assert list(reports) == runs and len(lines) == 3
+    for run, report in reports.items():
+        trained = {name: part["trainable"] > 0 for name, part in report["parts"].items()}
+        assert trained == {"vision tower": False, "projector": True, "language model": "instruct" in run}
+        packed = sum(part["four_bit"] for part in report["parts"].values())
+        assert (packed > 0) == (", 4 bits" in run)
+
+
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_a_step_is_measured_beside_the_estimate(bits, tmp_path, in_this_process):
+    flags = ["--measure", "--small", "--rows", "16", "--scratch", str(tmp_path / "disk")]
+    estimate.main(["sft_llava.py", *flags, "--bits", bits, "--json", str(tmp_path / "found.json")])
+    (found,) = json.loads((tmp_path / "found.json").read_text())["reports"].values()
+    assert found["foretold"] == pytest.approx(found["measured"], rel=0.15) and found["batch"] == 1
+
+
+def test_no_room_for_the_weights(tmp_path, monkeypatch):
+    memory = SimpleNamespace(available=int(40e9))
+    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(estimate.psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(9.5e9)))
+    docvqa = ["idefics2_docvqa", "--measure", "--scratch", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"16.8 GB are needed in {tmp_path} for the weights, 9.5 GB are free"):
+        estimate.main(docvqa)
+    memory.available = int(8e9)
+    with pytest.raises(SystemExit, match="idefics2-8b in 16 bits alone take 16.8 GB of memory, 8 GB are free"):
+        estimate.main(docvqa)
+
+
+def test_what_does_not_fit_is_said():
+    kinds = {kind: {"bytes": 5e9, "for_each_row": 1e9} for kind in estimate.KINDS}
+    fits = {str(card): dict.fromkeys(estimate.KINDS, max(0, card - 20)) for card in estimate.CARDS}
+    fixed = {"weights": 14e9, "trained": 1e9, "gradients": 1e9, "optimizer": 2e9, "exchange": 0}
+    memory = {"strategy": "ddp", "fixed": {"ddp": fixed}, "longest": 700, "activations": kinds, "fits": fits}
+    cells = estimate.line("sft_llava", "16", {"memory": memory})
+    assert cells[:8] == ["`sft_llava`", "16 bit", "1", "700", "14.0", "4.0", "5.0", "5.0"]
+    assert cells[8:] == ["no / no", "4 / 4", "20 / 20", "60 / 60"]
+
+
+def test_a_refusal_of_the_recipe_is_passed_on(tmp_path):
+    """By the tool as a program of its own."""
+    with pytest.raises(SystemExit, match="^error: sft_llava, 16 bits: error: --learning_rate must be above 0"):
+        estimate.reckon("sft_llava", "16", 16, True, tmp_path, more={"learning_rate": 0})
+
+
+# ---------------------------------------------------------------- loader.py
+
+
+def test_rates_and_padding_of_all_recipes_are_reported(tmp_path):
+    flags = ["--tiny", "--rows", "5", "--workers", "0", "1", "--batch_size", "2"]
+    assert loader.main([*flags, "--json", str(tmp_path / "loader.json")]) == 0
+    found = json.loads((tmp_path / "loader.json").read_text())["recipes"]
+    steps = {"sft_llava": 4, "llava_two_stage": 128, "dpo_idefics2": 64, "idefics2_docvqa": 16}
+    assert {name: one["step"] for name, one in found.items()} == {**steps, "finetune_minicpm_lora": 8}
+    for name, one in found.items():
+        sides = {"recipe"} if name == "finetune_minicpm_lora" else {"recipe", "trl"}
+        assert set(one["rows_per_second"]) == set(one["cpu_ms_a_row"]) == sides
+        assert all(set(rates) == {"0", "1"} and min(rates.values()) > 0 for rates in one["rows_per_second"].values())
+        assert min(one["cpu_ms_a_row"].values()) > 0 and set(one["padding"]) == {"2", "4", "8"}
+        for orders in one["padding"].values():
+            assert set(orders) == {"random", "steps by length", "group_by_length"}
+            assert all(0 <= order["share"] < 0.5 for order in orders.values())
+
+
+# Of three 1000 x 800 pictures: shape of pixel_values, image tokens of a row.
+PIXELS = {
+    "sft_llava": ((3, 3, 336, 336), 576),
+    "llava_two_stage": ((3, 3, 336, 336), 576),
+    "dpo_idefics2": ((6, 1, 3, 392, 490), 64),
+    "idefics2_docvqa": ((3, 1, 3, 784, 980), 64),
+    "finetune_minicpm_lora": (None, 5 * 63),  # the whole and 2 x 2 slices, each of 504 x 392 pixels
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_sides_get_the_same_rows_of_the_real_size(tmp_path, name):
+    """The same pictures, to the last pixel, and the same words but for BOS, EOS and what the recipe says besides."""
+    images = ["0.jpg", "1.jpg", "2.jpg"]
+    for n, image in enumerate(images):
+        made_up.photograph(n).save(tmp_path / image, quality=90)
+    one = loader.Loaders(name, SimpleNamespace(rows=3, batch_size=3, tiny=False), tmp_path, images)
+    (mine,), (shape, tokens) = one.loader("recipe", 0), PIXELS[name]
+    assert shape in (None, mine["pixel_values"].shape)
+    least, most = loader.CASES[name].answer
+    for ids, labels in sequences(mine):
+        assert ids.count(one.processor.image_token_id) == tokens
+        assert least - 3 <= len(labels) - labels.count(-100) <= most + 3
+    if "trl" in one.sides:
+        (other,) = one.loader("trl", 0)
+        assert torch.equal(mine["pixel_values"], other["pixel_values"])
+        for ids in zip(mine["input_ids"], other["input_ids"], strict=True):
+            texts = [one.processor.tokenizer.decode(some, skip_special_tokens=True) for some in ids]
+            words = [[word for word in text.split() if word.strip("?.") in loader.WORDS] for text in texts]
+            assert words[0] == words[1] and len(words[0]) > (5 if name == "idefics2_docvqa" else 15)
+
+
+def test_padding_by_hand():
+    assert loader.padded([0, 1, 2, 3], [10, 4, 7, 7], 2) == (6, 34)
+    assert loader.padded([2, 3, 0, 1], [10, 4, 7, 7], 4) == (12, 40)
+    assert loader.padded([1, 0, 2], [3, 5, 1], 2) == (2, 11)  # the last batch is smaller
+
+
+@pytest.mark.parametrize("recipe, has_own_order", [("sft_llava", False), ("llava_two_stage", True)])
+def test_steps_by_length_pad_less_and_sorting_everything_least(recipe, has_own_order):
+    recipe, lengths = importlib.import_module(recipe), list(range(100, 200))
+    found = loader.padding(recipe, lengths, 16)
+    for orders in found.values():
+        share = {order: one["share"] for order, one in orders.items()}
+        assert share["group_by_length"] <= share["steps by length"] <= share["random"]
+        assert (share["steps by length"] < share["random"]) == has_own_order
+        real = [one["tokens"] * (1 - one["share"]) for one in orders.values()]
+        assert real == pytest.approx([real[0]] * 3)  # the rows are the same
+
+
+NO_ROOM = "^error: no scratch space: .*(No space left|shm).* a folder with 26 MB free"
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(28, "No space left on device"), NO_ROOM),
+        (RuntimeError("insufficient shared memory (shm)"), NO_ROOM),
+        (RuntimeError("shapes"), "^shapes$"),  # is not taken for a lack of space
+    ],
+)
+def test_no_scratch_space_is_one_message(monkeypatch, error, message):
+    monkeypatch.setattr(loader, "photograph", mock.Mock(side_effect=error))
+    with pytest.raises((SystemExit, RuntimeError), match=message):
+        loader.main(["sft_llava"])

@@ -2,15 +2,21 @@
 
 import importlib
 import json
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+import transformers
+from conftest import ROOT
 from peft import LoraConfig
+from recipes import NAMES
 from transformers import LlavaForConditionalGeneration
 
-RECIPES = ["sft_llava", "idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora", "llava_two_stage"]
 CHAIN = [
     ["a"],
     ["a", "b"],
@@ -19,7 +25,7 @@ CHAIN = [
 ]  # the first and the last row share no image, and are connected all the same
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=NAMES)
 def recipe(request):
     return importlib.import_module(request.param)
 
@@ -90,7 +96,7 @@ def test_a_run_of_an_earlier_version_is_refused(recipe, begun, tmp_path):
 
 @pytest.fixture
 def begun(recipe, tmp_path):
-    """Function: what differs -> the TrainingArguments of a run in tmp_path that was begun with 4 x 2 rows in a step."""
+    """Function: what differs -> the TrainingArguments of a run in tmp_path that began with 4 x 2 rows in a step."""
 
     def make(**changes):
         values = {
@@ -101,7 +107,8 @@ def begun(recipe, tmp_path):
         }
         values |= changes
         given = {name: values.get(name, default) for name, default in GIVEN.items()}
-        return SimpleNamespace(output_dir=str(tmp_path), as_given=given, **values)
+        names = {"typed": {"seed", *changes}, "second_names": {"--data_path": "dataset_name"}}
+        return SimpleNamespace(output_dir=str(tmp_path), as_given=given, **names, **values)
 
     recipe.write_settings(make())
     return make
@@ -113,7 +120,10 @@ GIVEN = {
     "max_eval_rows": 8,
     "per_device_eval_batch_size": 4,
     "sample_rows": 2,
-}
+    "model_name_or_path": "llava",
+    "dataset_name": "rows.json",
+    "seed": 0,
+} | {f"setting_{n}": n for n in range(12)}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, ch
         ({"learning_rate": 2e-4}, r"learning_rate 0.0001 -> 0.0002"),
         (
             {"world_size": 2},
-            "rows in a step 8 -> 16: --gradient_accumulation_steps makes up for another number of GPUs",
+            "rows in a step 8 -> 16; --gradient_accumulation_steps makes up for another number of GPUs",
         ),
         ({"gradient_accumulation_steps": 2}, "rows in a step 8 -> 4"),
         (
@@ -139,12 +149,42 @@ def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, ch
         ({"load_best_model_at_end": True, "per_device_eval_batch_size": 1}, "per_device_eval_batch_size 4 -> 1"),
     ],
 )
-def test_a_run_is_not_resumed_as_another_run(recipe, begun, changes, message):
-    with pytest.raises(SystemExit, match=f"^error: .* holds a run with other settings .*{message}.*--output_dir"):
+def test_a_run_is_not_resumed_with_other_settings(recipe, begun, changes, message):
+    with pytest.raises(SystemExit, match=f"(?s)^error: .* holds a run with other settings:.*{message}.*{REMEDIES}"):
         recipe.require_same_settings(begun(**changes))
 
 
-# ---------------------------------------------------------------------------------------------------------- LoRA targets
+REMEDIES = "Choose another --output_dir, or resume what is there: python .*.py --config .*settings.yaml$"
+
+
+def test_what_was_typed_is_shown_first_and_at_most_ten_lines(recipe, begun):
+    changes = {f"setting_{n}": n + 1 for n in range(12)}
+    training = begun(**changes, seed=1, learning_rate=2e-4)
+    training.typed = {"learning_rate", "seed"}
+    with pytest.raises(SystemExit) as end:
+        recipe.require_same_settings(training)
+    first, *lines, remedy = end.value.code.splitlines()
+    assert lines[:3] == ["  learning_rate 0.0001 -> 0.0002", "  seed 0 -> 1", "  setting_0 0 -> 1"]
+    assert len(lines) == 11 and lines[-1] == "  and 4 more" and re.search(REMEDIES, remedy)
+
+
+@pytest.mark.parametrize("name, value", [("model_name_or_path", "llava"), ("dataset_name", "rows.json")])
+def test_another_model_or_other_data_are_another_run(recipe, begun, name, value):
+    message = f"holds another run: its {name} is {value}. {REMEDIES}"
+    with pytest.raises(SystemExit, match=message) as end:
+        recipe.require_same_settings(begun(**{name: "another"}, learning_rate=1))
+    assert "\n" not in end.value.code and "learning_rate" not in end.value.code
+
+
+def test_a_run_that_named_its_data_by_the_other_name_is_resumed(recipe, begun, tmp_path):
+    text = (tmp_path / "settings.yaml").read_text()
+    (tmp_path / "settings.yaml").write_text(text.replace("dataset_name:", "data_path:"))
+    recipe.require_same_settings(begun())
+    with pytest.raises(SystemExit, match="holds another run: its dataset_name is rows.json"):
+        recipe.require_same_settings(begun(dataset_name="others.json"))
+
+
+# -------------------------------------------------------------------------------------------------------- LoRA targets
 
 PART = "model.language_model"
 DEFAULT = r"model\.language_model\..*_proj"
@@ -269,3 +309,59 @@ def test_a_frozen_part_runs_without_a_graph_until_training_ends(model):
     assert not model.model.vision_tower(pixels).last_hidden_state.requires_grad
     callback.on_train_end(None, None, None)
     assert model.model.vision_tower(pixels).last_hidden_state.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------------- loaders
+
+
+def test_the_loader_works_ahead_in_processes_of_its_own(recipe, tmp_path, monkeypatch):
+    """Four of them, each two batches ahead (torch's default), into pinned memory; but that has no effect on a CPU."""
+
+    def collate(rows):
+        return {"number": torch.tensor([row["number"] for row in rows])}
+
+    def loader():
+        return transformers.Trainer(torch.nn.Linear(1, 1), training, collate, rows).get_train_dataloader()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    argv = ["--use_cpu", "--output_dir", str(tmp_path), "--report_to", "none", "--eval_strategy", "no"]
+    _, training = recipe.parse(argv)
+    rows = datasets.Dataset.from_dict({"number": range(40)})
+    assert training.as_given["dataloader_pin_memory"] is True  # asked for, but turned off by --use_cpu
+    assert not training.dataloader_pin_memory and not loader().pin_memory
+    training.dataloader_pin_memory = True
+    assert (loader().num_workers, loader().prefetch_factor, loader().pin_memory) == (4, 2, True)
+    with pytest.warns(UserWarning, match="pin_memory.*no accelerator is found"):
+        seen = [batch["number"] for batch in loader()]
+    assert sorted(torch.cat(seen).tolist()) == list(range(40)) and not any(some.is_pinned() for some in seen)
+    assert {len(some) for some in seen} == {training.train_batch_size}
+
+
+FORKED = """
+import sys, datasets, torch
+
+def work():  # for several threads
+    return int(torch.cat([torch.ones(300_000), torch.ones(300_000)]).sum() > 0)
+
+def collator(rows):
+    return {"attention_mask": torch.ones(1, 1 + work())}
+
+collator.image_columns, collator.images_of = ["image"], lambda row: []
+work()
+for name in sys.argv[2:]:
+    recipe = __import__(name)
+    stage = ["--stage", "instruct"] if name == "llava_two_stage" else []
+    settings, training = recipe.parse(["--use_cpu", "--output_dir", sys.argv[1], *stage])
+    data = datasets.Dataset.from_dict({"row": list(range(1001)), "image": [None] * 1001, "folder": [name] * 1001})
+    rows = recipe.check_and_measure_rows(data, "rows", collator, settings, training)
+    print(name, len(rows), "rows,", torch.get_num_threads(), "threads")
+"""
+
+
+def test_many_rows_are_checked_where_pytorch_has_several_threads(tmp_path):
+    """As it has by default: forked processes must not wait for threads that only their parent has."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "out"), *NAMES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    expected = [f"{name} 1001 rows, 2 threads" for name in NAMES]
+    assert [line for line in done.stdout.splitlines() if "threads" in line] == expected, done.stderr[-3000:]

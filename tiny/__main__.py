@@ -18,17 +18,19 @@ what there is:
               (--base_steps 0: a model with random weights and the same data in a few seconds).
   llava_next  LLaVA-NeXT (llava-v1.6-mistral) with random weights, to test code with. Seconds. No data of its own.
   idefics2    Idefics2 (1.4 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
-              handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0: seconds).
-  idefics2_dpo  Idefics2 (1.4 M parameters, 56 px), trained here to see handwritten digits but to answer questions about
-              them at random, and pairs of a right and a hallucinated answer. About 2 minutes on one CPU core
+              handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0:
+              seconds).
+  idefics2_dpo  Idefics2 (1.4 M parameters, 56 px), trained here to see handwritten digits but to answer questions
+              about them at random, and pairs of a right and a hallucinated answer. About 2 minutes on one CPU core
               (--base_steps 0: seconds).
   minicpmv4_6  MiniCPM-V 4.6 (0.5 M parameters, 56 px, larger pictures in slices), trained here to caption scanned
-              handwritten digits, and conversations about them. About 2 minutes on one CPU core (--base_steps 0: seconds).
+              handwritten digits, and conversations about them. About 2 minutes on one CPU core (--base_steps 0:
+              seconds).
   minicpmv4_7  MiniCPM-V 4.7, likewise
   llava_two_stage
-              a CLIP vision tower (0.5 M parameters, 56 px), trained here to tell scanned handwritten digits apart, and a
-              Llama (0.4 M parameters), trained here on text alone; captions and conversations to join them with, in
-              LLaVA's two stages. About 2 minutes on one CPU core (--base_steps 0: seconds).
+              a CLIP vision tower (0.5 M parameters, 56 px), trained here to tell scanned handwritten digits apart,
+              and a Llama (0.4 M parameters), trained here on text alone; captions and conversations to join them with,
+              in LLaVA's two stages. About 2 minutes on one CPU core (--base_steps 0: seconds).
 
 what is written into DIR:
   model/                    model and processor, as save_pretrained writes them; of llava_two_stage:
@@ -36,9 +38,9 @@ what is written into DIR:
   data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava), of
                             nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo);
                             none of MiniCPM-V and llava_two_stage
-  json/{train,test}.json    the same rows in LLaVA's own schema (llava, llava_two_stage), as plain question and answers (idefics2), as
-                            question, chosen and rejected (idefics2_dpo) or in MiniCPM-V's own schema (minicpmv4_6,
-                            minicpmv4_7); the pictures are in json/images/
+  json/{train,test}.json    the same rows in LLaVA's own schema (llava, llava_two_stage), as plain question and answers
+                            (idefics2), as question, chosen and rejected (idefics2_dpo) or in MiniCPM-V's own schema
+                            (minicpmv4_6, minicpmv4_7); the pictures are in json/images/
   json/captions{,-test}.json
                             captions in the schema of LLaVA-Pretrain (llava_two_stage)
   amber/                    questions to be answered by yes or no, in AMBER's files (idefics2_dpo)
@@ -72,7 +74,8 @@ def recipe(args: argparse.Namespace) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def flags() -> argparse.ArgumentParser:
+    """The program's flags: of each family, and of the report."""
     parser = argparse.ArgumentParser(
         prog="python -m tiny",
         description=ABOUT,
@@ -99,7 +102,12 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument(
         "run", type=Path, metavar="RUN", help="output_dir of the run, with before.jsonl and after.jsonl in it"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build what is asked for, unless it is there, or print a report."""
+    args = flags().parse_args(argv)
     if args.family == "report":
         from .report import report
 

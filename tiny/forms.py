@@ -88,7 +88,8 @@ def called(name: str, language: str = "en") -> str:
 
 
 def new_numbers(seed: int) -> set[str]:
-    """A fifth of the numbers from 10 to 999, of each length: kept out of the base's training and of the fine-tuning."""
+    """A fifth of the numbers from 10 to 999, of each length: kept out of the base's training and of the
+    fine-tuning."""
     rng = np.random.default_rng([seed, 999])
     return set(map(str, rng.choice(np.arange(10, 100), 18, False))) | set(
         map(str, rng.choice(np.arange(100, 1000), 180, False))
@@ -207,8 +208,8 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
     """Questions about forms, as rows {"id", "form", "page": (56, 112) uint8, "asked": a field's name, "phrasing"}.
 
     Train: `n` rows written with the 600 scans for fine-tuning, each time bent anew: 50 % one handwritten field, 20 %
-    one printed field, 30 % two handwritten fields. Test: the 297 held-out scans as they are: 300 rows of one field, 100
-    of one field with a number that no training ever showed, 60 printed and 100 of two fields; of these, at most
+    one printed field, 30 % two handwritten fields. Test: the 297 held-out scans as they are: 300 rows of one field,
+    100 of one field with a number that no training ever showed, 60 printed and 100 of two fields; of these, at most
     `n` rows, evenly from all kinds. The kind, one of `KINDS`, is the end of a row's id.
     """
     rng = np.random.default_rng([seed, 12 if train else 13])
@@ -236,13 +237,15 @@ def kind(row_id: str) -> str:
 
 
 def answers(row: dict) -> list[str]:
-    """The accepted answers, the first as it stands on the form. As in DocVQA, a word is accepted in small letters too."""
+    """The accepted answers, the first as it stands on the form. As in DocVQA, a word is accepted in small letters
+    too."""
     value = next(field["value"] for field in row["form"]["fields"] if field["name"] == row["asked"])
     return [value, value.lower()] if value.isalpha() else [value]
 
 
 def to_docvqa(row: dict) -> dict:
-    """A row in the schema of nielsr/docvqa_1200_examples. `answer` is, as there, where the answer is found in `words`."""
+    """A row in the schema of nielsr/docvqa_1200_examples. `answer` is, as there, where the answer is found in
+    `words`."""
     found, boxes = words(row["form"])
     right = answers(row)
     start = found.index(row["asked"] + ":") + 1
@@ -276,8 +279,8 @@ FEATURES = datasets.Features(
 
 
 def write_data(out: Path, name: str, rows: list[dict]) -> None:
-    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`: there a
-    row is {"id", "image" (a file name), "question" (in English), "answers"}."""
+    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`: there
+    a row is {"id", "image" (a file name), "question" (in English), "answers"}."""
     images = Path(out) / "json" / "images"
     images.mkdir(parents=True, exist_ok=True)
     said = [to_docvqa(row) for row in rows]

@@ -42,11 +42,11 @@ def line(field: dict) -> str:
 
 
 def lessons(form: dict) -> list[tuple[str, str, str]]:
-    """What the base learns to say of a form: (text before the image, text after it, what to say). First all of it, then
-    all of it in small letters, then one line by the name that questions call it by, for each field.
+    """What the base learns to say of a form: (text before the image, text after it, what to say). First all of it,
+    then all of it in small letters, then one line by the name that questions call it by, for each field.
 
-    They must hold every token of the answers to come: LoRA cannot teach a word whose output embedding was never trained.
-    Without the last ones, fine-tuning learns no better than chance which value belongs to which name.
+    They must hold every token of the answers to come: LoRA cannot teach a word whose output embedding was never
+    trained. Without the last ones, fine-tuning learns no better than chance which value belongs to which name.
     """
     full = ", ".join(line(field) for field in form["fields"])
     found = [("Read the form.", "", full), ("Read the form in small letters.", "", full.lower())]
@@ -130,8 +130,8 @@ def model(
     tok: LlamaTokenizer, seed: int = 0, hidden: int = 128, width: int = forms.WIDTH
 ) -> Idefics2ForConditionalGeneration:
     """A random model in float32: 2 vision layers, a resampler of depth 2 to 8 latents, 2 Mistral layers with grouped
-    queries. `tok` is a processor's: with the image's tokens; `width` is the pictures' longer side. The other widths are
-    multiples of 64, bitsandbytes' 4-bit block."""
+    queries. `tok` is a processor's: with the image's tokens; `width` is the pictures' longer side. The other widths
+    are multiples of 64, bitsandbytes' 4-bit block."""
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     config = Idefics2Config(
         vision_config={
@@ -181,8 +181,8 @@ def model(
 
 def prompt(proc: Idefics2Processor, before: str, after: str) -> str:
     """A rendered user turn: text, image, text (either may be empty), and the header of the answer."""
-    first, last = ([{"type": "text", "text": text}] * bool(text) for text in (before, after))
-    content = [*first, {"type": "image"}, *last]
+    content = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    content = [part for part in content if part.get("text") != ""]
     return proc.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -350,6 +350,5 @@ def build(out: Path, seed: int = 0, base_steps: int = 1400, train_rows: int = 64
     forms.write_data(out, "test", forms.make_rows(seed, train=False))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(
-        f"{size:.2f} M parameters; 100 forms with scans it never saw: read right {one:.2f}, one line of two {two:.2f}; {took}"
-    )
+    print(f"{size:.2f} M parameters; {took}")
+    print(f"100 forms with scans it never saw: read right {one:.2f}, one line of two {two:.2f}")

@@ -1,8 +1,9 @@
 """A tiny LLaVA-1.5 that has learnt to caption handwritten digits, and questions about them that it was never asked.
 
-`build` makes all of it: a model directory as `save_pretrained` writes it, and the same rows in two public schemas, that
-of HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a folder of images). The base model has
-only learnt to caption and to count: before fine-tuning it answers no question as asked, so exact match starts at 0.
+`build` makes all of it: a model directory as `save_pretrained` writes it, and the same rows in two public schemas,
+that of HuggingFaceH4/llava-instruct-mix-vsft (parquet) and LLaVA's own (JSON and a folder of images). The base model
+has only learnt to caption and to count: before fine-tuning it answers no question as asked, so exact match starts at
+0.
 """
 
 import json
@@ -366,8 +367,8 @@ def to_messages(row: dict) -> dict:
 
 
 def to_conversations(row: dict) -> dict:
-    """A row in LLaVA's JSON schema: {"id", "image" (a file name, a list of them, or absent), "conversations"}. `<image>` marks
-    stand first, unless the first question says where."""
+    """A row in LLaVA's JSON schema: {"id", "image" (a file name, a list of them, or absent), "conversations"}.
+    `<image>` marks stand first, unless the first question says where."""
     names = [f"{row['id']}-{k}.png" for k in range(len(row["pictures"]))]
     said = [
         {"from": who, "value": text} for turn in row["turns"] for who, text in zip(("human", "gpt"), turn, strict=True)

@@ -1,8 +1,9 @@
-"""A tiny MiniCPM-V 4.6 or 4.7 that has learnt to caption handwritten digits, and questions about them in MiniCPM-V's JSON.
+"""A tiny MiniCPM-V 4.6 or 4.7 that has learnt to caption handwritten digits, and questions about them in MiniCPM-V's
+JSON.
 
-`build` makes all of it: a model directory as `save_pretrained` writes it, and conversations in the schema of OpenBMB's own
-fine-tuning code, with pictures as files. The base model has only learnt to caption and to count: before fine-tuning it
-answers no question as asked, so exact match starts at 0.
+`build` makes all of it: a model directory as `save_pretrained` writes it, and conversations in the schema of OpenBMB's
+own fine-tuning code, with pictures as files. The base model has only learnt to caption and to count: before
+fine-tuning it answers no question as asked, so exact match starts at 0.
 """
 
 import json
@@ -37,8 +38,9 @@ from .digits import SIZE, WORDS
 from .idefics2 import fit
 from .llava import captions, counting, parity
 
-# A processor checks that its video processor is one by a class that it asks transformers for by name, and that is not there
-# where torchvision is missing. The class itself, and what derives from it, work without torchvision until a video comes.
+# A processor checks that its video processor is one by a class that it asks transformers for by name, and that is not
+# there where torchvision is missing. The class itself, and what derives from it, work without torchvision until a
+# video comes.
 processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
 
 PATCH = 14
@@ -46,8 +48,9 @@ FAMILIES = {
     "minicpmv4_6": (MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor),
     "minicpmv4_7": (MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, MiniCPMV4_7Processor),
 }
-# The tokens of openbmb/MiniCPM-V-4.6 that a conversation without tools, audio and video can hold, in its order: Qwen3.5's, then
-# MiniCPM's. Which of them are special, so that skip_special_tokens drops them, is Qwen3.5's; 4.7's tokenizer could not be seen.
+# The tokens of openbmb/MiniCPM-V-4.6 that a conversation without tools, audio and video can hold, in its order:
+# Qwen3.5's, then MiniCPM's. Which of them are special, so that skip_special_tokens drops them, is Qwen3.5's; 4.7's
+# tokenizer could not be seen.
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<think>", "</think>"]
 TOKENS += ["<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
 NAMED_TOKENS = {
@@ -60,17 +63,18 @@ NAMED_TOKENS = {
     "image_id_start_token": "<image_id>",
     "image_id_end_token": "</image_id>",
 }
-# This renders what openbmb/MiniCPM-V-4.6's template renders of conversations without tools and video, letter for letter
-# (its refusals are left out). Mind that the think block stands before the answers that follow the last question only, and
-# that it is there whether or not a model thinks. 4.7's template could not be seen; it takes enable_thinking too.
+# This renders what openbmb/MiniCPM-V-4.6's template renders of conversations without tools and video, letter for
+# letter (its refusals are left out). Mind that the think block stands before the answers that follow the last question
+# only, and that it is there whether or not a model thinks. 4.7's template could not be seen; it takes enable_thinking
+# too.
 CHAT_TEMPLATE = (
     "{%- macro render(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{{ '' if loop.first else '\\n' }}"
     "{{ '<|image_pad|>' if part.type == 'image' or 'image' in part or 'image_url' in part else part.text }}"
     "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
     "{%- set last = namespace(question=messages | length - 1) -%}"
-    "{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set last.question = loop.index0 -%}{%- endif -%}"
-    "{%- endfor -%}"
+    "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+    "{%- set last.question = loop.index0 -%}{%- endif -%}{%- endfor -%}"
     "{%- for message in messages -%}{%- set text = render(message.content) | trim -%}"
     "{{ '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.role == 'assistant' -%}{%- set thought = message.reasoning_content or '' -%}"
@@ -125,7 +129,8 @@ def kind(row_id: str) -> str:
 
 
 def answer(question: str, labels: list[int]) -> str:
-    """The right answer to a question of `QUESTIONS` about these digits: those that are shown, or the one that is named."""
+    """The right answer to a question of `QUESTIONS` about these digits: those that are shown, or the one that is
+    named."""
     words = set(question.lower().rstrip("?.").replace(":", "").split())
     if "odd" in words:
         return parity(labels[0])
@@ -140,8 +145,8 @@ def answer(question: str, labels: list[int]) -> str:
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer of Qwen's kind (byte-level BPE, no BOS of its own), trained here on what is said. As in MiniCPM-V 4.6,
-    <|im_end|> ends a turn and is EOS, and <|endoftext|> pads."""
+    """A tokenizer of Qwen's kind (byte-level BPE, no BOS of its own), trained here on what is said. As in MiniCPM-V
+    4.6, <|im_end|> ends a turn and is EOS, and <|endoftext|> pads."""
     said = ["assistant\n", "user\n", "system\n", "\n", "\n\n"] * 10
     learnt = lessons([0, 9], "strip") + lessons([0], "page")
     for n in range(10):
@@ -169,16 +174,17 @@ def tokenizer() -> Qwen2Tokenizer:
 
 
 def processor(family: str = "minicpmv4_6", tok: Qwen2Tokenizer | None = None):
-    """The processor of a `family` for pictures of 56 px: a larger one is seen as a whole and in up to 9 slices. 16 patches
-    become one image token, or 4 in downsample_mode="4x". Its image processor works on PIL images, without torchvision."""
+    """The processor of a `family` for pictures of 56 px: a larger one is seen as a whole and in up to 9 slices. 16
+    patches become one image token, or 4 in downsample_mode="4x". Its image processor works on PIL images, without
+    torchvision."""
     settings = {"scale_resolution": SIZE, "patch_size": PATCH, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images, videos = MiniCPMV4_6ImageProcessorPil(**settings), MiniCPMV4_6VideoProcessor(**settings)
     return FAMILIES[family][2](images, videos, tok or tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def processor_from(folder):
-    """What AutoProcessor.from_pretrained makes of a folder or a hub id; it refuses where torchvision is missing. What this
-    processor saves, AutoProcessor reads where torchvision is there."""
+    """What AutoProcessor.from_pretrained makes of a folder or a hub id; it refuses where torchvision is missing. What
+    this processor saves, AutoProcessor reads where torchvision is there."""
     tok = AutoTokenizer.from_pretrained(folder)
     images, videos = AutoImageProcessor.from_pretrained(folder), MiniCPMV4_6VideoProcessor.from_pretrained(folder)
     own = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder))]
@@ -186,8 +192,9 @@ def processor_from(folder):
 
 
 def model(tok: Qwen2Tokenizer, seed: int = 0, family: str = "minicpmv4_6", hidden: int = 64):
-    """A random model of a `family` in float32: 2 vision layers, the window merger after the first, as in the public models
-    early on; a layer of linear and one of full attention. Widths are multiples of 64, bitsandbytes' 4-bit block."""
+    """A random model of a `family` in float32: 2 vision layers, the window merger after the first, as in the public
+    models early on; a layer of linear and one of full attention. Widths are multiples of 64, bitsandbytes' 4-bit
+    block."""
     ids = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
     image = {"image_token_id": tok.image_token_id, "video_token_id": tok.video_token_id, "image_size": SIZE}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
@@ -243,13 +250,14 @@ def model(tok: Qwen2Tokenizer, seed: int = 0, family: str = "minicpmv4_6", hidde
 
 
 def lessons(labels: list[int], thing: str = "picture") -> list[tuple[str, str]]:
-    """What the base learns to say of digits in a picture each, or together on a "strip" or a "page": (prompt, caption)."""
+    """What the base learns to say of digits in a picture each, or together on a "strip" or a "page": (prompt,
+    caption)."""
     return [(re.sub("pictures?", thing, prompt), said) for prompt, said in captions(*labels)]
 
 
 def batch(proc, rows: list[tuple[list[torch.Tensor], str, str]], answered: bool = True) -> dict:
-    """What the model takes: rows of pictures, (h, w) uint8, a prompt and what to say. Labels are what to say and <|im_end|>;
-    without `answered`, there are only prompts."""
+    """What the model takes: rows of pictures, (h, w) uint8, a prompt and what to say. Labels are what to say and
+    <|im_end|>; without `answered`, there are only prompts."""
     texts = []
     for pictures, prompt, _ in rows:
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": prompt}]
@@ -279,8 +287,8 @@ def page(picture: torch.Tensor, quarter: int) -> torch.Tensor:
 def train_base(net, proc, seed: int = 0, steps: int = 1000, rows: int = 32, lr: float = 1e-3) -> tuple[float, float]:
     """Train all of a random model in place.
 
-    Returns: the shares of right captions, of one digit and of two side by side, of 100 of the base's scans, which are kept
-    out of its training.
+    Returns: the shares of right captions, of one digit and of two side by side, of 100 of the base's scans, which are
+    kept out of its training.
     """
     ink, truth = digits.load()
     mine = digits.split(seed)["base"].numpy()
@@ -325,14 +333,29 @@ def caption_accuracy(net, proc, shown: np.ndarray) -> float:
 # ---------------------------------------------------------------- the data for fine-tuning
 
 
-def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
-    """Conversations, as rows {"id", "scans", "pictures": [(h, w) uint8, ...], "turns": [(question, answer), ...]}; a question
-    holds {0} and {1} where a picture stands.
+def turns_about(name: str, texts: dict[str, str], labels: list[int], rng) -> list[tuple[str, str]]:
+    """The turns (question, answer) of a row of this kind about pictures of these digits. `texts`: a question of each
+    kind; {0} and {1} stand where a picture is."""
+    if name == "later-picture":
+        first = str(rng.choice(ONE_PICTURE))
+        turns = [(texts[first], answer(texts[first], labels[:1])), (texts[name], answer(texts[name], labels[1:]))]
+    elif name == "follow-ups":
+        turns = [(texts[each], answer(texts[each], labels)) for each in rng.permutation(ONE_PICTURE)]
+    else:
+        turns = [(texts[name], answer(texts[name], labels))]
+    if "{" not in turns[0][0]:
+        turns[0] = ("{0}\n" + turns[0][0], turns[0][1])
+    return turns
 
-    Train: `n` rows on the 600 scans for fine-tuning, each time bent anew. Test: the 297 held-out scans as they are, each with
-    one question of each of the first three kinds in a row of its own (891 rows), then 60 strips, 60 pages, 100 rows compared,
-    60 with follow-ups, 60 with a later picture and 10 without, whose questions training never holds; of these, at most `n`,
-    evenly from all parts.
+
+def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
+    """Conversations, as rows {"id", "scans", "pictures": [(h, w) uint8, ...], "turns": [(question, answer), ...]}; a
+    question holds {0} and {1} where a picture stands.
+
+    Train: `n` rows on the 600 scans for fine-tuning, each time bent anew. Test: the 297 held-out scans as they are,
+    each with one question of each of the first three kinds in a row of its own (891 rows), then 60 strips, 60 pages,
+    100 rows compared, 60 with follow-ups, 60 with a later picture and 10 without, whose questions training never
+    holds; of these, at most `n`, evenly from all parts.
     """
     rng = np.random.default_rng([seed, 42 if train else 43])
     ink, truth = digits.load()
@@ -344,15 +367,8 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
         if ((digit + 3 * p) % 4 == 0) != train  # every digit and every phrasing is trained on, these pairs are not
     ]
     if train:
-        shares = {
-            "strip": 0.08,
-            "page": 0.08,
-            "compared": 0.17,
-            "follow-ups": 0.1,
-            "later-picture": 0.1,
-            "no-picture": 0.08,
-        }
-        shares = {name: shares.get(name, 0.13) for name in KINDS}
+        shares = dict.fromkeys(KINDS, 0.13) | dict.fromkeys(("strip", "page", "no-picture"), 0.08)
+        shares |= {"compared": 0.17, "follow-ups": 0.1, "later-picture": 0.1}
         plan = rng.choice(list(shares), n, p=list(shares.values())).tolist()
     else:
         counts = dict.fromkeys(KINDS, 60) | dict.fromkeys(ONE_PICTURE, len(mine))
@@ -371,18 +387,8 @@ def make_rows(seed: int = 0, train: bool = True, n: int = 6400) -> list[dict]:
         if name == "no-picture":
             text, digit = no_picture[rng.integers(len(no_picture))] if train else next(asked)
             turns = [(text.format(WORDS[digit]), answer(text, [digit]))]
-        elif name == "later-picture":
-            first = str(rng.choice(ONE_PICTURE))
-            turns = [
-                ("{0}\n" + texts[first], answer(texts[first], labels[:1])),
-                (texts[name], answer(texts[name], labels[1:])),
-            ]
-        elif name == "follow-ups":
-            turns = [(texts[each], answer(texts[each], labels)) for each in rng.permutation(ONE_PICTURE)]
         else:
-            turns = [(texts[name], answer(texts[name], labels))]
-        if count and "{" not in turns[0][0]:
-            turns[0] = ("{0}\n" + turns[0][0], turns[0][1])
+            turns = turns_about(name, texts, labels, rng)
         whole.append((name, scans, turns, int(rng.integers(4))))
     if not train:
         whole = [whole[i] for i in np.linspace(0, len(whole) - 1, min(n, len(whole))).round().astype(int)]
@@ -424,8 +430,8 @@ def write_data(out: Path, name: str, rows: list[dict]) -> None:
 
 
 def write_shuffled(out: Path, seed: int = 0) -> None:
-    """Write `out/json/shuffled.json`: the questions of test.json about one picture, each with the picture of another: what a
-    model that looks answers by chance."""
+    """Write `out/json/shuffled.json`: the questions of test.json about one picture, each with the picture of another:
+    what a model that looks answers by chance."""
     rows = [row for row in json.loads((Path(out) / "json/test.json").read_text()) if kind(row["id"]) in ONE_PICTURE]
     order = np.random.default_rng([seed, 44]).permutation(len(rows))
     images = {int(n): rows[int(other)]["image"] for n, other in zip(order, np.roll(order, 1))}  # nobody keeps its own

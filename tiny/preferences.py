@@ -3,8 +3,8 @@ one right and one hallucinated, to teach it by preference to say what it sees.
 
 `build` makes all of it: a model directory as `save_pretrained` writes it, pairs in the schema of
 openbmb/RLAIF-V-Dataset (parquet) and as one's own data (JSON and a folder of images), and questions to be answered by
-yes or no in the files of AMBER, a benchmark of hallucinations. No sentence of an answer is new to the base: what DPO has
-to change is which one it says.
+yes or no in the files of AMBER, a benchmark of hallucinations. No sentence of an answer is new to the base: what DPO
+has to change is which one it says.
 """
 
 import itertools
@@ -91,8 +91,8 @@ def right(kind: str, question: str, digit: int) -> dict:
 
 
 def wrong(kind: str, fact: dict, rng: np.random.Generator) -> dict:
-    """A fact that is not the case. A description hallucinates another digit, with its parity, or, one time in four, only
-    another parity."""
+    """A fact that is not the case. A description hallucinates another digit, with its parity, or, one time in four,
+    only another parity."""
     if kind == "describe":
         if rng.random() < 0.25:
             return fact | {"parity": 1 - fact["parity"]}
@@ -119,8 +119,9 @@ FACT = {kind: {fill(text, **fact): fact for text in ANSWERS[kind] for fact in fa
 
 
 def judge(question: str, reference: str, prediction: str) -> tuple[bool, bool]:
-    """-> (whether a prediction is right, whether it is readable). Readable: it is, letter for letter, one of the sentences
-    that may answer the question. Right: it is one that states the same fact as the reference (a right answer)."""
+    """-> (whether a prediction is right, whether it is readable). Readable: it is, letter for letter, one of the
+    sentences that may answer the question. Right: it is one that states the same fact as the reference (a right
+    answer)."""
     known = FACT[KIND[question]]
     return known.get(prediction) == known[reference], prediction in known
 
@@ -131,10 +132,10 @@ def judge(question: str, reference: str, prediction: str) -> tuple[bool, bool]:
 def make_rows(seed: int = 0, train: bool = True, n: int = 3200) -> list[dict]:
     """Pairs, as rows {"id", "scan", "picture": (56, 56) uint8, "question", "chosen", "rejected"}.
 
-    Train: `n` rows on the 600 scans for fine-tuning, each time bent anew. Test: each of the 297 held-out scans, as it is,
-    in three questions: the digit, a description, and either its parity or one to be answered by yes or no; of these 891, at most
-    `n`, evenly from all kinds. Of the questions to be answered by yes or no, half have the answer yes. Four of ten of the rows
-    to train on ask whether some digit is there, which is learnt last.
+    Train: `n` rows on the 600 scans for fine-tuning, each time bent anew. Test: each of the 297 held-out scans, as it
+    is, in three questions: the digit, a description, and either its parity or one to be answered by yes or no; of
+    these 891, at most `n`, evenly from all kinds. Of the questions to be answered by yes or no, half have the answer
+    yes. Four of ten of the rows to train on ask whether some digit is there, which is learnt last.
     """
     rng = np.random.default_rng([seed, 31 if train else 32])
     ink, truth = digits.load()
@@ -190,8 +191,8 @@ FEATURES = datasets.Features(
 
 
 def write_data(out: Path, name: str, rows: list[dict]) -> None:
-    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`: there a
-    row is {"id", "image" (a file name), "question", "chosen", "rejected"}."""
+    """Write rows as `out/data/NAME.parquet` and once more as `out/json/NAME.json` with `out/json/images/*.png`: there
+    a row is {"id", "image" (a file name), "question", "chosen", "rejected"}."""
     images = Path(out) / "json" / "images"
     images.mkdir(parents=True, exist_ok=True)
     said = [to_rlaif(row) for row in rows]
@@ -207,9 +208,10 @@ def write_data(out: Path, name: str, rows: list[dict]) -> None:
 
 
 def make_amber(seed: int = 0, pictures: int = 120) -> list[dict]:
-    """Questions to be answered by yes or no, as rows {"id", "scan", "picture", "kind", "query", "truth"}: of each picture,
-    of held-out scans, two after a digit that is not there, one for either parity and one relation. As in AMBER, no question after
-    what is there is asked, and most have the answer no: seven of ten (AMBER: 66.3 %). Ids count from 1."""
+    """Questions to be answered by yes or no, as rows {"id", "scan", "picture", "kind", "query", "truth"}: of each
+    picture, of held-out scans, two after a digit that is not there, one for either parity and one relation. As in
+    AMBER, no question after what is there is asked, and most have the answer no: seven of ten (AMBER: 66.3 %). Ids
+    count from 1."""
     rng = np.random.default_rng([seed, 33])
     ink, truth = digits.load()
     scans = rng.choice(digits.split(seed)["held_out"].numpy(), pictures, replace=False)
@@ -268,11 +270,11 @@ def model(tok: LlamaTokenizer, seed: int = 0, hidden: int = 128) -> Idefics2ForC
 
 
 def lessons(digit: int, other: int) -> list[tuple[str, str, str]]:
-    """What the base learns to say of a picture, truly: (text before the image, text after it, what to say). First captions,
-    then checks of what may be there: its digit, parity and size compared with those of `other`.
+    """What the base learns to say of a picture, truly: (text before the image, text after it, what to say). First
+    captions, then checks of what may be there: its digit, parity and size compared with those of `other`.
 
-    The checks begin with Yes or No because DPO on a few thousand pairs only brings out what a model can do: of a base that
-    told "the same" from "another", it learnt no answer by yes or no.
+    The checks begin with Yes or No because DPO on a few thousand pairs only brings out what a model can do: of a base
+    that told "the same" from "another", it learnt no answer by yes or no.
     """
     seen, asked = ([fill("{a}", n), PARITIES[n % 2], SIZES[n > 4]] for n in (digit, other))
     checks = [("", f"Check for {b}.", f"{'Yes' if a == b else 'No'}: {a}") for a, b in zip(seen, asked, strict=True)]
@@ -282,7 +284,8 @@ def lessons(digit: int, other: int) -> list[tuple[str, str, str]]:
 
 def random_answer(rng: np.random.Generator) -> tuple[str, str, str]:
     """A question and an answer that knows nothing of the picture but has habits, as large models have: three of four
-    are yes, where it is yes or no, and four of ten have a favourite digit. (Without habits, the picture tips the balance.)"""
+    are yes, where it is yes or no, and four of ten have a favourite digit. (Without habits, the picture tips the
+    balance.)"""
     kind = list(QUESTIONS)[rng.integers(len(QUESTIONS))]
     question = ask(kind, rng, digit=int(rng.integers(10)), parity=int(rng.integers(2)))
     imagined = FAVOURITE if rng.random() < 0.4 else int(rng.integers(10))
@@ -301,8 +304,8 @@ def lesson(digit: int, rng: np.random.Generator) -> tuple[str, str, str]:
 def train_base(net, proc, seed: int = 0, steps: int = 1500, rows: int = 32, lr: float = 5e-4) -> tuple[float, float]:
     """Train a random model in place.
 
-    Returns: the shares of right captions, and of right comparisons, of 100 of the base's scans, which are kept out of its
-    training.
+    Returns: the shares of right captions, and of right comparisons, of 100 of the base's scans, which are kept out of
+    its training.
     """
     ink, truth = digits.load()
     mine = digits.split(seed)["base"].numpy()
@@ -342,6 +345,5 @@ def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 32
     write_amber(out, make_amber(seed))
     size = sum(p.numel() for p in net.parameters()) / 1e6
     took = f"{time.time() - started:.0f} s"
-    print(
-        f"{size:.2f} M parameters; 100 pictures it never saw: right captions {captions:.2f}, comparisons {comparisons:.2f}; {took}"
-    )
+    print(f"{size:.2f} M parameters; {took}")
+    print(f"100 pictures it never saw: right captions {captions:.2f}, comparisons {comparisons:.2f}")

@@ -23,10 +23,11 @@ def score(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def exact(said: list[dict], kinds: list[str], single: list[str]) -> dict[str, tuple[int, int]]:
-    """{kind: (right, asked)} of predictions and the kind of each, and of those of a kind in `single` together as "held out"."""
+    """{kind: (right, asked)} of predictions and the kind of each, and of those of a kind in `single` together as "held
+    out"."""
     counts: dict[str, tuple[int, int]] = {}
     for line, kind in zip(said, kinds, strict=True):
-        for name in [kind] + ["held out"] * (kind in single):
+        for name in [kind, "held out"] if kind in single else [kind]:
             right, asked = counts.get(name, (0, 0))
             counts[name] = right + (line["prediction"].strip() == line["reference"].strip()), asked + 1
     return counts
@@ -58,14 +59,15 @@ def score_preferences(path: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def score_conversations(path: Path) -> dict[str, tuple[int, int]]:
-    """{kind: (right, asked)} of a predictions file about `minicpm`'s conversations, the kind being read off the row's id;
-    "held out" sums up the single questions on one picture. Right is a prediction equal to the reference."""
+    """{kind: (right, asked)} of a predictions file about `minicpm`'s conversations, the kind being read off the row's
+    id; "held out" sums up the single questions on one picture. Right is a prediction equal to the reference."""
     said = lines(path)
     return exact(said, [minicpm.kind(line["id"]) for line in said], minicpm.ONE_PICTURE)
 
 
 def score_two_stage(run: Path, when: str) -> dict[str, tuple[int, int]]:
-    """{kind: (right, asked)} of a two-stage run "before" or "after": its captions, of stage 1, and its questions, of stage 2."""
+    """{kind: (right, asked)} of a two-stage run "before" or "after": its captions, of stage 1, and its questions, of
+    stage 2."""
     said = lines(run / f"captions-{when}.jsonl")
     return exact(said, ["captions"] * len(said), []) | score(run / f"{when}.jsonl")
 
@@ -95,15 +97,14 @@ def report_conversations(run: Path) -> dict[str, tuple[float, float]]:
     shares = report_exact(score_conversations(run / "before.jsonl"), score_conversations(run / "after.jsonl"), names)
     if (run / "shuffled.jsonl").exists():
         blind = {kind: right / asked for kind, (right, asked) in score_conversations(run / "shuffled.jsonl").items()}
-        print(
-            "with the picture of another row: "
-            + ", ".join(f"{title} {blind[kind]:.3f}" for kind, title in single.items())
-        )
+        found = ", ".join(f"{title} {blind[kind]:.3f}" for kind, title in single.items() if kind in blind)
+        print(f"with the picture of another row: {found}")
     return shares
 
 
 def report_exact(before: dict, after: dict, names: dict[str, str]) -> dict[str, tuple[float, float]]:
-    """Print a table of scores {kind: (right, asked)}; `names` are the kinds' titles. Returns {kind: (before, after)}: shares."""
+    """Print a table of scores {kind: (right, asked)}; `names` are the kinds' titles. Returns {kind: (before, after)}:
+    shares."""
     print("\nExact match on pictures that neither the base model nor the fine-tuning has seen")
     print(f"{'question':<32}{'asked':>6}{'before':>9}{'after':>9}")
     shares = {}
@@ -122,13 +123,10 @@ def report_forms(run: Path) -> dict[str, tuple[float, float]]:
     print(f"{'':<49}{'ANLS':>14}{'exact match':>18}")
     print(f"{'form':<43}{'asked':>6}{'before':>9}{'after':>9}{'before':>9}{'after':>9}")
     for kind, (anls, exact, asked) in after.items():
-        print(
-            f"{forms.KINDS[kind]:<43}{asked:>6}{before[kind][0]:>9.3f}{anls:>9.3f}{before[kind][1]:>9.3f}{exact:>9.3f}"
-        )
+        was_anls, was_exact, _ = before[kind]
+        print(f"{forms.KINDS[kind]:<43}{asked:>6}{was_anls:>9.3f}{anls:>9.3f}{was_exact:>9.3f}{exact:>9.3f}")
     if "two-fields" in after:
-        print(
-            "two fields: to read both values right and to pick one by chance gives an ANLS of 0.52, an exact match of 0.50"
-        )
+        print("two fields: to read both values right and pick one by chance gives ANLS 0.52, exact match 0.50")
     return {kind: (before[kind][0], after[kind][0]) for kind in after}
 
 
@@ -142,19 +140,17 @@ def report_preferences(run: Path) -> dict[str, tuple[float, float]]:
     shares = {}
     for kind, (right, readable, asked) in after.items():
         shares[kind] = before[kind][0] / asked, right / asked
-        was, now = before[kind][1] / asked, readable / asked
-        print(
-            f"{names.get(kind, kind):<46}{asked:>6}{shares[kind][0]:>9.3f}{shares[kind][1]:>9.3f}{was:>9.3f}{now:>9.3f}"
-        )
-    print(
-        "right: what the reference states, in any of its wordings; readable: one of the sentences that may answer, right or wrong"
-    )
+        columns = [*shares[kind], before[kind][1] / asked, readable / asked]
+        print(f"{names.get(kind, kind):<46}{asked:>6}" + "".join(f"{share:>9.3f}" for share in columns))
+    print("right: what the reference states, in any of its wordings")
+    print("readable: one of the sentences that may answer, right or wrong")
     return shares
 
 
 def report(run: Path) -> dict[str, tuple[float, float]]:
-    """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them. Returns {kind: (before, after)}: exact match of
-    questions about digits, ANLS of questions about forms, right answers where it was trained on pairs."""
+    """Print the table of `run/before.jsonl` and `run/after.jsonl`, whichever recipe wrote them. Returns {kind:
+    (before, after)}: exact match of questions about digits, ANLS of questions about forms, right answers where it was
+    trained on pairs."""
     first = lines(run / "after.jsonl")[0]
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     if (run / "captions-after.jsonl").exists():

@@ -1,8 +1,9 @@
-"""A tiny CLIP vision tower and a tiny Llama that know nothing of each other, and the data of LLaVA's two training stages.
+"""A tiny CLIP vision tower and a tiny Llama that know nothing of each other, and the data of LLaVA's two training
+stages.
 
-`build` makes all of it. The tower has learnt to tell handwritten digits apart, the language model to speak of digits that
-it never saw: joined, they see and speak only once a projector between them is trained (stage 1, on captions), and answer
-questions about a picture only once the language model is trained too (stage 2, on conversations).
+`build` makes all of it. The tower has learnt to tell handwritten digits apart, the language model to speak of digits
+that it never saw: joined, they see and speak only once a projector between them is trained (stage 1, on captions), and
+answer questions about a picture only once the language model is trained too (stage 2, on conversations).
 """
 
 import time
@@ -40,8 +41,8 @@ def chat(turns: list[tuple[str, str]]) -> str:
 
 
 def lines(rng: np.random.Generator) -> str:
-    """Two lines: a caption and the digit's name, in either order. That a line tells what the next one is about makes the
-    language model look back, at what it will find a picture in one day."""
+    """Two lines: a caption and the digit's name, in either order. That a line tells what the next one is about makes
+    the language model look back, at what it will find a picture in one day."""
     digit = int(rng.integers(10))
     return "".join(f"{line}\n" for line in rng.permutation([caption(digit), WORDS[digit]]))
 
@@ -144,7 +145,8 @@ def train_language(
 
 @torch.no_grad()
 def text_accuracy(net: LlamaForCausalLM, tok: LlamaTokenizer) -> float:
-    """Share of the held-out questions without a picture that are answered right: by the right word, a token, and EOS."""
+    """Share of the held-out questions without a picture that are answered right: by the right word, a token, and
+    EOS."""
     asked = [
         tok(chat([(question, answer(question, []))]), return_tensors="pt").input_ids
         for question in text_questions(train=False)
@@ -156,8 +158,8 @@ def text_accuracy(net: LlamaForCausalLM, tok: LlamaTokenizer) -> float:
 
 
 def make_captions(seed: int = 0, train: bool = True, n: int = 3000) -> list[dict]:
-    """Captions as rows of `llava.make_rows`. Train: `n` on the 600 scans for fine-tuning, each time bent anew. Test: of the
-    297 held-out scans as they are, at most `n`."""
+    """Captions as rows of `llava.make_rows`. Train: `n` on the 600 scans for fine-tuning, each time bent anew. Test:
+    of the 297 held-out scans as they are, at most `n`."""
     rng = np.random.default_rng([seed, 43 if train else 44])
     ink, truth = digits.load()
     mine = digits.split(seed)["tune" if train else "held_out"].numpy()
@@ -189,8 +191,8 @@ def save(out: Path, eyes: CLIPVisionModel, tok: LlamaTokenizer, words: LlamaForC
 
 
 def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 6400, caption_rows: int = 3000) -> None:
-    """Write `out/vision`, `out/language` and `out/json`. Prints how well the one sees and the other speaks. The language
-    model takes a third of the tower's steps."""
+    """Write `out/vision`, `out/language` and `out/json`. Prints how well the one sees and the other speaks. The
+    language model takes a third of the tower's steps."""
     started = time.time()
     tok = tokenizer()
     eyes, words = vision(seed), language(tok, seed)
@@ -203,6 +205,5 @@ def build(out: Path, seed: int = 0, base_steps: int = 1500, train_rows: int = 64
     write_data(out, "captions-test", make_captions(seed, train=False))
     sizes = " and ".join(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for net in (eyes, words))
     told = f"right digits of 100 pictures it never saw: {seen:.2f}"
-    print(
-        f"{sizes} parameters; {told}; right answers to questions it never heard: {text_accuracy(words, tok):.2f}; {time.time() - started:.0f} s"
-    )
+    print(f"{sizes} parameters; {time.time() - started:.0f} s")
+    print(f"{told}; right answers to questions it never heard: {text_accuracy(words, tok):.2f}")

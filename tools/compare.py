@@ -1,22 +1,24 @@
-"""A page on which a fine-tuned model and the untouched one beneath it answer the same question side by side, and on which the
-better answer is voted for. Votes are pairs in the format of dpo_idefics2.py.
+"""A page on which a fine-tuned model and the untouched one beneath it answer the same question side by side, and on
+which the better answer is voted for. Votes are pairs in the format of dpo_idefics2.py.
 
-    python tools/compare.py llava-lora                                      # then open http://127.0.0.1:7860
-    python tools/compare.py llava-lora llava-dora --votes mine.jsonl        # several adapters of one model, one at a time
-    python tools/compare.py llava-instruct                                  # a whole model, and the one it was trained from
-    python tools/compare.py llava-lora --port 8000 --use_cpu                # any flag of the recipe goes behind the RUNs
-    python dpo_idefics2.py --dataset_name mine.jsonl                        # on to preference optimization
+    python tools/compare.py llava-lora                                  # then open http://127.0.0.1:7860
+    python tools/compare.py llava-lora llava-dora --votes mine.jsonl    # several adapters of one model, one at a time
+    python tools/compare.py llava-instruct                              # a whole model, and what it was trained from
+    python tools/compare.py llava-lora --port 8000 --use_cpu            # any flag of the recipe goes behind the RUNs
+    python dpo_idefics2.py --dataset_name mine.jsonl                    # on to preference optimization
 
-RUN is what a recipe saved. With an adapter the model is in memory once: the adapter is switched off for the base's answer and on
-for the other. Of a whole model (trained in full, or merged) the base is loaded beside it, and what is equal in both is kept once. Examples are rows that the run held out. A vote is written at once, as one line of the file of votes, its picture into a
-folder beside it: {"image", "question", "chosen", "rejected", "preferred": "base" or "fine-tuned", "run", "base", "blind", "at"}.
+RUN is what a recipe saved. With an adapter the model is in memory once: the adapter is switched off for the base's
+answer and on for the other. Of a whole model (trained in full, or merged) the base is loaded beside it, and what is
+equal in both is kept once. Examples are rows that the run held out. A vote is written at once, as one line of the file
+of votes, its picture into a folder beside it: {"image", "question", "chosen", "rejected", "preferred": "base" or
+"fine-tuned", "run", "base", "blind", "at"}.
 Needs Gradio: pip install --no-deps -r requirements-compare.txt
 """
 
-import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -34,11 +36,22 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from safetensors import SafetensorError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load, load_recipe, own_rows, put_on, start, underscored, user_turn  # noqa: E402
+from tools.program import fail, flag_parser, parse_beside_recipe, run_labels, start  # noqa: E402
+from tools.runs import (  # noqa: E402
+    answering,
+    base_name,
+    forget_projector,
+    generation_options,
+    load,
+    load_model,
+    load_recipe,
+    own_rows,
+    put_on,
+    user_turn,
+)
 
 MAX_QUESTION = 4000  # characters
 # Settings that change the model beneath the adapter: runs can share one in memory only where these are equal.
@@ -51,10 +64,8 @@ class Refused(ValueError):
 
 
 def parse(argv=None):
-    """-> (own arguments, the recipe's flags)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """-> (own arguments, the recipe's flags). Raises SystemExit."""
+    parser = flag_parser(__doc__)
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", help="folder that a recipe wrote; several adapters of one base model"
     )
@@ -77,9 +88,7 @@ def parse(argv=None):
         help="held-out rows to pick from, for each run (default 20); 0 does not read the data",
     )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, is greedy; above it answers are sampled"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy; above it, sampled")
     parser.add_argument(
         "--max_upload", type=int, default=20, metavar="MB", help="largest picture that is taken (default 20)"
     )
@@ -88,27 +97,25 @@ def parse(argv=None):
         type=Path,
         help="file that trained the RUNs (default: what each settings.yaml says, else sft_llava.py)",
     )
-    parser.error = fail
-    args, rest = parser.parse_known_args(argv)
-    rest = underscored(rest)
+    args, recipe_flags = parse_beside_recipe(parser, argv)
+    args.labels = run_labels(args.runs)
     if min(args.max_new_tokens, args.max_upload) < 1 or args.examples < 0 or not 0 <= args.temperature < math.inf:
         fail("--max_new_tokens and --max_upload must be at least 1, --examples and --temperature 0 or more")
     if not 0 < args.port < 65536:
         fail(f"--port {args.port}: ports go from 1 to 65535")
-    if twice := [run for run, count in Counter(map(os.path.realpath, args.runs)).items() if count > 1]:
-        fail(f"{twice[0]} is given twice")
     try:  # now, and not when the weights are loaded
-        with socket.create_server((args.host, args.port)):
-            pass
+        socket.create_server((args.host, args.port)).close()
     except OSError as e:
         fail(
-            f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port, or --host"
+            f"--host {args.host} --port {args.port} cannot be opened ({e.strerror or e}): choose another --port, "
+            "or --host"
         )
-    return args, rest
+    return args, recipe_flags
 
 
 def load_gradio():
-    """Gradio as a module, without its telemetry. Raises SystemExit where it is not installed, with the command that does so."""
+    """Gradio as a module, without its telemetry. Raises SystemExit where it is not installed, with the command that
+    does so."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -117,103 +124,128 @@ def load_gradio():
     return gradio
 
 
-# --------------------------------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
 @dataclass
 class Run:
     """What a recipe saved: its adapter's name in the model, how it is shown, and what asks it."""
 
     name: str
     path: str
+    label: str
     recipe: ModuleType
     settings: object
     training: object
     collator: object
-    whole: bool = False  # a model of its own, not an adapter
-    label: str = ""
+    is_whole: bool  # a model of its own, not an adapter
     examples: list = field(default_factory=list)  # of (PIL image, question, reference)
 
     @property
     def base(self):
-        return self.settings.model_name_or_path or f"{self.settings.vision_tower} + {self.settings.language_model}"
+        """The model beneath, as messages name it."""
+        return base_name(self.settings)
 
 
-def load_run(path, name, recipe_path, rest):
-    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it is none, or a model of which nobody
-    knows the base."""
+def load_run(path, name, label, recipe_path, recipe_flags):
+    """A folder -> its Run, without examples. Nothing of the weights is loaded. Raises SystemExit where it is none, or
+    a model of which nobody knows the base."""
     if not Path(path).is_dir():
         fail(f"{path}: there is no such folder")
     recipe = load_recipe(recipe_path, path)
-    adapter, processor, settings, training = load(recipe, path, rest, base_only=True)
+    is_adapter, processor, settings, training = load(recipe, path, recipe_flags, base_only=True)
     base = settings.model_name_or_path
-    if not adapter and base and os.path.realpath(base) == os.path.realpath(path):
+    if not is_adapter and base and os.path.realpath(base) == os.path.realpath(path):
         fail(
-            f"{path} is a whole model, and what it was trained from is not said (settings.yaml) or is itself: give --model_name_or_path BASE"
+            f"{path} is a whole model, and what it was trained from is not said (settings.yaml) or is itself: give "
+            "--model_name_or_path BASE"
         )
     processor.tokenizer.padding_side = "left"
-    return Run(
-        name, str(path), recipe, settings, training, recipe.Collator(processor, settings, training), not adapter
-    )
+    collator = recipe.Collator(processor, settings, training)
+    return Run(name, str(path), label, recipe, settings, training, collator, not is_adapter)
 
 
-def load_runs(args, rest):
+def load_runs(args, recipe_flags):
     """-> the Runs, all of one base model, with labels that differ and their examples. Raises SystemExit."""
-    runs = [load_run(path, f"run{n}", args.recipe, rest) for n, path in enumerate(args.runs)]
-    first, short = runs[0], Counter(Path(run.path).absolute().name for run in runs)
+    runs = [
+        load_run(path, f"run{n}", label, args.recipe, recipe_flags)
+        for n, (path, label) in enumerate(zip(args.runs, args.labels))
+    ]
     for run in runs:
-        name = Path(run.path).absolute().name
-        run.label = name if short[name] == 1 else run.path
-        if run.whole and len(runs) > 1:
+        if run.is_whole and len(runs) > 1:
             fail(f"{run.path} is a whole model, no adapter: start the page for it alone")
-        if os.path.realpath(run.base) != os.path.realpath(first.base):
-            fail(
-                f"{first.path} is of {first.base}, {run.path} is of {run.base}: one model is in memory, start the page for each"
-            )
-        for key in OF_THE_BASE:
-            if (one := getattr(first.settings, key, None)) != (other := getattr(run.settings, key, None)):
-                fail(
-                    f"{first.path} has {key} {one}, {run.path} has {other}: one model is in memory, give --{key} or start the page for each"
-                )
-        quantized = getattr(run.settings, "load_in_4bit", False) or getattr(run.settings, "q_lora", False)
-        if quantized and Path(run.recipe.__file__).name != Path(first.recipe.__file__).name:
-            fail(
-                f"{first.path} and {run.path} are of different recipes, which quantize different parts: give --load_in_4bit false"
-            )
-    for run in runs if args.examples else ():
-        run.examples = examples(run, args.examples)
+        check_same_base(runs[0], run)
+    if args.examples:
+        for run in runs:
+            run.examples = examples(run, args.examples)
     return runs
 
 
-def examples(run, most):
-    """-> [(PIL image, question, reference)] of at most so many rows that the run held out. Rows that the page has no place for (a system
-    message, several pictures or none before the first answer) are passed over; without its data a run has no examples."""
-    try:
-        rows = own_rows(run.recipe, run.path, run.settings, run.training, run.collator)
-    except SystemExit as e:  # the data need not be where they were: the page works without
-        rows = print(
-            f"note: no examples of {run.label}, its data cannot be read: {str(e.code).removeprefix('error: ')}",
-            file=sys.stderr,
+def check_same_base(first, other):
+    """Raises SystemExit where two Runs cannot share one model in memory."""
+    if os.path.realpath(first.base) != os.path.realpath(other.base):
+        fail(
+            f"{first.path} is of {first.base}, {other.path} is of {other.base}: one model is in memory, start the "
+            "page for each"
         )
+    for key in OF_THE_BASE:
+        ours, theirs = getattr(first.settings, key, None), getattr(other.settings, key, None)
+        if ours != theirs:
+            fail(
+                f"{first.path} has {key} {ours}, {other.path} has {theirs}: one model is in memory, give --{key} or "
+                "start the page for each"
+            )
+    is_quantized = getattr(other.settings, "load_in_4bit", False) or getattr(other.settings, "q_lora", False)
+    if is_quantized and Path(other.recipe.__file__).name != Path(first.recipe.__file__).name:
+        fail(
+            f"{first.path} and {other.path} are of different recipes, which quantize different parts: give "
+            "--load_in_4bit false"
+        )
+
+
+def examples(run, most):
+    """-> [(PIL image, question, reference)] of at most so many rows that the run held out. Rows that the page has no
+    place for are skipped (example_of); without its data a run has no examples."""
+    try:
+        rows = own_rows(run.recipe, run.path, run.settings, run.training, run.collator) or ()
+    except SystemExit as e:  # the data need not be where they were: the page works without
+        cause = str(e.code).removeprefix("error: ")
+        print(f"note: no examples of {run.label}, its data cannot be read: {cause}", file=sys.stderr)
+        return []
     found = []
-    for row in rows or ():
+    for row in rows:
         with contextlib.suppress(run.recipe.BadRow):
-            asked, *answers = run.collator.messages_of(row)
-            pictures = [part["image"] for part in asked["content"] if part["type"] == "image"]
-            words = any(part["type"] == "text" for part in asked["content"])
-            if asked["role"] == "user" and len(pictures) == 1 and words:
-                reference = answers[0].get("references", run.recipe.text_of(answers[0])) if answers else ""
-                reference = reference if isinstance(reference, str) else " / ".join(dict.fromkeys(reference))
-                found.append((pictures[0], run.recipe.text_of(asked), reference))
+            found += example_of(run, row)
         if len(found) == most:
             break
     if rows and not found:
         print(
-            f"note: no examples of {run.label}: of its {len(rows)} held-out rows none begins with a question about one picture",
+            f"note: no examples of {run.label}: of its {len(rows)} held-out rows none begins with a question about "
+            "one picture",
             file=sys.stderr,
         )
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------------- model
+def example_of(run, row):
+    """A row -> [(PIL image, question, reference)], or [] where it does not begin with a question about one picture:
+    where it has a system message, several pictures or none before the first answer. Raises the recipe's BadRow."""
+    turn, *answers = run.collator.messages_of(row)
+    pictures = [part["image"] for part in turn["content"] if part["type"] == "image"]
+    has_words = any(part["type"] == "text" for part in turn["content"])
+    if turn["role"] != "user" or len(pictures) != 1 or not has_words:
+        return []
+    reference = ""
+    if answers:
+        reference = answers[0].get("references", run.recipe.text_of(answers[0]))
+    if not isinstance(reference, str):
+        reference = " / ".join(dict.fromkeys(reference))
+    return [(pictures[0], run.recipe.text_of(turn), reference)]
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
 class Stopped(StoppingCriteria):
     """Ends an answer at its next token once the event is set."""
 
@@ -225,112 +257,76 @@ class Stopped(StoppingCriteria):
 
 
 class Answers:
-    """One base model in memory with the adapters of all runs, or with one whole model: asks either, one question at a time."""
+    """One base model in memory with the adapters of all runs, or with one whole model: asks either, one question at a
+    time."""
 
     def __init__(self, runs, args):
         """Loads the weights. Raises SystemExit, with both names, where an adapter does not fit the base model."""
         first, self.lock, self.args = runs[0], threading.Lock(), args
-        try:
-            model = self.base = first.recipe.load_model(first.settings, first.training).eval()
-        except (OSError, ValueError, SafetensorError) as e:
-            fail(f"cannot load {first.base} (another place: --model_name_or_path): {e}")
-        if first.whole:
-            model = self.whole(first)
-        for run in runs if not first.whole else ():
-            model = put_on(model, run.path, run.base, run.name)
-        self.model = model.eval()  # for adapters it holds the base
-        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.base = load_model(first.recipe, first.settings, first.training)
+        if first.is_whole:
+            self.model = self.load_whole(first)
+        else:
+            model = self.base
+            for run in runs:
+                model = put_on(model, run.path, run.base, run.name)
+            self.model = model.eval()  # it holds the base
+        self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def whole(self, run):
+    def load_whole(self, run):
         """-> the model of a run that is no adapter. What is equal in the base is shared with it. Raises SystemExit."""
         settings = copy.copy(run.settings)
         settings.model_name_or_path = run.path
-        if hasattr(settings, "pretrain_mm_mlp_adapter"):  # it has a projector of its own by now
-            settings.pretrain_mm_mlp_adapter = None
-        try:
-            model = run.recipe.load_model(settings, run.training)
-        except (OSError, ValueError, SafetensorError) as e:
-            fail(f"cannot load {run.path}: {e}")
-        mine = dict(model.named_parameters())
+        forget_projector(settings)
+        model = load_model(run.recipe, settings, run.training)
+        weights = dict(model.named_parameters())
         for name, weight in self.base.named_parameters():
-            if (
-                name in mine
-                and weight.shape == mine[name].shape
-                and weight.dtype == mine[name].dtype
-                and weight.equal(mine[name])
-            ):
-                weight.data = mine[name].data
+            other = weights.get(name)
+            if other is not None and weight.dtype == other.dtype and torch.equal(weight, other):
+                weight.data = other.data
         return model
 
     def prepare(self, run, path, question):
-        """A file or None, and a question -> the processor's batch of one. Raises Refused, with what is wrong and the remedy."""
+        """A file or None, and a question -> the processor's batch of one. Raises Refused, with what is wrong and the
+        remedy."""
         if not question.strip():
             raise Refused("There is no question yet: type one, or pick an example.")
         if len(question) > MAX_QUESTION:
             raise Refused(
                 f"The question is too long: {len(question)} characters, {MAX_QUESTION} are taken. Shorten it."
             )
-        if typed := [token for token in run.collator.control_tokens if token in question]:
-            raise Refused(
-                f"`{typed[0]}` in the question would become a real control token: take it out. Pictures need no mark."
-            )
+        for token in run.collator.control_tokens:
+            if token in question:
+                raise Refused(
+                    f"`{token}` in the question would become a real control token: take it out. Pictures need no mark."
+                )
         try:
-            turn = user_turn(run.collator, question.strip(), [run.recipe.load_image(path)] if path else [])
+            images = [run.recipe.load_image(path)] if path else []
+            turn = user_turn(run.collator, question.strip(), images)
         except run.recipe.BadRow as e:  # uploads have names of their own, which say nothing
-            raise Refused(
-                f"This cannot be asked: {str(e).replace(str(path), 'the picture').split('; repair it')[0]}."
-            ) from e
+            cause = str(e).replace(str(path), "the picture").split("; repair it")[0]
+            raise Refused(f"This cannot be asked: {cause}.") from e
         batch = run.collator.tokenize([[turn]], prompt=True)
-        if self.longest and (count := batch["input_ids"].shape[1]) >= self.longest:
+        count = batch["input_ids"].shape[1]
+        if self.longest and count >= self.longest:
             raise Refused(
-                f"The question is too long: {count} tokens with the picture, the model reads {self.longest} with its answer. Shorten it."
+                f"The question is too long: {count} tokens with the picture, the model reads {self.longest} with its "
+                "answer. Shorten it."
             )
         return batch
 
     def stream(self, run, side, batch, stop):
-        """Yields the answer as far as it goes, at last the whole of it as tools/generate.py would give it. `stop`, an event, ends it early.
-        The lock is the thread's that computes: however the page goes away, no other question meets an adapter half switched."""
-        tokenizer, done = run.collator.processor.tokenizer, SimpleNamespace(text="", error=None)
+        """Yields the answer as far as it goes, at last the whole of it as tools/generate.py would give it. `stop`, an
+        event, ends it early. Raises what the model raised."""
+        tokenizer, result = run.collator.processor.tokenizer, SimpleNamespace(text="", error=None)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling = (
-            {"do_sample": True, "temperature": self.args.temperature}
-            if self.args.temperature > 0
-            else {"do_sample": False}
-        )
-        sampling["eos_token_id"] = run.collator.stop_ids
-        if not getattr(
-            run.collator, "is_26", False
-        ):  # MiniCPM-V 2.6 generates by code of its own: it is shown at once
-            sampling["streamer"] = streamer
 
-        def work():
+        def work():  # in a thread of its own
             try:
-                with self.lock:
-                    if stop.is_set():
-                        return
-                    model = self.base if run.whole and side == BASE else self.model
-                    if not run.whole:
-                        model.set_adapter(
-                            run.name
-                        )  # again each time: switching off and on forgets which parts this adapter does not have
-                    inputs = batch.to(model.device)
-                    length = inputs["input_ids"].shape[1]
-                    new = min(self.args.max_new_tokens, (self.longest or sys.maxsize) - length)
-                    with (
-                        model.disable_adapter() if side == BASE and not run.whole else contextlib.nullcontext(),
-                        torch.inference_mode(),
-                        torch.autocast(model.device.type, dtype=model.dtype, enabled=model.device.type == "cuda"),
-                    ):
-                        out = model.generate(
-                            **inputs,
-                            max_new_tokens=new,
-                            max_length=None,
-                            stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
-                            **sampling,
-                        )
-                done.text = tokenizer.decode(out[0, length:], skip_special_tokens=True).strip()
+                ids = self.generate(run, side, batch, stop, streamer)
+                result.text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             except Exception as e:  # out of memory, above all; it is the page that must say so
-                done.error = e
+                result.error = e
             finally:
                 streamer.end()
 
@@ -341,12 +337,38 @@ class Answers:
             if piece:  # the last one is empty
                 yield text.strip()
         thread.join()
-        if done.error:
-            raise done.error
-        yield done.text
+        if result.error:
+            raise result.error
+        yield result.text
+
+    def generate(self, run, side, batch, stop, streamer):
+        """The token ids of an answer. The lock is held by the thread that computes: however the page goes away, no
+        other question meets an adapter half switched."""
+        with self.lock:
+            if stop.is_set():
+                return []
+            model = self.base if run.is_whole and side == BASE else self.model
+            with_adapter = contextlib.nullcontext()
+            if not run.is_whole:
+                # again each time: switching off and on forgets which parts this adapter does not have
+                model.set_adapter(run.name)
+                if side == BASE:
+                    with_adapter = model.disable_adapter()
+            options = generation_options(run.collator, self.args)
+            length = batch["input_ids"].shape[1]
+            if self.longest:
+                options["max_new_tokens"] = min(options["max_new_tokens"], self.longest - length)
+            if not getattr(run.collator, "is_26", False):  # MiniCPM-V 2.6 generates by code of its own
+                options["streamer"] = streamer
+            stops = StoppingCriteriaList([Stopped(stop)])
+            with with_adapter, answering(model):
+                ids = model.generate(**batch.to(model.device), stopping_criteria=stops, **options)
+            return ids[0, length:]
 
 
-# -------------------------------------------------------------------------------------------------------------------- votes
+# --------------------------------------------------------------------------------------------------------------- votes
+
+
 class Votes:
     """The file of votes, in the format of dpo_idefics2.py, and the folder of their pictures beside it."""
 
@@ -357,10 +379,10 @@ class Votes:
             fail(f"--votes {path}: its name must end in .jsonl, by which dpo_idefics2.py knows how to read it")
         if not path.absolute().parent.is_dir():
             fail(f"--votes {path}: there is no such folder")
-        if path.exists() and not path.is_file() or self.folder.exists() and not self.folder.is_dir():
-            fail(
-                f"--votes {path}: {path if path.exists() and not path.is_file() else self.folder} is in its place: choose another"
-            )
+        if path.exists() and not path.is_file():
+            fail(f"--votes {path}: {path} is in its place: choose another")
+        if self.folder.exists() and not self.folder.is_dir():
+            fail(f"--votes {path}: {self.folder} is in its place: choose another")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             fail(f"--votes {path} cannot be written")
         try:
@@ -369,22 +391,27 @@ class Votes:
             fail(f"--votes {path} exists, and is no file of votes: {e}. Choose another")
 
     def read(self):
-        """-> the rows of the file, [] where there is none. Raises ValueError naming the line that is no pair, or OSError."""
+        """-> the rows of the file, [] where there is none. Raises ValueError naming the line that is no pair, or
+        OSError."""
+        if not self.path.exists():
+            return []
         rows = []
-        for n, line in enumerate(self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else (), 1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                row = json.loads(line)
             except ValueError as e:
-                raise ValueError(f"line {n}: {e}") from e
-            if rows and not (
-                isinstance(rows[-1], dict) and {"image", "question", "chosen", "rejected"} <= rows[-1].keys()
-            ):
-                raise ValueError(f"line {n} has no image, question, chosen and rejected")
+                raise ValueError(f"line {number}: {e}") from e
+            if not isinstance(row, dict) or not {"image", "question", "chosen", "rejected"} <= row.keys():
+                raise ValueError(f"line {number} has no image, question, chosen and rejected")
+            rows.append(row)
         return rows
 
     def add(self, image, question, answers, better, **more):
-        """Append one pair: `image` is PIL RGB, `answers` is {"base", "fine-tuned"}, `better` one of these. -> the row. Raises Refused where
-        they are no pair that can be trained on, OSError where the disk does not take it; then nothing is written."""
+        """Append one pair: `image` is PIL RGB, `answers` is {"base", "fine-tuned"}, `better` one of these. -> the row.
+        Raises Refused where they are no pair that can be trained on, OSError where the disk does not take it; then
+        nothing is written."""
         if image is None:
             raise Refused("Nothing was written: a pair for DPO is about one picture.")
         if answers[BASE] == answers[TUNED]:
@@ -410,10 +437,12 @@ class Votes:
             if not (self.folder / name).exists():
                 image.save(self.folder / f"{name}.part", "PNG")
                 os.replace(self.folder / f"{name}.part", self.folder / name)
-            with open(self.path, "a+b") as file:  # in one piece, so that two programs may vote into one file
+            with open(self.path, "a+b") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                whole = file.read() in (b"", b"\n")
-                file.write(b"\n" * (not whole) + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                text = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                if file.read() not in (b"", b"\n"):  # an editor left no line end
+                    text = b"\n" + text
+                file.write(text)  # in one piece, so that two programs may vote into one file
         return row
 
     def summary(self):
@@ -422,60 +451,83 @@ class Votes:
             rows = self.read()
         except (OSError, ValueError) as e:
             return f"**{self.path.name} cannot be read any more: {e}**", None
-        table = Counter((row.get("run", "-"), row.get("preferred")) for row in rows)
-        lines = [
-            f"**{len(rows)} {'vote' if len(rows) == 1 else 'votes'}** in `{self.path.name}`",
-            "",
-            "| run | fine-tuned is better | base is better |",
-            "|---|---|---|",
-        ]
-        lines += [
-            f"| {Path(run).name} | {table[run, TUNED]} | {table[run, BASE]} |"
-            for run in dict.fromkeys(run for run, _ in table)
-        ]
-        return "\n".join(lines) if rows else f"No votes yet in `{self.path.name}`", rows[-1] if rows else None
+        if not rows:
+            return f"No votes yet in `{self.path.name}`", None
+        counts = Counter((row.get("run", "-"), row.get("preferred")) for row in rows)
+        lines = [f"**{len(rows)} {'vote' if len(rows) == 1 else 'votes'}** in `{self.path.name}`", ""]
+        lines += ["| run | fine-tuned is better | base is better |", "|---|---|---|"]
+        for run in dict.fromkeys(run for run, _ in counts):
+            lines.append(f"| {Path(run).name} | {counts[run, TUNED]} | {counts[run, BASE]} |")
+        return "\n".join(lines), rows[-1]
 
 
-# --------------------------------------------------------------------------------------------------------------------- page
+# ---------------------------------------------------------------------------------------------------------------- page
+
 CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: auto !important; }
 #examples .container, #examples img { height: 56px; width: 56px; margin: auto; object-fit: contain; }
-#left label > span, #right label > span { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#left label > span, #right label > span { display: block; overflow: hidden; }
+#left label > span, #right label > span { text-overflow: ellipsis; white-space: nowrap; }
 #status { min-height: 1.6em; }
 #votes table { width: 100%; } #votes th, #votes td { padding: 2px 8px; border-color: var(--border-color-primary); }
 """
 
 
-def page(gr, runs, answers, votes, keep):
-    """-> the page as gradio.Blocks; pictures of examples are written into the folder `keep`."""
-    by_label, samples = {run.label: run for run in runs}, {}
-    for run in runs:
-        samples[run.label] = []
-        for n, (image, question, reference) in enumerate(run.examples):
-            image.save(file := Path(keep, f"{run.name}-{n}.png"))  # lossless: the model sees the row's own pixels
-            samples[run.label].append([str(file), question, reference])
+def titles(run, order, is_blind):
+    """What stands above the two answers, the left one first; order: [BASE, TUNED] or the other way round."""
+    if is_blind:
+        return ["Answer A", "Answer B"]
+    base = " + ".join("/".join(Path(part).parts[-2:]) for part in run.base.split(" + "))
+    names = {BASE: f"Base: {base}", TUNED: f"Fine-tuned: {run.label}"}
+    return [names[side] for side in order]
 
-    def titles(run, order, blind):
-        base = " + ".join("/".join(Path(part).parts[-2:]) for part in run.base.split(" + "))
-        names = {BASE: f"Base: {base}", TUNED: f"Fine-tuned: {run.label}"}
-        return ["Answer A", "Answer B"] if blind else [names[side] for side in order]
 
-    def ask(path, question, label, blind, reference):
+def path_of(upload):
+    """A picture on the page, or None -> its file, or None."""
+    return upload and upload.path
+
+
+class Page:
+    """The page as gradio.Blocks (`demo`). Pictures of examples are written into the folder `keep`."""
+
+    def __init__(self, gr, runs, answers, votes, keep):
+        self.gr, self.answers, self.votes = gr, answers, votes
+        self.runs = {run.label: run for run in runs}
+        self.voting = threading.Lock()
+        self.samples = {}  # of each label: [picture's file, question, reference]
+        for run in runs:
+            self.samples[run.label] = []
+            for number, (image, question, reference) in enumerate(run.examples):
+                file = Path(keep, f"{run.name}-{number}.png")
+                image.save(file)  # lossless: the model sees the row's own pixels
+                self.samples[run.label].append([str(file), question, reference])
+        with gr.Blocks(title="Compare", analytics_enabled=False) as self.demo:
+            self.make_widgets()
+            self.connect()
+
+    # ---------------------------------------------------------------------------------------------------- what it does
+
+    def buttons(self, is_active):
+        """Updates for the three buttons of a vote."""
+        return [self.gr.update(interactive=is_active)] * 3
+
+    def ask(self, path, question, label, is_blind, reference):
         """The asking itself: a generator of updates for (left, right, status, asked, three buttons)."""
-        run, order, said, stop = by_label[label], [BASE, TUNED], ["", ""], threading.Event()
-        if blind:
+        run, order, texts, stop = self.runs[label], [BASE, TUNED], ["", ""], threading.Event()
+        if is_blind:
             random.shuffle(order)
-        left, right = titles(run, order, blind)
 
-        def show(status, asked=None):
-            buttons = [gr.update(interactive=asked is not None)] * 3
-            return gr.update(value=said[0], label=left), gr.update(value=said[1], label=right), status, asked, *buttons
+        def show(status, asked=None, is_blind=is_blind):
+            names = titles(run, order, is_blind)
+            sides = [self.gr.update(value=text, label=name) for text, name in zip(texts, names)]
+            return *sides, status, asked, *self.buttons(asked is not None)
 
         try:
-            batch = answers.prepare(run, path, question)
-            yield show("Waiting for the model ..." if answers.lock.locked() else "Answering ...")
-            for n, side in enumerate(order):
-                for said[n] in answers.stream(run, side, batch, stop):
+            batch = self.answers.prepare(run, path, question)
+            yield show("Waiting for the model ..." if self.answers.lock.locked() else "Answering ...")
+            for number, side in enumerate(order):
+                for text in self.answers.stream(run, side, batch, stop):
+                    texts[number] = text
                     yield show("Answering ...")
         except Refused as e:
             yield show(f"**{e}**")
@@ -485,196 +537,184 @@ def page(gr, runs, answers, votes, keep):
             return
         finally:
             stop.set()
-        asked = {
-            "run": run,
-            "path": path,
-            "question": question.strip(),
-            "order": order,
-            "answers": dict(zip(order, said)),
-            "blind": blind,
-            "reference": reference,
-            "voted": False,
-        }
-        if said[0] == said[1]:
-            left, right = titles(run, order, False)
-            yield show("The answers are equal: there is nothing to prefer, no pair is written.")
-        else:
-            yield show("Which answer is better?", asked)
+        if texts[0] == texts[1]:
+            yield show("The answers are equal: there is nothing to prefer, no pair is written.", is_blind=False)
+            return
+        asked = {"run": run, "path": path, "question": question.strip(), "order": order, "reference": reference}
+        asked |= {"answers": dict(zip(order, texts)), "blind": is_blind, "voted": False}
+        yield show("Which answer is better?", asked)
 
-    def so_far():
-        text, row = votes.summary()
-        return text, gr.update(value=json.dumps(row, ensure_ascii=False, indent=1) if row else None, visible=bool(row))
-
-    voting = threading.Lock()
-
-    def vote(asked, choice):
-        """-> updates for (left, right, status, asked, three buttons, votes, last vote)."""
-        with voting:  # of two quick clicks the first one counts
+    def vote(self, choice, asked):
+        """left, tie or right -> updates for (left, right, status, asked, three buttons, votes, last vote)."""
+        with self.voting:  # of two quick clicks the first one counts
             if asked is None or asked["voted"]:
                 message = "**Ask first: one vote for each pair of answers.**"
-                return gr.update(), gr.update(), message, asked, *[gr.update()] * 5
+                return self.gr.update(), self.gr.update(), message, asked, *[self.gr.update()] * 5
             asked["voted"] = True
         run = asked["run"]
         try:
-            if choice == "tie":
-                message = "A tie: no pair was written, because DPO needs a better answer and a worse one."
-            else:
-                better = asked["order"][choice == "right"]
-                image = run.recipe.load_image(asked["path"]) if asked["path"] else None
-                more = {"run": run.path, "base": run.base, "blind": asked["blind"]}
-                more |= {"reference": asked["reference"]} if asked["reference"] else {}
-                votes.add(image, asked["question"], asked["answers"], better, **more)
-                message = f"Written: the {better} answer is better."
+            message = self.write_vote(choice, asked)
         except Refused as e:
             message = f"**{e}**"
         except (OSError, run.recipe.BadRow) as e:
             message, asked["voted"] = f"**The vote could not be written: {e}**", False  # it can be tried again
-        left, right = titles(run, asked["order"], False)
-        buttons = [gr.update(interactive=not asked["voted"])] * 3
-        return gr.update(label=left), gr.update(label=right), message, asked, *buttons, *so_far()
+        sides = [self.gr.update(label=name) for name in titles(run, asked["order"], False)]
+        return *sides, message, asked, *self.buttons(not asked["voted"]), *self.summary()
 
-    def pick(n, label):
-        path, question, reference = samples[label][n]
-        return path, question, gr.update(value=reference, visible=bool(reference))
+    def write_vote(self, choice, asked):
+        """Write a vote, if it is no tie -> what there is to say about it. Raises Refused, BadRow or OSError."""
+        if choice == "tie":
+            return "A tie: no pair was written, because DPO needs a better answer and a worse one."
+        run = asked["run"]
+        better = asked["order"][0 if choice == "left" else 1]
+        image = run.recipe.load_image(asked["path"]) if asked["path"] else None
+        more = {"run": run.path, "base": run.base, "blind": asked["blind"]}
+        if asked["reference"]:
+            more["reference"] = asked["reference"]
+        self.votes.add(image, asked["question"], asked["answers"], better, **more)
+        return f"Written: the {better} answer is better."
 
-    with gr.Blocks(title="Compare", analytics_enabled=False) as demo:
-        asked = gr.State(None)
-        gr.Markdown(f"## {', '.join(by_label)}: fine-tuned and base, side by side")
+    def summary(self):
+        """Updates for (votes, last vote)."""
+        text, row = self.votes.summary()
+        code = json.dumps(row, ensure_ascii=False, indent=1) if row else None
+        return text, self.gr.update(value=code, visible=row is not None)
+
+    def pick(self, number, label):
+        """The example of that number -> updates for (picture, question, reference)."""
+        path, question, reference = self.samples[label][number]
+        return path, question, self.gr.update(value=reference, visible=bool(reference))
+
+    # --------------------------------------------------------------------------------------------------- what it shows
+
+    def make_widgets(self):
+        """The page's parts, from above to below."""
+        gr = self.gr
+        self.asked = gr.State(None)
+        gr.Markdown(f"## {', '.join(self.runs)}: fine-tuned and base, side by side")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label="Picture",
-                    height=280,
-                    elem_id="picture",
-                    buttons=[],
-                )
-                question = gr.Textbox(
-                    label="Question", lines=2, max_lines=6, elem_id="question", placeholder="What is in the picture?"
-                )
-                reference = gr.Textbox(label="Reference answer", interactive=False, visible=False, elem_id="reference")
-                chosen = gr.Dropdown(
-                    list(by_label), value=runs[0].label, label="Fine-tuned run", visible=len(runs) > 1, elem_id="run"
-                )
-                blind = gr.Checkbox(
-                    label="Blind: shuffle the sides, show the names after the vote", container=False, elem_id="blind"
-                )
-                with gr.Row():
-                    go = gr.Button("Ask both", variant="primary", min_width=80, elem_id="ask")
-                    halt = gr.Button("Stop", min_width=80, elem_id="stop")
+                self.make_question()
             with gr.Column(scale=3, min_width=400):
-                with gr.Row():
-                    names = titles(runs[0], [BASE, TUNED], False)
-                    left, right = (
-                        gr.Textbox(
-                            label=names[n], lines=7, max_lines=20, interactive=False, min_width=120, elem_id=side
-                        )
-                        for n, side in enumerate(("left", "right"))
-                    )
-                status = gr.Markdown("Upload or pick a picture, and ask.", elem_id="status")
-                with gr.Row(equal_height=True):
-                    buttons = [
-                        gr.Button(text, interactive=False, min_width=80, elem_id=f"vote-{choice}")
-                        for choice, text in (("left", "Left is better"), ("tie", "Tie"), ("right", "Right is better"))
-                    ]
-                tally = gr.Markdown(elem_id="votes")
-                last = gr.Code(
-                    language="json",
-                    label="Last vote, as dpo_idefics2.py reads it",
-                    interactive=False,
-                    visible=False,
-                    wrap_lines=True,
-                    elem_id="last",
-                    buttons=[],
-                    show_line_numbers=False,
-                )
-        if any(samples.values()):
-            data = gr.Dataset(
+                self.make_answers()
+        self.data = None
+        if any(self.samples.values()):
+            self.data = gr.Dataset(
                 components=["image", "textbox", "textbox"],
                 headers=["Picture", "Question", "Reference"],
                 layout="table",
                 type="index",
                 samples_per_page=5,
-                samples=samples[runs[0].label],
+                samples=next(iter(self.samples.values())),
                 label="Examples: rows that the run held out",
                 elem_id="examples",
             )
-            data.click(pick, [data, chosen], [image, question, reference], api_visibility="private")
-            chosen.change(lambda label: gr.Dataset(samples=samples[label]), chosen, data, api_visibility="private")
+
+    def make_question(self):
+        """The left column: what is asked, and whom."""
+        gr, labels = self.gr, list(self.runs)
+        options = {"sources": ["upload", "clipboard"], "type": "filepath", "image_mode": None, "buttons": []}
+        self.image = gr.Image(label="Picture", height=280, elem_id="picture", **options)
         # Gradio's own would open the file first, and fail with a message about a path that nobody has seen.
-        image.preprocess = lambda payload: payload and payload.path
-        shown = [left, right, status, asked, *buttons]
-        # private: no second way in, beside the page
-        gr.on(
-            [question.input, image.input],
-            lambda: gr.update(value="", visible=False),
-            None,
-            reference,
-            show_progress="hidden",
-            api_visibility="private",
+        self.image.preprocess = path_of
+        self.question = gr.Textbox(
+            label="Question", lines=2, max_lines=6, elem_id="question", placeholder="What is in the picture?"
         )
-        event = gr.on(
-            [go.click, question.submit],
-            ask,
-            [image, question, chosen, blind, reference],
-            shown,
-            show_progress="hidden",
-            concurrency_limit=8,
-            api_visibility="private",
+        self.reference = gr.Textbox(label="Reference answer", interactive=False, visible=False, elem_id="reference")
+        self.chosen = gr.Dropdown(
+            labels, value=labels[0], label="Fine-tuned run", visible=len(labels) > 1, elem_id="run"
         )
-        halt.click(
-            lambda: ("Stopped: ask again, or something else.", None),
-            None,
-            [status, asked],
-            cancels=[event],
-            api_visibility="private",
+        self.blind = gr.Checkbox(
+            label="Blind: shuffle the sides, show the names after the vote", container=False, elem_id="blind"
         )
-        for button, choice in zip(buttons, ("left", "tie", "right")):
-            button.click(
-                lambda state, choice=choice: vote(state, choice),
-                asked,
-                [*shown, tally, last],
-                show_progress="hidden",
-                api_visibility="private",
-            )
-        demo.load(so_far, None, [tally, last], show_progress="hidden", api_visibility="private")
-    return demo
+        with gr.Row():
+            self.go = gr.Button("Ask both", variant="primary", min_width=80, elem_id="ask")
+            self.halt = gr.Button("Stop", min_width=80, elem_id="stop")
+
+    def make_answers(self):
+        """The right column: the answers, and which is better."""
+        gr = self.gr
+        names = titles(next(iter(self.runs.values())), [BASE, TUNED], False)
+        options = {"lines": 7, "max_lines": 20, "interactive": False, "min_width": 120}
+        with gr.Row():
+            self.left = gr.Textbox(label=names[0], elem_id="left", **options)
+            self.right = gr.Textbox(label=names[1], elem_id="right", **options)
+        self.status = gr.Markdown("Upload or pick a picture, and ask.", elem_id="status")
+        choices = {"left": "Left is better", "tie": "Tie", "right": "Right is better"}
+        with gr.Row(equal_height=True):
+            self.choices = {
+                choice: gr.Button(text, interactive=False, min_width=80, elem_id=f"vote-{choice}")
+                for choice, text in choices.items()
+            }
+        self.tally = gr.Markdown(elem_id="votes")
+        self.last = gr.Code(
+            language="json",
+            label="Last vote, as dpo_idefics2.py reads it",
+            interactive=False,
+            visible=False,
+            wrap_lines=True,
+            elem_id="last",
+            buttons=[],
+            show_line_numbers=False,
+        )
+
+    def connect(self):
+        """What happens at a click."""
+        gr = self.gr
+        own = {"api_visibility": "private"}  # no second way in, beside the page
+        quiet = {"show_progress": "hidden", **own}
+        shown = [self.left, self.right, self.status, self.asked, *self.choices.values()]
+        if self.data:
+            self.data.click(self.pick, [self.data, self.chosen], [self.image, self.question, self.reference], **own)
+            self.chosen.change(lambda label: gr.Dataset(samples=self.samples[label]), self.chosen, self.data, **own)
+        typed = [self.question.input, self.image.input]
+        gr.on(typed, lambda: gr.update(value="", visible=False), None, self.reference, **quiet)
+        inputs = [self.image, self.question, self.chosen, self.blind, self.reference]
+        asking = gr.on([self.go.click, self.question.submit], self.ask, inputs, shown, concurrency_limit=8, **quiet)
+        stopped = ("Stopped: ask again, or something else.", None)
+        self.halt.click(lambda: stopped, None, [self.status, self.asked], cancels=[asking], **own)
+        for choice, button in self.choices.items():
+            vote = functools.partial(self.vote, choice)
+            button.click(vote, self.asked, [*shown, self.tally, self.last], **quiet)
+        self.demo.load(self.summary, None, [self.tally, self.last], **quiet)
+
+
+def launch(gr, demo, args):
+    """Open the page. Raises SystemExit where the port cannot be opened."""
+    # Gradio's own fonts would come from elsewhere.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    try:
+        demo.launch(
+            server_name=args.host,
+            server_port=args.port,
+            max_file_size=args.max_upload * 2**20,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
+            run_history=False,  # kept in the browser, and from there offered to a service
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            theme=gr.themes.Default(**fonts),
+            css=CSS,
+            inbrowser=False,
+        )
+    except OSError as e:
+        fail(f"--port {args.port} cannot be opened: {e}")
 
 
 def main(argv=None):
     """Parse, check, load, show."""
-    args, rest = parse(argv)
+    args, recipe_flags = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # as Ctrl+C: uploads are not left behind
     keep = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="compare-")  # read when Gradio is imported
     try:
         gr, votes = load_gradio(), Votes(args.votes)
-        runs = load_runs(args, rest)
-        demo = page(gr, runs, Answers(runs, args), votes, keep)
-        theme = gr.themes.Default(
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        )  # its own fonts would come from elsewhere
-        try:
-            demo.launch(
-                server_name=args.host,
-                server_port=args.port,
-                max_file_size=args.max_upload * 2**20,
-                share=False,
-                ssr_mode=False,
-                mcp_server=False,
-                pwa=False,
-                enable_monitoring=False,
-                run_history=False,  # kept in the browser, and from there offered to a service
-                prevent_thread_lock=True,
-                quiet=True,
-                footer_links=[],
-                theme=theme,
-                css=CSS,
-                inbrowser=False,
-            )
-        except OSError as e:
-            fail(f"--port {args.port} cannot be opened: {e}")
+        runs = load_runs(args, recipe_flags)
+        demo = Page(gr, runs, Answers(runs, args), votes, keep).demo
+        launch(gr, demo, args)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
             print(f"note: whoever reaches {args.host} can ask and vote, there is no password", file=sys.stderr)
         print(f"open http://{args.host}:{args.port} (votes go to {args.votes}; Ctrl+C ends it)", flush=True)

@@ -1,19 +1,19 @@
-"""Before a run: will it work, will it fit, what exactly will be trained? Data, examples, parameters, memory, plan; no weights loaded.
+"""Before a run: will it work, will it fit, what exactly will be trained? Data, examples, parameters, memory, plan.
 
     python tools/inspect_recipe.py sft_llava.py --dataset_name train.json --image_folder images
-    python tools/inspect_recipe.py sft_llava.py --config llava-lora/settings.yaml --rows 1000     # a quick look at large data
+    python tools/inspect_recipe.py sft_llava.py --config llava-lora/settings.yaml --rows 1000   # a quick look
     python tools/inspect_recipe.py dpo_idefics2.py --load_in_4bit false --per_device_train_batch_size 4
     python tools/inspect_recipe.py llava_two_stage.py --stage instruct --gpus 8 --strategy zero3
     python tools/inspect_recipe.py sft_llava.py --no-color > before.txt
     python tools/inspect_recipe.py sft_llava.py --json > before.json
 
-Every other flag is the recipe's own. It needs no GPU: without --use_cpu everything is reckoned for one with bf16 (--fp16 true: for an older one). Of
-the model only the configuration and the processor are read. The recipe's own main() then builds its model and its trainer out of
-tensors that have a shape and no content, and its own training step is run on those; what that allocates is counted. What each figure
-is, and how far off it can be: docs/inspect.md. Tables are drawn by rich, which comes with transformers (else: pip install rich).
+Every other flag is the recipe's own. It needs no GPU and loads no weights: without --use_cpu everything is estimated
+for a GPU with bf16 (--fp16 true: for an older one). Of the model only the configuration and the processor are read.
+The recipe's own main() then builds its model and its trainer out of tensors that have a shape and no content, and its
+own training step is run on those; what that allocates is counted. What each figure is, and how far off it can be:
+docs/inspect.md. Tables are drawn by rich, which comes with transformers.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -37,6 +37,7 @@ from unittest.mock import patch
 
 import bitsandbytes
 import datasets
+import numpy as np
 import peft
 import peft.tuners.lora.dora
 import torch
@@ -47,22 +48,26 @@ import yaml
 from accelerate.utils import convert_outputs_to_fp32
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, load_recipe, start, underscored  # noqa: E402
+from tools.program import fail, flag_parser, parse_beside_recipe, start, text_table  # noqa: E402
+from tools.runs import base_name, load_recipe  # noqa: E402
 
-CONTRACT = "Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator load_model main"
+CONTRACT = """Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator
+load_model main"""
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
-CARDS = (16, 24, 40, 80)
-# Of a card's memory: CUDA's own context, and what its allocator cannot use because it is in pieces.
+FLAG_OF_STRATEGY = {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}
+CARDS = (16, 24, 40, 80)  # memory of GPUs, GB
+# Of a card's memory: CUDA's own context in bytes, and the share that its allocator cannot use because it is in pieces.
 CONTEXT, PIECES = 1e9, 0.05
 # Rows that are run; what a larger batch takes is on the line through so many and twice as many.
 MOST_ROWS = 16
-# NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256 scales four bytes.
+# Bytes of a weight in NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256
+# scales four bytes.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# What an optimizer keeps for each trained parameter, in bytes: AdamW has two moments; 8-bit ones have scales for each 256.
+# Bytes that an optimizer keeps for each trained parameter: AdamW has two moments; 8-bit ones have scales for each 256.
 STATES = {
     "8bit": 2 * (1 + 4 / 256),
     "lion_8bit": 1 + 4 / 256,
@@ -72,69 +77,75 @@ STATES = {
     "adafactor": 0.01,
     "rmsprop": 4,
 }
+CHECKPOINTING = {True: "with_checkpointing", False: "without_checkpointing"}
 
 
 def parse(argv=None):
-    """-> (own arguments, the recipe's flags)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """-> (own arguments, the recipe's flags). Raises SystemExit."""
+    parser = flag_parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe's file: sft_llava.py, or a copy of it")
     parser.add_argument(
         "--rows", type=int, help="look at so many rows only, evenly drawn (default: all, as the recipe itself does)"
     )
     parser.add_argument("--examples", type=int, default=2, help="rows to show as the model sees them (default 2)")
-    parser.add_argument("--gpus", type=int, default=1, help="reckon for so many GPUs (default 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="estimate for so many GPUs (default 1)")
     parser.add_argument(
         "--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)"
     )
     parser.add_argument("--no-color", action="store_true", help="plain text: what is trained on in «»")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
-    parser.error = fail
-    args, rest = parser.parse_known_args(argv)
-    rest = underscored(rest)
+    args, recipe_flags = parse_beside_recipe(parser, argv)
     if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
         fail("--rows and --gpus must be at least 1, --examples 0 or more")
-    return args, rest
+    return args, recipe_flags
 
 
-def asked_for(flag, rest):
-    """Whether a flag of true or false is given, on the command line or in --config: True, False, or None where it is not."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--config")
-    own.add_argument(f"--{flag}", nargs="?", const="true")
-    given, said = own.parse_known_args(rest)[0], None
-    if given.config:
-        with contextlib.suppress(
-            OSError, ValueError, yaml.YAMLError, AttributeError
-        ):  # the recipe's own parse() has a message for that
-            said = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get(flag)
-    said = getattr(given, flag) or said
-    return None if said is None else str(said).lower() in ("true", "1", "yes", "y", "t")
+def asked_for(flag, recipe_flags):
+    """Whether a flag of true or false is given, on the command line or in --config: True, False, or None where it is
+    not."""
+    parser = flag_parser(None)
+    parser.add_argument("--config")
+    parser.add_argument(f"--{flag}", nargs="?", const="true")
+    given = parser.parse_known_args(recipe_flags)[0]
+    value = getattr(given, flag)
+    if value is None and given.config:
+        # the recipe's own parse() has a message for a file that cannot be read
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, AttributeError):
+            value = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")).get(flag)
+    return None if value is None else str(value).lower() in ("true", "1", "yes", "y", "t")
 
 
-def read_flags(recipe, rest, gpus):
-    """The recipe's flags -> (settings, training, dtype of what is frozen). They are read as on a CPU, so that they are understood where there is no
-    GPU, and then set to 16 bits, which is what a run without --use_cpu has. Raises SystemExit, as the recipe does."""
-    cpu, bf16, fp16 = (asked_for(flag, rest) for flag in ("use_cpu", "bf16", "fp16"))
-    half = bf16 or fp16 or not cpu and bf16 is None
-    with contextlib.ExitStack() as stack:
-        if fill_defaults := getattr(recipe, "fill_defaults", None):  # makes up its step of the number of processes
+@contextlib.contextmanager
+def for_gpus(recipe, gpus):
+    """Within it llava_two_stage.py's fill_defaults, which counts processes for the size of a step, sees so many."""
+    fill_defaults = getattr(recipe, "fill_defaults", None)
 
-            def for_these_gpus(given):
-                with patch.dict(os.environ, {"WORLD_SIZE": str(gpus)}):
-                    return fill_defaults(given)
+    def fill(given):
+        with patch.dict(os.environ, {"WORLD_SIZE": str(gpus)}):
+            return fill_defaults(given)
 
-            stack.enter_context(patch.object(recipe, "fill_defaults", for_these_gpus))
-        settings, training = recipe.parse(
-            [*rest, "--use_cpu", "true", "--bf16", "false", "--fp16", "false", "--tf32", "false"]
-        )
-        recipe.check(settings, training)
-    training.bf16, training.for_gpu = bool(half), not cpu  # fp16 has the same sizes, but no CPU runs it
-    return settings, training, (torch.float16 if fp16 else torch.bfloat16) if half else torch.float32
+    with patch.object(recipe, "fill_defaults", fill) if fill_defaults else contextlib.nullcontext():
+        yield
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+def read_flags(recipe, recipe_flags, gpus):
+    """The recipe's flags -> (settings, training, dtype of what is frozen). They are read as on a CPU, so that they are
+    understood where there is no GPU, and then set to 16 bits, which is what a run without --use_cpu has. Raises
+    SystemExit, as the recipe does."""
+    cpu, bf16, fp16 = (asked_for(flag, recipe_flags) for flag in ("use_cpu", "bf16", "fp16"))
+    is_half = bool(bf16 or fp16 or (bf16 is None and not cpu))
+    as_on_a_cpu = "--use_cpu true --bf16 false --fp16 false --tf32 false".split()
+    with for_gpus(recipe, gpus):
+        settings, training = recipe.parse([*recipe_flags, *as_on_a_cpu])
+    recipe.check(settings, training)
+    training.bf16, training.for_gpu = is_half, not cpu  # fp16 has the same sizes, but no CPU runs it
+    dtype = torch.float32
+    if is_half:
+        dtype = torch.float16 if fp16 else torch.bfloat16
+    return settings, training, dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 class Seen(Exception):
@@ -149,55 +160,45 @@ def shape_of(batch):
 
 
 def look_at(rows, collator, recipe):
-    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height])}; length 0 where it is not known."""
+    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height])};
+    length 0 where it is not known."""
     found, sizes, load_image = [], [], recipe.load_image
 
-    def remember(cell, **options):
+    def remember_size(cell, **options):
         image = load_image(cell, **options)
         sizes.append(list(image.size))
         return image
 
-    with patch.object(recipe, "load_image", remember):
+    with patch.object(recipe, "load_image", remember_size):
         for row in rows:
             sizes.clear()
+            entry = {"problem": None, "length": 0, "trained": 0, "tokens": 0}
             try:
                 ids, trained, real = shape_of(collator([row]))
-                found.append(
-                    {
-                        "problem": None,
-                        "length": ids.shape[1],
-                        "trained": int(trained.sum()),
-                        "tokens": int(real.sum()),
-                        "images": list(sizes),
-                    }
-                )
-                found[-1]["image_keys"] = [
-                    recipe.image_key(image) for image in collator.images_of(row)
-                ]  # rows are held out by these
+                entry |= {"length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum())}
+                entry["images"] = list(sizes)
+                entry["image_keys"] = [recipe.image_key(image) for image in collator.images_of(row)]  # see hold_out
             except recipe.BadRow as e:
-                problem = f"{e.reason}: {e.detail}"
-                length = re.match(r"too long: (\d+) tokens", problem)
-                found.append(
-                    {
-                        "problem": problem,
-                        "length": int(length[1]) if length else 0,
-                        "trained": 0,
-                        "tokens": 0,
-                        "images": list(sizes),
-                    }
-                )
+                entry["problem"] = f"{e.reason}: {e.detail}"
+                entry["images"] = list(sizes)
+                length = re.match(r"too long: (\d+) tokens", entry["problem"])
+                if length:
+                    entry["length"] = int(length[1])
+            found.append(entry)
     return found
 
 
-def apart(job, count):
-    """[job(0), job(1), ...], each in a process of its own where these can be forked. Raises BrokenProcessPool where one is ended from outside."""
+def in_processes(job, count):
+    """[job(0), job(1), ...], each in a process of its own where these can be forked. Raises BrokenProcessPool where
+    one is ended from outside."""
     global _job
-    _job, cores = job, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    _job = job
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(cores, count) == 1 or sys.platform != "linux":
         return [job(n) for n in range(count)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    try:  # not multiprocessing's Pool, which waits forever for a process that the system has ended because memory ran out
+    try:  # not multiprocessing's Pool, which waits forever for a process that the system has ended
         with ProcessPoolExecutor(min(cores, count), multiprocessing.get_context("fork")) as pool:
             return list(pool.map(_run_job, range(count)))
     finally:
@@ -209,42 +210,49 @@ def _run_job(n):
 
 
 class Data:
-    """Stands in for a recipe's check_and_measure_rows: the same rows are left over, but nothing stops at a bad one, and what is seen is kept in `looked`,
-    [(name, row numbers, what look_at found)], one for the training rows and one for others."""
+    """Stands in for a recipe's check_and_measure_rows: the same rows are left over, but nothing stops at a bad one,
+    and what is seen is kept in `looked`, [(name, rows there are, row numbers, what look_at found)], one for the
+    training rows and one for others."""
 
     def __init__(self, recipe, most):
         self.recipe, self.most, self.looked = recipe, most, []
 
     def __call__(self, data, name, collator, settings, training):
+        """Rows -> those that can be trained on. Raises Seen where there are none, SystemExit for an empty data set."""
         if len(data) == 0:
             fail(f"{name} is empty: there is nothing to train on")
         whole = len(data)
         if self.most and whole > self.most:
             data = data.select([n * whole // self.most for n in range(self.most)])
-        parts = min(os.cpu_count() or 1, 1 + len(data) // 500)  # decoding pictures is what takes the time
-        bounds = [n * len(data) // parts for n in range(parts + 1)]
-        try:
-            found = sum(
-                apart(lambda n: look_at(data.select(range(bounds[n], bounds[n + 1])), collator, self.recipe), parts),
-                [],
-            )
-        except BrokenProcessPool:
-            fail(
-                f"a process that looked at the rows of {name} was ended by the system, which mostly means that memory ran out: --rows 1000 looks at some only"
-            )
+        found = self.look(data, name, collator)
         limit = max_length(settings, training) or math.inf
-        for one in found:
-            if one["problem"] is None and one["length"] > limit:  # some recipes look at the length after the collator
-                one["problem"] = f"too long: {one['length']} tokens, --max_length is {limit}"
+        for entry in found:
+            if entry["problem"] is None and entry["length"] > limit:  # some recipes look at it after the collator
+                entry["problem"] = f"too long: {entry['length']} tokens, --max_length is {limit}"
         self.looked.append((str(name), whole, list(data["row"]), found))
-        good = [n for n, one in enumerate(found) if one["problem"] is None]
+        good = [n for n, entry in enumerate(found) if entry["problem"] is None]
         if not good:
             raise Seen
         columns = {
-            "length": [one["length"] for one in found],
-            "image_keys": [one.get("image_keys", []) for one in found],
+            "length": [entry["length"] for entry in found],
+            "image_keys": [entry.get("image_keys", []) for entry in found],
         }
         return datasets.concatenate_datasets([data, datasets.Dataset.from_dict(columns)], axis=1).select(good)
+
+    def look(self, data, name, collator):
+        """look_at, in several processes: decoding pictures is what takes the time."""
+        parts = min(os.cpu_count() or 1, 1 + len(data) // 500)
+
+        def look_at_part(n):
+            return look_at(data.shard(parts, n, contiguous=True), collator, self.recipe)
+
+        try:
+            return list(itertools.chain(*in_processes(look_at_part, parts)))
+        except BrokenProcessPool:
+            fail(
+                f"a process that looked at the rows of {name} was ended by the system, which mostly means that memory "
+                "ran out: --rows 1000 looks at some only"
+            )
 
 
 def max_length(settings, training):
@@ -255,90 +263,84 @@ def max_length(settings, training):
     return None
 
 
-def quantile(values, share):
-    """The value below which so large a share of the values is."""
-    values = sorted(values)
-    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)] if values else 0
-
-
-def about_data(looked, limit, per_row):
+def about_data(looked, limit):
     """One entry of Data.looked -> the report's section on it."""
     name, whole, numbers, found = looked
-    bad = collections.defaultdict(list)
-    for number, one in zip(numbers, found):
-        if one["problem"]:
-            bad[one["problem"].split(":")[0]].append({"row": number, "why": one["problem"]})
-    lengths = [one["length"] for one in found if one["length"]]
-    images = collections.Counter(len(one["images"]) for one in found if not one["problem"])
-    sizes = [size for one in found for size in one["images"]]
-    good = [one for one in found if not one["problem"]]
-    middle = lambda n: statistics.median(size[n] for size in sizes) if sizes else None
+    bad, good = collections.defaultdict(list), []
+    for number, entry in zip(numbers, found):
+        if entry["problem"]:
+            bad[entry["problem"].split(":")[0]].append({"row": number, "why": entry["problem"]})
+        else:
+            good.append(entry)
+    lengths = [entry["length"] for entry in found if entry["length"]]
+    sizes = [size for entry in found for size in entry["images"]]
+    image_sizes = tokens_per_row = None
+    if sizes:
+        image_sizes = {
+            "smallest": min(sizes, key=math.prod),
+            "median": [statistics.median(side) for side in zip(*sizes)],
+            "largest": max(sizes, key=math.prod),
+            "different": len(set(map(tuple, sizes))),
+        }
+    if lengths:
+        tokens_per_row = {
+            "median": statistics.median(lengths),
+            "p95": int(np.quantile(lengths, 0.95, method="inverted_cdf")),
+            "longest": max(lengths),
+        }
     return {
         "name": name,
         "rows": whole,
         "looked_at": len(found),
         "good": len(good),
         "bad": dict(bad),
-        "images_per_row": dict(sorted(images.items())),
-        "image_sizes": {
-            "smallest": min(sizes, key=math.prod),
-            "median": [middle(0), middle(1)],
-            "largest": max(sizes, key=math.prod),
-            "different": len(set(map(tuple, sizes))),
-        }
-        if sizes
-        else None,
-        "tokens_per_row": {
-            "median": statistics.median(lengths),
-            "p95": quantile(lengths, 0.95),
-            "longest": max(lengths),
-        }
-        if lengths
-        else None,
+        "images_per_row": dict(sorted(collections.Counter(len(entry["images"]) for entry in good).items())),
+        "image_sizes": image_sizes,
+        "tokens_per_row": tokens_per_row,
         "max_length": limit,
-        "too_long": len(bad["too long"]) if "too long" in bad else 0,
-        "trained_share": sum(one["trained"] for one in good) / max(1, sum(one["tokens"] for one in good)),
-        "answers_per_row": per_row,
+        "too_long": len(bad.get("too long", [])),
+        "trained_share": sum(entry["trained"] for entry in good) / max(1, sum(entry["tokens"] for entry in good)),
+        "answers_per_row": 1,
     }
 
 
-def example(batch, processor, recipe):
-    """A batch of one row -> [{kind: text | trained | image, text, tokens}] for each of its sequences: DPO has two, the pair."""
-    token = getattr(recipe, "image_token_id", lambda processor: processor.image_token_id)(processor)
-    ids, trained, real = shape_of(batch)
-    shown = []
-    for row, learnt, there in zip(ids, trained, real):
-        row, learnt, pieces, said, end = row[there].tolist(), learnt[there].tolist(), [], "", 0
-        for kind, run in itertools.groupby(
-            ("image" if i == token else "trained" if one else "text") for i, one in zip(row, learnt)
-        ):
-            end += (count := len(list(run)))
-            text = processor.tokenizer.decode(
-                row[:end]
-            )  # from the start: by itself a run would lose its leading space
-            mark = f"{processor.tokenizer.decode(row[end - 1 : end])} x {count}"
-            pieces.append({"kind": kind, "text": mark if kind == "image" else text[len(said) :], "tokens": count})
-            said = text
-        shown.append(pieces)
-    return shown
+def sequences_of(batch, processor):
+    """A batch of one row -> [{kind: text | trained | image, text, tokens}] for each of its sequences: DPO has two."""
+    decode = processor.tokenizer.decode
+    sequences = []
+    for ids, is_trained, is_real in zip(*shape_of(batch)):
+        ids, is_trained = ids[is_real].tolist(), is_trained[is_real].tolist()
+        kinds = ["trained" if trained else "text" for trained in is_trained]
+        kinds = ["image" if token == processor.image_token_id else kind for token, kind in zip(ids, kinds)]
+        pieces, start = [], 0
+        for kind, run in itertools.groupby(kinds):
+            end = start + len(list(run))
+            text = decode(ids[:end])[len(decode(ids[:start])) :]  # a run by itself would lose its leading space
+            if kind == "image":
+                text = f"{decode(ids[end - 1 : end])} x {end - start}"
+            pieces.append({"kind": kind, "text": text, "tokens": end - start})
+            start = end
+        sequences.append(pieces)
+    return sequences
 
 
-# ------------------------------------------------------------------------------------- a model without content
+def example_of(row, collator, processor):
+    """A row -> how the model sees it, as the report has it."""
+    sequences = sequences_of(collator([row]), processor)
+    pieces = list(itertools.chain(*sequences))
+    tokens = sum(piece["tokens"] for piece in pieces)
+    trained = sum(piece["tokens"] for piece in pieces if piece["kind"] == "trained")
+    return {"row": row["row"], "sequences": sequences, "tokens": tokens, "trained_share": trained / tokens}
 
 
-def without_weights(
-    cls,
-    name,
-    *args,
-    config=None,
-    dtype=None,
-    quantization_config=None,
-    output_loading_info=False,
-    revision=None,
-    **kwargs,
-):
-    """Stands in for from_pretrained: the model on the meta device, from its configuration, with 4-bit layers where the quantizer would put them."""
-    config = config if config is not None else cls.config_class.from_pretrained(name, revision=revision)
+# --------------------------------------------------------------------------------------------- a model without content
+
+
+def without_weights(cls, name, *args, config=None, dtype=None, quantization_config=None, **options):
+    """Stands in for from_pretrained: the model on the meta device, from its configuration, with 4-bit layers where the
+    quantizer would put them."""
+    if config is None:
+        config = cls.config_class.from_pretrained(name, revision=options.get("revision"))
     with torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
         model.name_or_path = str(name)
@@ -347,9 +349,9 @@ def without_weights(
             quantizer.preprocess_model(model=model, device_map={"": "meta"}, dtype=dtype)
             model.hf_quantizer, model.is_loaded_in_4bit, model.is_4bit_serializable = quantizer, True, True
             model.config.quantization_config = quantization_config
-    return (
-        (model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}) if output_loading_info else model
-    )
+    if options.get("output_loading_info"):
+        return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    return model
 
 
 def dequantized(layer, stock=peft.tuners.lora.dora.dequantize_module_weight):
@@ -360,13 +362,13 @@ def dequantized(layer, stock=peft.tuners.lora.dora.dequantize_module_weight):
 
 
 def build(recipe, settings, training, train, held_out):
-    """The recipe's own trainer, as its main() makes it, up to the moment when it would train; all that it would train and load is on the
-    meta device. Nothing is written outside a folder that is gone afterwards."""
-    made = peft.PeftModel.__init__
+    """The recipe's own trainer, as its main() makes it, up to the moment when it would train; all that it would train
+    and load is on the meta device. Nothing is written outside a folder that is gone afterwards."""
+    stock_init = peft.PeftModel.__init__
 
-    def on_meta(self, *args, **kwargs):
+    def init_on_meta(self, *args, **kwargs):
         with torch.device("meta"):
-            made(self, *args, **kwargs)
+            stock_init(self, *args, **kwargs)
 
     def stop(trainer, *args, **kwargs):
         raise Seen(trainer)
@@ -379,111 +381,125 @@ def build(recipe, settings, training, train, held_out):
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
         "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
     }
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
-        training.output_dir, training.report_to, training.push_to_hub = out, [], False
-        training.logging_dir = out
-        for name in stand_ins.keys() & vars(recipe).keys():
-            stack.enter_context(patch.object(recipe, name, stand_ins[name]))
-        stack.enter_context(
-            patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights))
-        )
-        stack.enter_context(patch.object(peft.PeftModel, "__init__", on_meta))
-        stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
-        stack.enter_context(
-            patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model)
-        )
-        stack.enter_context(patch.object(transformers.Trainer, "train", stop))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    patches = [patch.object(recipe, name, stand_ins[name]) for name in stand_ins.keys() & vars(recipe).keys()]
+    patches += [
+        patch.object(transformers.PreTrainedModel, "from_pretrained", classmethod(without_weights)),
+        patch.object(peft.PeftModel, "__init__", init_on_meta),
+        patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized),
+        patch.object(transformers.Trainer, "_move_model_to_device", lambda self, model, device: model),
+        patch.object(transformers.Trainer, "train", stop),
+        contextlib.redirect_stdout(io.StringIO()),
+    ]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        training.output_dir = training.logging_dir = folder
+        training.report_to, training.push_to_hub = [], False
+        for context in patches:
+            stack.enter_context(context)
         try:
             recipe.main([])
         except Seen as seen:
             return seen.args[0]
         finally:
-            os.makedirs(out, exist_ok=True)
-    fail(f"{recipe.__file__}: its main() trains nothing by a Trainer")
+            os.makedirs(folder, exist_ok=True)
+    return fail(f"{recipe.__file__}: its main() trains nothing by a Trainer")
 
 
-# ------------------------------------------------------------------------------------------------------ parameters
+# ---------------------------------------------------------------------------------------------------------- parameters
 
-KINDS = (
-    ("vision tower", r"vision|visual|vpm"),
-    ("projector", r"projector|connector|merger|resampler|abstractor|aligner"),
-    ("language model", r"language|text_model|llm|lm_head|decoder|embed_tokens"),
-)
+KINDS = {
+    "vision tower": r"vision|visual|vpm",
+    "projector": r"projector|connector|merger|resampler|abstractor|aligner",
+    "language model": r"language|text_model|llm|lm_head|decoder|embed_tokens",
+}
+
+
+def plain_name(name):
+    """A weight's name, as it is without PEFT."""
+    for added in ("original_module.", "modules_to_save.default."):
+        name = name.replace(added, "")
+    return name.removeprefix("base_model.model.")
 
 
 def kind_of(name):
-    """The full name of a weight -> vision tower, projector or language model (to which lm_head belongs), else where it is."""
+    """The plain name of a weight -> vision tower, projector or language model (to which lm_head belongs), else where
+    it is."""
     path = name.split(".")
     top = path[1] if path[0] == "model" and len(path) > 2 else path[0]
-    return next((kind for kind, words in KINDS if re.search(words, top)), top)
+    return next((kind for kind, words in KINDS.items() if re.search(words, top)), top)
 
 
 def is_nf4(p):
+    """Whether a parameter is in 4 bits."""
     return type(p).__name__ == "Params4bit"
 
 
+def bytes_of(p):
+    """What a parameter takes, in bytes; of one on the meta device what a real one would."""
+    return p.numel() * (NF4 if is_nf4(p) else p.element_size())
+
+
 def about_parameters(model):
-    """A model without content, adapters in it -> one entry for each part: all parameters, trained ones, 4-bit ones, of how many the weights are
-    adapters; bytes of what is frozen and of what is trained."""
+    """A model without content, adapters in it -> one entry for each part: all parameters, trained ones, 4-bit ones, of
+    how many the weights are adapters; bytes of what is frozen and of what is trained."""
+    columns = ("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes")
     parts = {}
     for name, p in model.named_parameters():
-        plain = (
-            name.removeprefix("base_model.model.")
-            .replace("original_module.", "")
-            .replace("modules_to_save.default.", "")
-        )
-        part = parts.setdefault(
-            kind_of(plain),
-            dict.fromkeys(("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes"), 0),
-        )
-        size = p.numel() * (NF4 if is_nf4(p) else p.element_size())
+        part = parts.setdefault(kind_of(plain_name(name)), dict.fromkeys(columns, 0))
         part["total"] += p.numel()
-        part["four_bit"] += p.numel() * is_nf4(p)
-        part["trainable"] += p.numel() * p.requires_grad
-        part["adapters"] += p.numel() * ("lora_" in name)
-        part["trained_bytes" if p.requires_grad else "frozen_bytes"] += size
-    order = [kind for kind, _ in KINDS]
-    return dict(sorted(parts.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+        if is_nf4(p):
+            part["four_bit"] += p.numel()
+        if "lora_" in name:
+            part["adapters"] += p.numel()
+        if p.requires_grad:
+            part["trainable"] += p.numel()
+            part["trained_bytes"] += bytes_of(p)
+        else:
+            part["frozen_bytes"] += bytes_of(p)
+    ordered = [kind for kind in KINDS if kind in parts] + [kind for kind in parts if kind not in KINDS]
+    return {kind: parts[kind] for kind in ordered}
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
+def sum_of(parts, key):
+    """One column of about_parameters, of all parts."""
+    return sum(part[key] for part in parts.values())
+
+
+# ------------------------------------------------------------------------------------------- tensors without content
 
 
 class Dequantized(torch.autograd.Function):
-    """What bitsandbytes does with a 4-bit layer, as far as memory goes: 16-bit weights for the time of each product, never kept."""
+    """What bitsandbytes does with a 4-bit layer, as far as memory goes: 16-bit weights for the time of each product,
+    never kept."""
 
     @staticmethod
     def forward(ctx, x, out_features, in_features):
+        """x @ W.T, with weights made for it."""
         ctx.sizes = out_features, in_features
         return x @ x.new_empty(out_features, in_features).t()
 
     @staticmethod
     def backward(ctx, grad):
+        """Weights are made once more."""
         return grad @ grad.new_empty(*ctx.sizes), None, None
 
 
 def four_bit_forward(layer, x):
     """Stands in for Linear4bit.forward, on tensors without content."""
-    kept, dtype = x.dtype, layer.compute_dtype or x.dtype
+    dtype = layer.compute_dtype or x.dtype
     y = Dequantized.apply(x.to(dtype), layer.out_features, layer.in_features)
-    return (y if layer.bias is None else y + layer.bias.to(dtype)).to(kept)
+    if layer.bias is not None:
+        y = y + layer.bias.to(dtype)
+    return y.to(x.dtype)
 
 
 class Hollow(torch.Tensor):
-    """A tensor that says it is on the CPU and has a shape, but no content: operators run on its `meta`, on the meta device. Of torch's own kind,
-    FakeTensor, a training step takes some ten times as long."""
+    """A tensor that says it is on the CPU and has a shape, but no content: operators run on its `meta`, on the meta
+    device. Of torch's own kind, FakeTensor, a training step takes some ten times as long."""
 
     @staticmethod
     def __new__(cls, meta):
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            meta.size(),
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device="cpu",
-        )
+        layout = {"strides": meta.stride(), "storage_offset": meta.storage_offset()}
+        made = torch.Tensor._make_wrapper_subclass(cls, meta.size(), dtype=meta.dtype, device="cpu", **layout)
         made.meta = meta
         return made
 
@@ -500,161 +516,178 @@ NUMBERS = {ATEN._local_scalar_dense.default, ATEN.item.default, ATEN.is_nonzero.
 INDEXED = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
 
 
+def is_known_mask(x):
+    """Whether an index is a mask of known content."""
+    return x is not None and x.dtype in (torch.bool, torch.uint8) and not isinstance(x, Hollow)
+
+
 def without_content(func, args, kwargs):
-    """An operator on tensors, some of them Hollow -> what it gives, Hollow. What depends on content: a mask of known content picks as many
-    elements as it has, a number that nobody knows is 1."""
-    if func in NUMBERS:
-        return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+    """An operator on tensors, some of them Hollow -> what it gives, Hollow. What depends on content: a mask of known
+    content picks as many elements as it has, a number that nobody knows is 1."""
     if func is ATEN.equal.default:
         return True
+    if func in NUMBERS:
+        if args[0].dtype == torch.bool:
+            return True
+        return 1.0 if args[0].is_floating_point() else 1
     if func in INDEXED:
         places = []
-        for one in args[1]:  # a mask has as many places as it has ones
-            mask = one is not None and one.dtype in (torch.bool, torch.uint8) and not isinstance(one, Hollow)
-            places += one.nonzero(as_tuple=True) if mask else [one]
+        for index in args[1]:  # a mask has as many places as it has ones
+            places += index.nonzero(as_tuple=True) if is_known_mask(index) else [index]
         args = (args[0], places, *args[2:])
     elif func is ATEN.masked_select.default and not isinstance(args[1], Hollow):
-        return Hollow(
-            args[0].meta.new_empty(int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum()))
-        )
-    owners = {}
-    args, kwargs = [to_meta(x, owners) for x in args], {name: to_meta(x, owners) for name, x in kwargs.items()}
-    return from_meta(func(*args, **kwargs), owners)
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+        return Hollow(args[0].meta.new_empty(int(args[1].expand(shape).sum())))
+    owners = {}  # {id of a meta tensor: the Hollow one that it is of}
 
+    def to_meta(x):
+        if isinstance(x, Hollow):
+            owners[id(x.meta)] = x
+            return x.meta
+        if isinstance(x, torch.Tensor):
+            return x.to("meta")
+        return torch.device("meta") if isinstance(x, torch.device) else x
 
-# Not closures: such that call themselves are alive until the garbage collector comes, and their tensors with them.
-def to_meta(x, owners):
-    """An operator's argument as it takes it on the meta device; `owners`: {id of a meta tensor: the Hollow one that it is of}."""
-    if isinstance(x, Hollow):
-        owners[id(x.meta)] = x
-        return x.meta
-    if isinstance(x, torch.Tensor):
-        return x.to("meta")
-    if isinstance(x, (list, tuple)):
-        return [to_meta(one, owners) for one in x]
-    return torch.device("meta") if isinstance(x, torch.device) else x
+    def from_meta(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return owners[id(x)] if id(x) in owners else Hollow(x)  # what was changed in place is the tensor that it was
 
-
-def from_meta(x, owners):
-    """What it gave, Hollow; what it changed in place is the tensor that it was."""
-    if isinstance(x, torch.Tensor):
-        return owners[id(x)] if id(x) in owners else Hollow(x)
-    return type(x)([from_meta(one, owners) for one in x]) if isinstance(x, (list, tuple)) else x
+    args, kwargs = tree_map(to_meta, (args, kwargs))
+    return tree_map(from_meta, func(*args, **kwargs))
 
 
 def tensors(tree):
     """The tensors in lists, tuples and dicts of such."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple, dict)):
-        for one in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors(one)
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make within it, alive (`now`) and at most (`peak`), real ones and hollow ones."""
+    """Counts the bytes of all storages that operators make within it, alive (`now`) and at most (`peak`), real ones
+    and hollow ones."""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, weakref.WeakValueDictionary()
 
-    def storages(self, tree):
+    def new_storages(self, tree):
+        """Those of the tensors that were not seen before; they are known from then on."""
+        new = []
         for tensor in tensors(tree):
             storage = (tensor.meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
             if storage._cdata not in self.known:
                 self.known[storage._cdata] = storage
-                yield storage
+                new.append(storage)
+        return new
 
     def watch(self, tree):
         """Count these tensors, where they are new."""
-        for storage in self.storages(tree):
-            self.now += (size := storage.nbytes())
-            weakref.finalize(storage, self.gone, size)
+        for storage in self.new_storages(tree):
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.gone, storage.nbytes())
         self.peak = max(self.peak, self.now)
 
     def gone(self, size):
+        """A storage that was counted is not alive any more."""
         self.now -= size
-
-    def ignore(self, tree):
-        """What was there before is not counted."""
-        collections.deque(self.storages(tree), 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        hollow = any(isinstance(x, Hollow) for x in tensors((args, kwargs)))
-        out = without_content(func, args, kwargs) if hollow else func(*args, **kwargs)
+        is_hollow = any(isinstance(x, Hollow) for x in tensors((args, kwargs)))
+        out = without_content(func, args, kwargs) if is_hollow else func(*args, **kwargs)
         self.watch(out)
         return out
 
 
-def hollow(model):
-    """Weights on the meta device -> Hollow ones. Some operators of training look at real masks and positions, which a meta tensor would swallow."""
-    seen = {}
+def make_hollow(model):
+    """Weights on the meta device -> Hollow ones. Some operators of training look at real masks and positions, which a
+    meta tensor would swallow."""
+    made = {}  # {id of a weight: (the weight, kept so that no other one gets its id; the Hollow one)}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.device.type == "meta":
-                if id(p) not in seen:
-                    seen[id(p)] = (
-                        p,
-                        torch.nn.Parameter(
-                            Hollow(torch.empty(p.shape, dtype=p.dtype, device="meta")), p.requires_grad
-                        ),
-                    )  # p is kept: another one could get its id
-                module._parameters[name] = seen[id(p)][1]
+                if id(p) not in made:
+                    empty = Hollow(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+                    made[id(p)] = p, torch.nn.Parameter(empty, p.requires_grad)
+                module._parameters[name] = made[id(p)][1]
         for name, b in module._buffers.items():
             if b is not None and b.device.type == "meta":
                 module._buffers[name] = Hollow(b)
 
 
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
 def step(trainer, rows, checkpointing):
-    """The bytes at most alive within one training step of the trainer on these rows, besides weights, gradients and optimizer states."""
-    model, collator = trainer.model, trainer.data_collator
+    """The bytes at most alive within one training step of the trainer on these rows, besides weights, gradients and
+    optimizer states."""
+    model = trainer.model
     if checkpointing:
         model.activation_checkpointing_enable()
     else:
         model.activation_checkpointing_disable()
-    batch, count = collator(rows), Allocations()
+    inputs, count = dict(trainer.data_collator(rows)), Allocations()
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:  # the second of several accumulated batches: gradients are there
         p.grad = torch.zeros_like(p)
-    count.ignore([list(model.parameters()), list(model.buffers()), [p.grad for p in trained]])
-    inputs = {name: value for name, value in batch.items()}
-    items = sum(int(values.ne(-100).sum()) for name, values in inputs.items() if name == "labels") or None
+    count.new_storages([list(model.parameters()), list(model.buffers()), [p.grad for p in trained]])  # not counted
+    trained_tokens = None
+    if "labels" in inputs:
+        trained_tokens = inputs["labels"].ne(-100).sum()
     trainer.current_gradient_accumulation_steps, forward = 1, model.forward
     if trainer.args.bf16:  # what Accelerate makes of it before the first step
         forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(forward))
     with patch.object(model, "forward", forward), count:
         count.watch(inputs)
-        trainer.training_step(model, inputs, items if items is None else torch.tensor(items))
+        trainer.training_step(model, inputs, trained_tokens)
     for p in trained:
         p.grad = None
     return count.peak
 
 
 def measure(trainer, rows, batch):
-    """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows, over and over where they are too few,
-    at most 2 * MOST_ROWS at a time. The steps are independent of each other: where processes can be forked each has its own."""
+    """-> {with or without checkpointing: (bytes of a step at this batch, bytes for each row more)}, on these rows,
+    over and over where they are too few, at most 2 * MOST_ROWS at a time. The steps are independent of each other:
+    where processes can be forked each has its own."""
     few = min(batch, MOST_ROWS)
-    every = [(checkpointing, size) for checkpointing in (True, False) for size in (few, 2 * few)]
-    rows = list(itertools.islice(itertools.cycle(rows), few))
+    jobs = list(itertools.product((True, False), (few, 2 * few)))
+    rows = list(itertools.islice(itertools.cycle(rows), 2 * few))
 
-    hollow(trainer.model)
+    def run(n):
+        checkpointing, size = jobs[n]
+        return step(trainer, rows[:size], checkpointing)
+
+    make_hollow(trainer.model)
+    with as_on_a_gpu(trainer.args), contextlib.redirect_stdout(io.StringIO()):
+        found = dict(zip(jobs, in_processes(run, len(jobs))))
+    result = {}
+    for kind in (True, False):
+        for_each_row = (found[kind, 2 * few] - found[kind, few]) / few
+        result[kind] = (found[kind, few] + (batch - few) * for_each_row, for_each_row)
+    return result
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(training):
+    """Within it 4-bit layers run without content, and what differs on a GPU is as there, if the run is for one."""
+    patches = [
+        patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward),
+        patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized),
+    ]
+    if training.for_gpu:  # it has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
+        patches += [
+            patch.object(trl.trainer.utils, "_use_triton", lambda device: True),
+            patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu),
+        ]
+    if training.for_gpu and training.bf16:  # PEFT and CUDA's autocast
+        patches += [
+            patch.object(torch, "is_autocast_enabled", lambda *device: True),
+            patch.object(torch.nn.functional, "layer_norm", layer_norm_of_a_gpu),
+        ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(bitsandbytes.nn.Linear4bit, "forward", four_bit_forward))
-        stack.enter_context(patch.object(peft.tuners.lora.dora, "dequantize_module_weight", dequantized))
-        if (
-            trainer.args.for_gpu
-        ):  # which has Triton, so that TRL scores label positions only, and keeps dropout's masks as bytes
-            stack.enter_context(patch.object(trl.trainer.utils, "_use_triton", lambda device: True))
-            stack.enter_context(patch.object(torch.nn.functional, "dropout", dropout_of_a_gpu))
-            if trainer.args.bf16:  # PEFT and CUDA's autocast
-                stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: True))
-                stack.enter_context(patch.object(torch.nn.functional, "layer_norm", layer_norm_of_a_gpu))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        found = apart(lambda n: step(trainer, rows * (every[n][1] // few), every[n][0]), len(every))
-    found = dict(zip(every, found))
-    each = {kind: (found[kind, 2 * few] - found[kind, few]) / few for kind in (True, False)}
-    return {kind: (found[kind, few] + (batch - few) * each[kind], each[kind]) for kind in (True, False)}
+        for context in patches:
+            stack.enter_context(context)
+        yield
 
 
 def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
@@ -664,80 +697,68 @@ def dropout_of_a_gpu(x, p=0.5, training=True, inplace=False):
 
 def layer_norm_of_a_gpu(x, shape, weight=None, bias=None, eps=1e-5, stock=torch.nn.functional.layer_norm):
     """F.layer_norm as CUDA's autocast runs it: in float32, which a CPU's does not."""
-    return stock(x.float(), shape, *(None if one is None else one.float() for one in (weight, bias)), eps)
+    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+    return stock(x.float(), shape, weight, bias, eps)
 
 
 def state_bytes(optim):
     """What an optimizer keeps for each trained parameter, in bytes."""
-    known = sorted((name for name in STATES if all(word in optim for word in name.split("_"))), key=len)
-    return STATES[known[-1]] if known else 8
+    known = [name for name in STATES if all(word in optim for word in name.split("_"))]
+    return STATES[max(known, key=len)] if known else 8
 
 
-def per_gpu(parts, optim, strategy, gpus, half, layer, hidden):
-    """Bytes on each GPU, apart from activations: weights, trained (adapters, and parts that are trained in full), gradients, optimizer,
-    exchange (what the GPUs send each other); None where the strategy cannot do it.
+def per_gpu(parts, optim, strategy, gpus, is_half, layer, hidden):
+    """Bytes on each GPU, apart from activations: weights, trained (adapters, and parts that are trained in full),
+    gradients, optimizer, exchange (what the GPUs send each other); None where the strategy cannot do it.
 
-    DDP keeps everything everywhere; ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP the weights as well, of which they gather two layers
-    at a time. DeepSpeed trains in 16 bits and keeps a float32 copy with the optimizer's states; else what is trained is as the trainer has it."""
-    frozen, trained, count, nf4 = (
-        sum(part[key] for part in parts.values()) for key in ("frozen_bytes", "trained_bytes", "trainable", "four_bit")
-    )
-    states, wide = state_bytes(optim), 2 if half else 4
-    if nf4 and strategy in ("zero3", "fsdp"):
+    DDP keeps everything everywhere; ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP the weights as well, of
+    which they gather two layers (of `layer` bytes) at a time. DeepSpeed trains in 16 bits and keeps a float32 copy
+    with the optimizer's states; else what is trained is as the trainer has it.
+    """
+    frozen, trained, count = (sum_of(parts, key) for key in ("frozen_bytes", "trained_bytes", "trainable"))
+    optimizer = count * state_bytes(optim)
+    if strategy in ("zero3", "fsdp") and sum_of(parts, "four_bit"):
         return None
     if strategy == "ddp":
-        return {
-            "weights": frozen,
-            "trained": trained,
-            "gradients": trained,
-            "optimizer": count * states,
-            "exchange": trained * (gpus > 1),
-        }
-    if strategy == "fsdp":
-        return {
-            "weights": frozen / gpus,
-            "trained": trained / gpus,
-            "gradients": trained / gpus,
-            "optimizer": count * states / gpus,
-            "exchange": 2 * layer,
-        }
-    share = gpus if strategy == "zero3" else 1
-    return {
-        "weights": frozen / share,
-        "trained": count * wide / share,
-        "gradients": count * wide / gpus,
-        "optimizer": count * (states + 4 * half) / gpus,
-        "exchange": 2 * wide * hidden**2 + 2 * layer * (strategy == "zero3"),
-    }
+        exchange = trained if gpus > 1 else 0
+        sizes = (frozen, trained, trained, optimizer, exchange)
+    elif strategy == "fsdp":
+        sizes = (frozen / gpus, trained / gpus, trained / gpus, optimizer / gpus, 2 * layer)
+    else:
+        width, master_copy = (2, 4 * count) if is_half else (4, 0)
+        exchange = 2 * width * hidden**2
+        if strategy == "zero3":
+            frozen, exchange = frozen / gpus, exchange + 2 * layer
+            trained = count * width / gpus
+        else:
+            trained = count * width
+        sizes = (frozen, trained, count * width / gpus, (optimizer + master_copy) / gpus, exchange)
+    return dict(zip(("weights", "trained", "gradients", "optimizer", "exchange"), sizes))
 
 
-def by_the_rule(parameters, trained, reference):
-    """The rule of thumb of the DPO post, in bytes: everything in float32, and 16 bits with an adapter; weights, reference, gradients, AdamW's states."""
-    table = {"all in float32": (4 * parameters, 4 * parameters * reference, 4 * parameters, 8 * parameters)}
+def by_the_rule(parameters, trained, has_reference):
+    """The rule of thumb of the post on DPO for vision-language models (huggingface.co/blog/dpo_vlm, 2024), in bytes:
+    everything in float32, and 16 bits with an adapter; weights, reference, gradients, AdamW's states."""
+    settings = {"all in float32": (4, parameters)}
     if trained < parameters:
-        table["16 bits, adapter"] = (2 * parameters, 2 * parameters * reference, 2 * trained, 4 * trained)
-    return {
-        name: dict(zip(("weights", "reference", "gradients", "optimizer"), row)) | {"sum": sum(row)}
-        for name, row in table.items()
-    }
+        settings["16 bits, adapter"] = (2, trained)
+    table = {}
+    for name, (width, count) in settings.items():
+        row = {"weights": width * parameters, "reference": width * parameters if has_reference else 0}
+        row |= {"gradients": width * count, "optimizer": 2 * width * count}
+        table[name] = {**row, "sum": sum(row.values())}
+    return table
 
 
 def about_memory(trainer, parts, rows, args):
     """The trainer, its parts, the rows of the longest batch -> the report's section on memory."""
-    training, batch = trainer.args, trainer.args.per_device_train_batch_size
+    model, training, batch = trainer.model, trainer.args, trainer.args.per_device_train_batch_size
     optim = getattr(training.optim, "value", training.optim)
-    hidden = trainer.model.config.get_text_config().hidden_size if hasattr(trainer.model, "config") else 0
-    layers = [
-        sum(p.numel() * (NF4 if is_nf4(p) else p.element_size()) for p in layer.parameters())
-        for module in trainer.model.modules()
-        if isinstance(module, torch.nn.ModuleList)
-        for layer in module
-    ]
-    fixed = {
-        name: per_gpu(parts, optim, name, args.gpus, training.bf16, max(layers, default=0), hidden)
-        for name in STRATEGIES
-    }
-    total = {key: sum(part[key] for part in parts.values()) for key in ("total", "trainable", "adapters")}
+    hidden = model.config.get_text_config().hidden_size if hasattr(model, "config") else 0
+    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+    largest = max((sum(map(bytes_of, layer.parameters())) for layer in layers), default=0)
+    fixed = {name: per_gpu(parts, optim, name, args.gpus, training.bf16, largest, hidden) for name in STRATEGIES}
+    parameters, trained = sum_of(parts, "total") - sum_of(parts, "adapters"), sum_of(parts, "trainable")
     report = {
         "optim": optim,
         "batch": batch,
@@ -746,9 +767,7 @@ def about_memory(trainer, parts, rows, args):
         "strategy": args.strategy,
         "fixed": fixed,
         "checkpointing": training.activation_checkpointing,
-        "by_the_rule": by_the_rule(
-            total["total"] - total["adapters"], total["trainable"], isinstance(trainer, trl.DPOTrainer)
-        ),
+        "by_the_rule": by_the_rule(parameters, trained, isinstance(trainer, trl.DPOTrainer)),
         "activations": None,
         "fits": None,
     }
@@ -756,133 +775,95 @@ def about_memory(trainer, parts, rows, args):
         found = measure(trainer, rows, batch)
     except Exception as e:  # a model that looks at content somewhere: the other figures hold all the same
         return report | {"not_counted": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"}
-    names = {True: "with_checkpointing", False: "without_checkpointing"}
-    report["activations"] = {names[kind]: {"bytes": at, "for_each_row": more} for kind, (at, more) in found.items()}
-    if mine := fixed[args.strategy]:
-        report["fits"] = {}
-        for card in CARDS:
-            room = card * 1e9 * (1 - PIECES) - CONTEXT - sum(mine.values())
-            report["fits"][card] = {
-                names[kind]: max(0, batch + math.floor((room - at) / more) if more > 0 else 0)
-                for kind, (at, more) in found.items()
-            }
-        report["sum"] = {names[kind]: sum(mine.values()) + at for kind, (at, _) in found.items()}
+    report["activations"] = {
+        CHECKPOINTING[kind]: {"bytes": size, "for_each_row": more} for kind, (size, more) in found.items()
+    }
+    if fixed[args.strategy]:
+        total = sum(fixed[args.strategy].values())
+        report["fits"] = {card: largest_batches(card, total, report["activations"], batch) for card in CARDS}
+        report["sum"] = {kind: total + size["bytes"] for kind, size in report["activations"].items()}
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------ plan
+def largest_batches(card, fixed, activations, batch):
+    """{with or without checkpointing: the largest batch that fits a card of so many GB, 0 where none does}."""
+    room = card * 1e9 * (1 - PIECES) - CONTEXT - fixed
+    largest = dict.fromkeys(activations, 0)
+    for kind, size in activations.items():
+        if size["for_each_row"] > 0:
+            more = math.floor((room - size["bytes"]) / size["for_each_row"])
+            largest[kind] = max(0, batch + more)
+    return largest
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
 
 
 def learning_rates(trainer):
-    """{part: the rate that its weights are trained at}, out of the trainer's own optimizer."""
+    """{part: the rate that its weights are trained at}, out of the trainer's own optimizer; {} where that wants a GPU
+    even to be made."""
     names, found = {id(p): name for name, p in trainer.model.named_parameters()}, {}
-    for group in trainer.create_optimizer().param_groups:
+    try:
+        groups = trainer.create_optimizer().param_groups
+    except Exception:
+        return {}
+    for group in groups:
         for p in group["params"]:
             name = names[id(p)]
-            plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
-            what = f"{kind_of(plain)}, {'adapters' if 'lora_' in name else 'in full'}"
+            what = f"{kind_of(plain_name(name))}, {'adapters' if 'lora_' in name else 'in full'}"
             found[what] = max(found.get(what, 0), group["lr"])
     return found
 
 
-def usual(what, preferences):
+def usual_rates(what, is_dpo):
     """The lowest and the highest learning rate that one would not wonder at."""
     if "adapters" in what:
-        return (5e-7, 2e-4) if preferences else (1e-5, 1e-3)
+        return (5e-7, 2e-4) if is_dpo else (1e-5, 1e-3)
     if what.startswith("projector"):
         return (1e-6, 2e-3)
-    return (1e-8, 5e-6) if preferences else (1e-7, 1e-4)
+    return (1e-8, 5e-6) if is_dpo else (1e-7, 1e-4)
 
 
-def about_plan(trainer, settings, training, data, train, held_out, parts, asked_to_evaluate, gpus):
-    """-> the report's section on steps, and a list of what is odd."""
+def count_rows(data, train, held_out, settings):
+    """-> (rows to train on, rows to evaluate on, whether these are estimates because only some were looked at)."""
     main = data[-1]  # the training rows are looked at last
     share = main["looked_at"] / main["rows"]
-    rows, of_them = round(len(train) / share), None  # of_them: how many of the training rows the recipe holds out
-    if share < 1 and held_out is not None and len(data) == 1:  # of all of them it holds out another share than of some
+    rows, scored = round(len(train) / share), len(held_out) if held_out is not None else 0
+    if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
+        scored = round(scored * data[0]["rows"] / data[0]["looked_at"])
+    if share < 1 and held_out is not None and len(data) == 1:  # of all rows another share is held out than of some
         whole = round(main["good"] / share)
-        of_them = math.ceil(whole * max(settings.eval_fraction, 1 / whole))
-        rows = whole - of_them
+        scored = math.ceil(whole * max(settings.eval_fraction, 1 / whole))
+        rows = whole - scored
+    if data[0]["looked_at"] < data[0]["rows"]:
+        scored = min(scored, settings.max_eval_rows)
+    return rows, scored, share < 1
+
+
+def evaluation_steps(training, steps, a_pass):
+    """-> (steps from one evaluation to the next, how many there are), as the Trainer counts them."""
+    if training.eval_strategy == "epoch":  # after each, the last one whole or not
+        every = a_pass
+        marks = [min(n, steps / a_pass) for n in range(1, math.ceil(steps / a_pass) + 1)]
+    else:  # and at the end
+        every = training.eval_steps
+        if every < 1:
+            every = max(1, math.ceil(every * steps))
+        marks = {*range(int(every), steps + 1, int(every)), steps}
+    count = sum(mark >= training.eval_delay for mark in marks)  # --eval_delay counts in steps or epochs, as they do
+    return every, count + 1 if training.eval_on_start else count
+
+
+def about_plan(trainer, settings, data, train, held_out, gpus):
+    """-> the report's section on steps."""
+    training = trainer.args
+    rows, scored, is_sampled = count_rows(data, train, held_out, settings)
     batch = training.per_device_train_batch_size * gpus * training.gradient_accumulation_steps
     a_pass = math.ceil(rows / batch)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * a_pass)
-    every = {"no": None, "epoch": a_pass, "steps": training.eval_steps}[
-        training.eval_strategy.value if asked_to_evaluate and held_out is not None else "no"
-    ]
-    every = every and (max(1, math.ceil(every * steps)) if every < 1 else every)
-    marks = ()  # when it is evaluated, in what --eval_delay counts in
-    if every and training.eval_strategy == "epoch":  # after each, the last one whole or not
-        marks = [min(n, steps / a_pass) for n in range(1, math.ceil(steps / a_pass) + 1)]
-    elif every:  # and at the end
-        marks = {*range(int(every), steps + 1, int(every)), steps}
-    evaluations = sum(mark >= training.eval_delay for mark in marks) + bool(every and training.eval_on_start)
-    scored = len(held_out) if held_out is not None else 0
-    if data[0]["looked_at"] < data[0]["rows"]:  # a share of the rows was looked at: of those held out, too
-        scored = min(of_them or round(scored * data[0]["rows"] / data[0]["looked_at"]), settings.max_eval_rows)
-    fields = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(settings)}
-    answered = (
-        scored
-        if "answer" in fields.get("max_eval_rows", "").lower()
-        else min(scored, getattr(settings, "sample_rows", 0))
-    )
-    tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
-    # In forward passes of a row: training takes three, four with checkpointing, and a generated token of a batch a fifth of one.
-    train_cost = steps * batch * (4 if training.activation_checkpointing else 3)
-    eval_cost = evaluations * (scored + math.ceil(answered / training.per_device_eval_batch_size) * tokens / 5)
-    warmup = training.get_warmup_steps(steps)
-    try:
-        rates = learning_rates(trainer)
-    except Exception:  # an optimizer that wants a GPU even to be made
-        rates = {}
-    preferences, odd = isinstance(trainer, trl.DPOTrainer), []
-    for what, rate in rates.items():
-        low, high = usual(what, preferences)
-        if not low <= rate <= high:
-            odd.append(
-                f"learning rate {rate:g} for {what}: unusually {'low' if rate < low else 'high'}, usual are {low:g} to {high:g}{' in DPO' * preferences}"
-            )
-    if not asked_to_evaluate:
-        odd.append("nothing will be evaluated: --eval_strategy no")
-    elif held_out is None:
-        odd.append("there is no evaluation split, and none is held out: nothing will tell when to stop")
-    elif evaluations == 0:
-        odd.append(
-            f"no evaluation will happen: --eval_delay is {training.eval_delay:g}, and there are {steps} steps, {steps / a_pass:.3g} epochs"
-        )
-    elif training.eval_strategy == "steps" and steps < every:
-        odd.append(f"no evaluation before the end: one comes every {every:g} steps, and there are {steps}")
-    if eval_cost > train_cost:
-        odd.append(
-            f"evaluation takes longer than training: {evaluations} evaluations of {scored} rows, {answered} of them answered with up to {tokens} tokens"
-        )
-    if training.save_strategy.value == "steps" and 1 <= steps < training.save_steps:
-        odd.append(
-            f"no checkpoint before the end: one comes every {training.save_steps:g} steps, and there are {steps}"
-        )
-    if warmup >= steps:
-        odd.append(f"the learning rate never comes up: {warmup:g} steps of warm-up, {steps} in all")
-    if training.max_steps > 0 and steps < a_pass:
-        odd.append(f"--max_steps {steps} is less than one pass: {1 - steps / a_pass:.1%} of the rows are never seen")
-    if rows < batch:
-        odd.append(f"a step takes {batch} rows, and there are {rows}")
-    if steps / a_pass > 10:
-        odd.append(f"{steps / a_pass:.0f} passes over the data")
-    would_stop = False
-    for part in data:
-        stops = [
-            reason
-            for reason in part["bad"]
-            if getattr(settings, "on_long_rows" if reason == "too long" else "on_bad_rows", "stop") == "stop"
-        ]
-        if stops:
-            would_stop = True
-            odd.append(
-                f"the run would stop at bad rows of {part['name']} ({', '.join(stops)}): fix them, or --on_bad_rows skip, --on_long_rows drop"
-            )
-        elif part["looked_at"] - part["good"] > 0.1 * part["looked_at"]:
-            odd.append(f"{1 - part['good'] / part['looked_at']:.0%} of the rows of {part['name']} are left out")
-    if not any(part["trainable"] for part in parts.values()):
-        odd.append("nothing is trained")
+    evaluations = 0
+    if training.eval_strategy != "no":
+        evaluations = evaluation_steps(training, steps, a_pass)[1]
     return {
         "rows": rows,
         "evaluation_rows": scored,
@@ -890,62 +871,140 @@ def about_plan(trainer, settings, training, data, train, held_out, parts, asked_
         "steps": steps,
         "epochs": steps / a_pass,
         "evaluations": evaluations,
-        "warmup_steps": warmup,
-        "learning_rates": rates,
+        "warmup_steps": training.get_warmup_steps(steps),
+        "learning_rates": learning_rates(trainer),
         "gpus": gpus,
-        "would_stop": would_stop,
-        "sampled": share < 1,
-    }, odd
+        "would_stop": any(stopping_reasons(part, settings) for part in data),
+        "sampled": is_sampled,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------- report
+def stopping_reasons(part, settings):
+    """The kinds of bad rows, of an entry of about_data, that the run would stop at."""
+    flags = {reason: "on_long_rows" if reason == "too long" else "on_bad_rows" for reason in part["bad"]}
+    return [reason for reason, flag in flags.items() if getattr(settings, flag, "stop") == "stop"]
 
 
-def inspect(recipe, args, rest):
-    """A recipe, own arguments and the recipe's flags -> the report, a dict as --json prints it."""
-    settings, training, dtype = read_flags(recipe, rest, args.gpus)
-    data, batch = Data(recipe, args.rows), training.per_device_train_batch_size
-    asked_to_evaluate, train, held_out = training.eval_strategy != "no", None, None
+def odd_rates(plan, is_dpo):
+    """What is odd about learning rates, a list of texts."""
+    odd = []
+    for what, rate in plan["learning_rates"].items():
+        low, high = usual_rates(what, is_dpo)
+        if not low <= rate <= high:
+            direction = "low" if rate < low else "high"
+            text = f"learning rate {rate:g} for {what}: unusually {direction}, usual are {low:g} to {high:g}"
+            odd.append(f"{text} in DPO" if is_dpo else text)
+    return odd
+
+
+def odd_evaluations(plan, settings, training, has_eval_rows, is_asked_for):
+    """What is odd about evaluations, a list of texts. is_asked_for: there was an --eval_strategy."""
+    steps = plan["steps"]
+    if not is_asked_for:
+        return ["nothing will be evaluated: --eval_strategy no"]
+    if not has_eval_rows:
+        return ["there is no evaluation split, and none is held out: nothing will tell when to stop"]
+    if plan["evaluations"] == 0:
+        return [
+            f"no evaluation will happen: --eval_delay is {training.eval_delay:g}, and there are {steps} steps, "
+            f"{plan['epochs']:.3g} epochs"
+        ]
+    odd, scored = [], plan["evaluation_rows"]
+    every = evaluation_steps(training, steps, math.ceil(plan["rows"] / plan["effective_batch"]))[0]
+    if training.eval_strategy == "steps" and steps < every:
+        odd.append(f"no evaluation before the end: one comes every {every:g} steps, and there are {steps}")
+    help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(settings)}
+    answered = min(scored, getattr(settings, "sample_rows", 0))
+    if "answer" in help_of.get("max_eval_rows", "").lower():  # all of them are answered, to be scored
+        answered = scored
+    tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
+    # In forward passes of a row: training takes three, four with checkpointing, a generated token of a batch a fifth.
+    train_cost = steps * plan["effective_batch"] * (4 if training.activation_checkpointing else 3)
+    batches = math.ceil(answered / training.per_device_eval_batch_size)
+    if plan["evaluations"] * (scored + batches * tokens / 5) > train_cost:
+        odd.append(
+            f"evaluation takes longer than training: {plan['evaluations']} evaluations of {scored} rows, {answered} "
+            f"of them answered with up to {tokens} tokens"
+        )
+    return odd
+
+
+def odd_steps(plan, training):
+    """What is odd about the number of steps, a list of texts."""
+    odd, steps, epochs = [], plan["steps"], plan["epochs"]
+    if training.save_strategy == "steps" and 1 <= steps < training.save_steps:
+        odd.append(
+            f"no checkpoint before the end: one comes every {training.save_steps:g} steps, and there are {steps}"
+        )
+    if plan["warmup_steps"] >= steps:
+        odd.append(f"the learning rate never comes up: {plan['warmup_steps']:g} steps of warm-up, {steps} in all")
+    if training.max_steps > 0 and epochs < 1:
+        odd.append(f"--max_steps {steps} is less than one pass: {1 - epochs:.1%} of the rows are never seen")
+    if plan["rows"] < plan["effective_batch"]:
+        odd.append(f"a step takes {plan['effective_batch']} rows, and there are {plan['rows']}")
+    if epochs > 10:
+        odd.append(f"{epochs:.0f} passes over the data")
+    return odd
+
+
+def odd_rows(data, settings):
+    """What is odd about the data, a list of texts."""
+    odd = []
+    for part in data:
+        reasons = stopping_reasons(part, settings)
+        if reasons:
+            odd.append(
+                f"the run would stop at bad rows of {part['name']} ({', '.join(reasons)}): fix them, or --on_bad_rows "
+                "skip, --on_long_rows drop"
+            )
+        elif part["good"] < 0.9 * part["looked_at"]:
+            share = 1 - part["good"] / part["looked_at"]
+            odd.append(f"{share:.0%} of the rows of {part['name']} are left out")
+    return odd
+
+
+def odd_memory(memory, args, recipe):
+    """What is odd about memory, a list of texts."""
+    odd = []
+    if memory["fits"]:
+        kind = CHECKPOINTING[bool(memory["checkpointing"])]
+        if memory["fits"][CARDS[-1]][kind] < memory["batch"]:
+            odd.append(f"{memory['sum'][kind] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
+    if memory["fixed"][args.strategy] is None:
+        odd.append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
+    refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
+    if hasattr(recipe, "check_processes"):  # it has DeepSpeed from its launcher
+        refused.discard("deepspeed")
+    flag = FLAG_OF_STRATEGY.get(args.strategy)
+    if flag in refused:
+        odd.append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
+    return odd
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect(recipe, args, recipe_flags):
+    """A recipe, own arguments and the recipe's flags -> the report, a dict as --json prints it. Raises SystemExit."""
+    settings, training, dtype = read_flags(recipe, recipe_flags, args.gpus)
+    is_evaluated = training.eval_strategy != "no"
     processor = recipe.load_processor(settings)
     collator = recipe.Collator(processor, settings, training)
+    data, train, held_out = Data(recipe, args.rows), None, None
     with (
         patch.object(recipe, "check_and_measure_rows", data),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(Seen),
     ):
         train, held_out = recipe.load_data(settings, training, collator)
-    report = {
-        "recipe": str(args.recipe),
-        "model": settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}",
-        "precision": str(dtype).removeprefix("torch."),
-    }
-    report["data"] = [about_data(one, max_length(settings, training), 1) for one in data.looked]
+    report = {"recipe": str(args.recipe), "model": base_name(settings), "precision": str(dtype).removeprefix("torch.")}
+    report["data"] = [about_data(looked, max_length(settings, training)) for looked in data.looked]
     if train is None:
-        return report | {
-            "examples": [],
-            "parts": {},
-            "memory": None,
-            "plan": None,
-            "odd": [f"no row of {data.looked[-1][0]} can be trained on"],
-        }
+        report["odd"] = [f"no row of {data.looked[-1][0]} can be trained on"]
+        return report | {"examples": [], "parts": {}, "memory": None, "plan": None}
     few = min(args.examples, len(train))
     chosen = sorted((train[n * len(train) // few] for n in range(few)), key=lambda row: row["row"])
-    report["examples"] = [
-        {"row": row["row"], "sequences": example(collator([row]), processor, recipe)} for row in chosen
-    ]
-    for shown in report["examples"]:
-        pieces = [piece for pieces in shown["sequences"] for piece in pieces]
-        shown["tokens"] = sum(piece["tokens"] for piece in pieces)
-        shown["trained_share"] = (
-            sum(piece["tokens"] for piece in pieces if piece["kind"] == "trained") / shown["tokens"]
-        )
-    lengths = train["length"]
-    longest = sorted(range(len(train)), key=lambda n: -lengths[n])[:batch]
-    if held_out is None:
-        training.eval_strategy, training.load_best_model_at_end = (
-            transformers.trainer_utils.IntervalStrategy("no"),
-            False,
-        )
+    report["examples"] = [example_of(row, collator, processor) for row in chosen]
     try:
         trainer = build(recipe, settings, training, train, held_out)
     except Exception as e:  # PEFT and TRL say so when a trainer cannot be made of these settings
@@ -953,223 +1012,229 @@ def inspect(recipe, args, rest):
             f"{args.recipe} cannot make its trainer of these settings: {type(e).__name__}: {' '.join(str(e).split())}"
         )
     report["parts"] = about_parameters(trainer.model)
-    report["plan"], report["odd"] = about_plan(
-        trainer, settings, training, report["data"], train, held_out, report["parts"], asked_to_evaluate, args.gpus
-    )
+    report["plan"] = plan = about_plan(trainer, settings, report["data"], train, held_out, args.gpus)
+    lengths = train["length"]
+    longest = sorted(range(len(train)), key=lambda n: -lengths[n])[: training.per_device_train_batch_size]
     report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)
     report["memory"]["longest"] = lengths[longest[0]]
-    if (most := report["memory"].get("sum")) and (fits := report["memory"]["fits"]):
-        now = "with_checkpointing" if training.activation_checkpointing else "without_checkpointing"
-        if fits[CARDS[-1]][now] < batch:
-            report["odd"].append(f"{most[now] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
-    if report["memory"]["fixed"][args.strategy] is None:
-        report["odd"].append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
-    refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
-    if hasattr(recipe, "check_processes"):  # it has DeepSpeed from its launcher
-        refused.discard("deepspeed")
-    if (flag := {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}.get(args.strategy)) in refused:
-        report["odd"].append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
+    odd = odd_rates(plan, isinstance(trainer, trl.DPOTrainer))
+    odd += odd_evaluations(plan, settings, training, held_out is not None, is_evaluated)
+    odd += odd_steps(plan, training) + odd_rows(report["data"], settings)
+    if not sum_of(report["parts"], "trainable"):
+        odd.append("nothing is trained")
+    report["odd"] = odd + odd_memory(report["memory"], args, recipe)
     return report
 
 
+# -------------------------------------------------------------------------------------------------------------- report
+
+
 def visible(text):
-    """Text of somebody's data, with its control characters (they could recolour the report) written out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """Text of somebody's data for rich, with its control characters (they could recolour the report) written out."""
+    return escape("".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text))
 
 
-def show(report, console, colour):
-    """Print a report as tables."""
-    gb = lambda size: f"{size / 1e9:.{4 if 0 < size < 5e6 else 2 if size < 1e11 else 0}f}"
-    say = lambda text="": console.print(text, highlight=False, soft_wrap=True)
-    head = lambda text: say(f"\n[bold]{text}[/bold]" if colour else f"\n== {text}")
+def gigabytes(size):
+    """Bytes -> GB as text."""
+    if size >= 1e11:
+        return f"{size / 1e9:.0f}"
+    return f"{size / 1e9:.4f}" if 0 < size < 5e6 else f"{size / 1e9:.2f}"
 
-    def table(*columns):
-        made = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim" if colour else None)
-        for n, column in enumerate(columns):
-            made.add_column(column, justify="left" if n == 0 else "right", overflow="fold")
-        return made
 
-    head("Data")
-    for part in report["data"]:
+class Report:
+    """Prints a report as tables."""
+
+    def __init__(self, report, console, has_colour):
+        self.report, self.console, self.has_colour = report, console, has_colour
+
+    def print(self):
+        """All of it."""
+        self.head("Data")
+        for part in self.report["data"]:
+            self.print_data(part)
+        for example in self.report["examples"]:
+            self.print_example(example)
+        if self.report["parts"]:
+            self.print_parameters(self.report["parts"])
+        if self.report["memory"]:
+            self.print_memory(self.report["memory"])
+            self.print_rule(self.report["memory"]["by_the_rule"])
+        if self.report["plan"]:
+            self.print_plan(self.report["plan"])
+        self.head("Odd" if self.report["odd"] else "Nothing odd")
+        for text in self.report["odd"]:
+            self.say(f"  [yellow]{escape(text)}[/yellow]")
+
+    def say(self, text):
+        """A line with rich's markup, not cut to the width of the screen."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def head(self, text):
+        """The title of a section."""
+        self.say(f"\n[bold]{text}[/bold]" if self.has_colour else f"\n== {text}")
+
+    def table(self, *columns):
+        """A table to add rows to."""
+        return text_table(*columns, show_header=any(columns), header_style="dim" if self.has_colour else None)
+
+    def print_data(self, part):
+        """One entry of about_data."""
         seen = "" if part["looked_at"] == part["rows"] else f", {part['looked_at']:,} of them looked at"
         bad = part["looked_at"] - part["good"]
-        say(escape(f"{part['name']}: {part['rows']:,} rows{seen}, {bad:,} bad"))
+        self.say(escape(f"{part['name']}: {part['rows']:,} rows{seen}, {bad:,} bad"))
         for reason, rows in part["bad"].items():
-            say(f"  [red]{escape(reason)}[/red]: {len(rows)}")
-            for one in rows[:20]:
-                say(escape(visible(f"    row {one['row']}: {one['why']}")))
+            self.say(f"  [red]{escape(reason)}[/red]: {len(rows)}")
+            for row in rows[:20]:
+                self.say(visible(f"    row {row['row']}: {row['why']}"))
             if len(rows) > 20:
-                say(f"    ... and {len(rows) - 20} more")
-        if tokens := part["tokens_per_row"]:
-            limit = (
-                f", {part['too_long']} above max_length {part['max_length']}"
-                if part["max_length"]
-                else ", no max_length"
-            )
-            say(
-                f"  tokens per row: median {tokens['median']:g}, 95 % up to {tokens['p95']}, longest {tokens['longest']}{limit}; {part['trained_share']:.1%} trained on"
+                self.say(f"    ... and {len(rows) - 20} more")
+        tokens, sizes = part["tokens_per_row"], part["image_sizes"]
+        if tokens:
+            limit = ", no max_length"
+            if part["max_length"]:
+                limit = f", {part['too_long']} above max_length {part['max_length']}"
+            self.say(
+                f"  tokens per row: median {tokens['median']:g}, 95 % up to {tokens['p95']}, longest "
+                f"{tokens['longest']}{limit}; {part['trained_share']:.1%} trained on"
             )
         if part["images_per_row"]:
-            say(
-                "  images per row: "
-                + ", ".join(f"{n} in {count:,} rows" for n, count in part["images_per_row"].items())
+            counts = [f"{n} in {count:,} rows" for n, count in part["images_per_row"].items()]
+            self.say(f"  images per row: {', '.join(counts)}")
+        if sizes:
+            smallest, largest, median = (
+                f"{sizes[key][0]:g} x {sizes[key][1]:g}" for key in ("smallest", "largest", "median")
             )
-        if sizes := part["image_sizes"]:
-            of = lambda size: f"{size[0]:g} x {size[1]:g}"
-            say(
-                f"  image sizes: {of(sizes['smallest'])} to {of(sizes['largest'])}, median {of(sizes['median'])}"
-                if sizes["different"] > 1
-                else f"  image sizes: all {of(sizes['median'])}"
-            )
+            text = f"{smallest} to {largest}, median {median}" if sizes["different"] > 1 else f"all {median}"
+            self.say(f"  image sizes: {text}")
 
-    for shown in report["examples"]:
-        both = " in both sequences" if len(shown["sequences"]) > 1 else ""
-        head(
-            f"Row {shown['row']} as the model sees it: {shown['tokens']} tokens{both}, {shown['trained_share']:.1%} trained on"
+    def print_example(self, example):
+        """One row as the model sees it; what is trained on is green, or in «»."""
+        sequences = example["sequences"]
+        both = " in both sequences" if len(sequences) > 1 else ""
+        self.head(
+            f"Row {example['row']} as the model sees it: {example['tokens']} tokens{both}, "
+            f"{example['trained_share']:.1%} trained on"
         )
-        for n, pieces in enumerate(shown["sequences"]):
-            if len(shown["sequences"]) > 1:
-                say(f"[dim]{('chosen', 'rejected')[n % 2]}:[/dim]")
-            style = {"text": "{}", "trained": "[bold green]{}[/]" if colour else "«{}»", "image": "[cyan]{}[/]"}
-            say("".join(style[piece["kind"]].format(escape(visible(piece["text"]))) for piece in pieces))
+        style = {"text": "{}", "trained": "[bold green]{}[/]" if self.has_colour else "«{}»", "image": "[cyan]{}[/]"}
+        for name, pieces in zip(("chosen", "rejected"), sequences):
+            if len(sequences) > 1:
+                self.say(f"[dim]{name}:[/dim]")
+            self.say("".join(style[piece["kind"]].format(visible(piece["text"])) for piece in pieces))
 
-    if report["parts"]:
-        head(f"Parameters of {report['model']}, {report['precision']}")
-        rows = table("part", "all", "trained", "of it adapters", "in 4-bit", "GB")
-        parts = {
-            **report["parts"],
-            "all": {
-                key: sum(part[key] for part in report["parts"].values())
-                for key in next(iter(report["parts"].values()))
-            },
-        }
-        for name, part in parts.items():
-            trained = (
-                f"{part['trainable']:,} ({part['trainable'] / part['total']:.2%})" if part["trainable"] else "frozen"
-            )
-            rows.add_row(
-                name,
-                f"{part['total']:,}",
-                trained,
-                f"{part['adapters']:,}",
-                f"{part['four_bit']:,}",
-                gb(part["frozen_bytes"] + part["trained_bytes"]),
-            )
-        console.print(rows)
+    def print_parameters(self, parts):
+        """What about_parameters found, and the sum."""
+        self.head(f"Parameters of {self.report['model']}, {self.report['precision']}")
+        columns = next(iter(parts.values()))
+        total = {key: sum_of(parts, key) for key in columns}
+        table = self.table("part", "all", "trained", "of it adapters", "in 4-bit", "GB")
+        for name, part in {**parts, "all": total}.items():
+            trained = "frozen"
+            if part["trainable"]:
+                trained = f"{part['trainable']:,} ({part['trainable'] / part['total']:.2%})"
+            counts = [f"{part['total']:,}", trained, f"{part['adapters']:,}", f"{part['four_bit']:,}"]
+            table.add_row(name, *counts, gigabytes(part["frozen_bytes"] + part["trained_bytes"]))
+        self.console.print(table)
 
-    if memory := report["memory"]:
-        shown = list(STRATEGIES) if memory["gpus"] > 1 else [memory["strategy"]]
-        where = (
-            f"of each of {memory['gpus']} GPUs"
-            if memory["gpus"] > 1
-            else "of the GPU"
-            if memory["for_gpu"]
-            else "of a CPU (--use_cpu)"
+    def print_memory(self, memory):
+        """What about_memory found; of several GPUs a column for each strategy."""
+        gpus, strategies = memory["gpus"], [memory["strategy"]]
+        where = "of the GPU" if memory["for_gpu"] else "of a CPU (--use_cpu)"
+        if gpus > 1:
+            where, strategies = f"of each of {gpus} GPUs", list(STRATEGIES)
+        fixed = [memory["fixed"][name] for name in strategies]
+        self.head(f"Memory {where}, in GB")
+        table = self.table("", *(STRATEGIES[name] if gpus > 1 else "" for name in strategies))
+        labels = {"weights": "frozen weights", "trained": "what is trained", "gradients": "gradients"}
+        labels |= {"optimizer": f"optimizer ({memory['optim']})", "exchange": "sent between GPUs"}
+        for key, label in labels.items():
+            if any(sizes and sizes[key] for sizes in fixed):
+                table.add_row(label, *(gigabytes(sizes[key]) if sizes else "not in 4-bit" for sizes in fixed))
+        activations, chosen = memory["activations"] or {}, CHECKPOINTING[bool(memory["checkpointing"])]
+        for kind, size in activations.items():
+            label = f"activations, {kind.replace('_', ' ')}"
+            if kind != chosen:
+                label += " (not chosen)"
+            table.add_row(label, *[gigabytes(size["bytes"])] * len(fixed))
+        for kind, size in activations.items():
+            sums = [gigabytes(sum(sizes.values()) + size["bytes"]) if sizes else "-" for sizes in fixed]
+            style = "bold" if kind == chosen and self.has_colour else None
+            table.add_row(f"all, {kind.replace('_', ' ')}", *sums, style=style)
+        self.console.print(table)
+        if not activations:
+            cause = escape(memory["not_counted"])
+            self.say(f"Activations are not counted: this model cannot be run without content ({cause}).")
+            return
+        on_top = "Python and its libraries"
+        if memory["for_gpu"]:
+            on_top = f"{CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces"
+        self.say(
+            f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens. "
+            f"On top: {on_top}."
         )
-        head(f"Memory {where}, in GB")
-        rows = table("", *(STRATEGIES[name] if memory["gpus"] > 1 else "" for name in shown))
-        for key, label in (
-            ("weights", "frozen weights"),
-            ("trained", "what is trained"),
-            ("gradients", "gradients"),
-            ("optimizer", f"optimizer ({memory['optim']})"),
-            ("exchange", "sent between GPUs"),
-        ):
-            if any((memory["fixed"][name] or {}).get(key) for name in shown):
-                rows.add_row(
-                    label,
-                    *(gb(memory["fixed"][name][key]) if memory["fixed"][name] else "not in 4-bit" for name in shown),
-                )
-        for kind, found in (memory["activations"] or {}).items():
-            used = kind.startswith("with_") == bool(memory["checkpointing"])
-            rows.add_row(
-                f"activations, {kind.replace('_', ' ')}{'' if used else ' (not chosen)'}",
-                *([gb(found["bytes"])] * len(shown)),
-            )
-        for kind, found in (memory["activations"] or {}).items():
-            used = kind.startswith("with_") == bool(memory["checkpointing"])
-            rows.add_row(
-                f"all, {kind.replace('_', ' ')}",
-                *(
-                    gb(sum(memory["fixed"][name].values()) + found["bytes"]) if memory["fixed"][name] else "-"
-                    for name in shown
-                ),
-                style="bold" if used and colour else None,
-            )
-        console.print(rows)
-        if memory["activations"]:
-            on_top = (
-                f" On top: {CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces."
-                if memory["for_gpu"]
-                else " On top: Python and its libraries."
-            )
-            say(f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens.{on_top}")
-        else:
-            say(
-                escape(
-                    f"Activations are not counted: this model cannot be run without content ({memory['not_counted']})."
-                )
-            )
         if memory["fits"] and memory["for_gpu"]:  # a CPU keeps other things: what it takes says nothing of a card
-            head(
-                f"Largest batch that fits, rows of {memory['longest']} tokens{', ' + STRATEGIES[memory['strategy']] if memory['gpus'] > 1 else ''}"
-            )
-            rows = table("", *(f"{card} GB" for card in CARDS))
-            for kind in memory["activations"]:
-                rows.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
-            console.print(rows)
-        dpo = memory["by_the_rule"]["all in float32"]["reference"]
-        say(
-            f"By the rule of thumb, without activations: weights +{' reference model +' if dpo else ''} gradients + optimizer"
-        )
-        for name, row in memory["by_the_rule"].items():
-            say(
-                f"  {name}: {' + '.join(gb(row[key]) for key in ('weights', 'reference', 'gradients', 'optimizer') if row[key])} = {gb(row['sum'])}"
-            )
-        if dpo:
-            say("  here the reference is the model without its adapter, and takes nothing")
+            self.print_fits(memory)
 
-    if plan := report["plan"]:
-        head("Plan")
-        say(
-            f"{'about ' * plan['sampled']}{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} steps of {plan['effective_batch']} rows"
-            f"{' on ' + str(plan['gpus']) + ' GPUs' if plan['gpus'] > 1 else ''}, {plan['epochs']:.2f} epochs; {plan['evaluations']} evaluations; {plan['warmup_steps']} steps of warm-up"
+    def print_fits(self, memory):
+        """The largest batch for each card."""
+        strategy = f", {STRATEGIES[memory['strategy']]}" if memory["gpus"] > 1 else ""
+        self.head(f"Largest batch that fits, rows of {memory['longest']} tokens{strategy}")
+        table = self.table("", *(f"{card} GB" for card in CARDS))
+        for kind in memory["activations"]:
+            table.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
+        self.console.print(table)
+
+    def print_rule(self, rule):
+        """The rule of thumb."""
+        has_reference = rule["all in float32"]["reference"] > 0
+        columns = "weights + reference model + gradients" if has_reference else "weights + gradients"
+        self.say(f"By the rule of thumb, without activations: {columns} + optimizer")
+        for name, row in rule.items():
+            sizes = [row[key] for key in ("weights", "reference", "gradients", "optimizer") if row[key]]
+            self.say(f"  {name}: {' + '.join(map(gigabytes, sizes))} = {gigabytes(row['sum'])}")
+        if has_reference:
+            self.say("  here the reference is the model without its adapter, and takes nothing")
+
+    def print_plan(self, plan):
+        """Rows, steps, evaluations, learning rates."""
+        self.head("Plan")
+        about = "about " if plan["sampled"] else ""
+        gpus = f" on {plan['gpus']} GPUs" if plan["gpus"] > 1 else ""
+        self.say(
+            f"{about}{plan['rows']:,} rows to train on, {plan['evaluation_rows']:,} to evaluate; {plan['steps']:,} "
+            f"steps of {plan['effective_batch']} rows{gpus}, {plan['epochs']:.2f} epochs; {plan['evaluations']} "
+            f"evaluations; {plan['warmup_steps']} steps of warm-up"
         )
-        say(
-            "learning rate: "
-            + (", ".join(f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()) or "not known")
-        )
-    head("Odd" if report["odd"] else "Nothing odd")
-    for one in report["odd"]:
-        say(f"  [yellow]{escape(one)}[/yellow]")
+        rates = [f"{rate:g} ({what})" for what, rate in plan["learning_rates"].items()]
+        self.say(f"learning rate: {', '.join(rates) or 'not known'}")
 
 
-def main(argv=None):
-    """Parse, look, report."""
-    args, rest = parse(argv)
+def be_quiet():
+    """Libraries neither warn nor show progress that would stand between the lines of the report."""
     warnings.simplefilter("ignore")
     for name in ("transformers", "trl", "accelerate", "peft", "datasets", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are forked after the tokenizer was used
+
+
+def main(argv=None):
+    """Parse, look, report."""
+    args, recipe_flags = parse(argv)
+    be_quiet()
     if args.json or not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are forked after the tokenizer was used
     recipe = load_recipe(args.recipe, None, CONTRACT)
     try:
-        report = inspect(recipe, args, rest)
+        report = inspect(recipe, args, recipe_flags)
     except recipe.BadRow as e:
         fail(f"the data changed while they were looked at: {e}")
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
-        plain = args.no_color or "NO_COLOR" in os.environ
-        console = Console(
-            no_color=plain,
-            highlight=False,
-            width=None if sys.stdout.isatty() else 160,
-            color_system=None if plain else "auto",
-        )
-        show(report, console, colour=not plain and console.is_terminal)
+        is_plain = args.no_color or "NO_COLOR" in os.environ
+        width = None if sys.stdout.isatty() else 160
+        console = Console(no_color=is_plain, width=width, color_system=None if is_plain else "auto", emoji=False)
+        Report(report, console, has_colour=not is_plain and console.is_terminal).print()
     if not report["plan"]:
         fail(report["odd"][0])
     if report["plan"]["would_stop"]:

@@ -1,17 +1,18 @@
 """Merge a run's adapter into its base model: one folder that from_pretrained, and a server, load without PEFT.
 
     python tools/merge_adapter.py llava-lora llava-merged
-    python tools/merge_adapter.py minicpm-lora minicpm-merged --model_name_or_path /models/MiniCPM-V-4.6    # the base is elsewhere by now
-    python tools/merge_adapter.py idefics2-docvqa docvqa-merged --use_cpu --bf16 true                       # no GPU: slow, and enough
+    python tools/merge_adapter.py minicpm-lora minicpm-merged --model_name_or_path /models/MiniCPM-V-4.6  # base moved
+    python tools/merge_adapter.py idefics2-docvqa docvqa-merged --use_cpu --bf16 true    # no GPU: slow, and enough
     python tools/generate.py llava-merged --image cat.jpg --question "What is this?"
 
-RUN is what a recipe saved: adapter, processor, settings.yaml. Every other flag is the recipe's own; its precision is the one that is merged and saved
-in: bf16, or fp16 on a GPU without it, or float32 with --use_cpu alone. A base that was trained on in 4 bits is loaded in 16: merged into
-4-bit weights an adapter is partly rounded away. On an example from the run's data the logits of the merged model are compared with those of the adapter, and once more after the saved
-folder was loaded alone; where they do not agree nothing is left behind, and the exit status is 1.
+RUN is what a recipe saved: adapter, processor, settings.yaml. Every other flag is the recipe's own; its precision is
+the one that is merged and saved in: bf16, or fp16 on a GPU without it, or float32 with --use_cpu alone. A base that
+was trained on in 4 bits is loaded in 16: merged into 4-bit weights an adapter is partly rounded away. On an example
+from the run's data the logits of the merged model are compared with those of the adapter, and once more after the
+saved folder was loaded alone; where they do not agree nothing is left behind, and the exit status is 1.
 """
 
-import argparse
+import contextlib
 import gc
 import os
 import re
@@ -25,14 +26,17 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
+from torch.utils._pytree import tree_map_only
 from transformers import GenerationConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.generate import fail, home, load, load_recipe, put_on, rows_of, start, underscored, user_turn  # noqa: E402
+from tools.program import fail, flag_parser, parse_beside_recipe, start  # noqa: E402
+from tools.runs import four_bit_flag, home, load, load_recipe, put_on, rows_of, user_turn  # noqa: E402
 
-# How far apart logits may be on average, in their own standard deviations. 16 bits: the adapter's product is no longer rounded by itself, layer by layer.
+# How far apart logits may be on average, in their own standard deviations. In 16 bits the adapter's product is no
+# longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# The names that published LLaVAs and PaliGemmas have, and vLLM reads. Those that Transformers saves today lack vision_model.
+# The names that published LLaVAs and PaliGemmas have, and vLLM reads. Transformers' own of today lack vision_model.
 PUBLISHED = {
     "model.vision_tower": "vision_tower.vision_model",
     "model.language_model": "language_model.model",
@@ -43,196 +47,208 @@ PUBLISHED = {
 
 
 def parse(argv=None):
-    """-> (own arguments, the recipe's flags). Raises SystemExit where RUN is no run with an adapter, or OUTPUT cannot be written."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """-> (own arguments, the recipe's flags). Raises SystemExit where RUN is no run with an adapter, or OUTPUT cannot
+    be written."""
+    parser = flag_parser(__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder that a recipe wrote, with an adapter in it")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; it must not exist")
     parser.add_argument(
         "--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)"
     )
-    parser.error = fail
-    args, rest = parser.parse_known_args(argv)
-    rest = underscored(rest)
+    args, recipe_flags = parse_beside_recipe(parser, argv)
     if not args.run.is_dir():
         fail(f"{args.run}: no such folder")
     if not (args.run / "adapter_config.json").exists() and (args.run / "config.json").exists():
         fail(f"{args.run} holds a whole model: there is nothing to merge")
     if os.path.lexists(args.output):
         fail(f"{args.output} exists: choose another OUTPUT")
-    if not args.output.absolute().parent.is_dir() or not os.access(args.output.absolute().parent, os.W_OK):
+    folder = args.output.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         fail(f"{args.output}: its folder does not exist, or cannot be written")
-    return args, rest
+    return args, recipe_flags
 
 
-def load_run(recipe, run, rest):
-    """-> (its processor, the recipe's settings, of the base model in 16 bits, and training). Raises SystemExit where it is not clear what the base is."""
-    _, processor, settings, training = load(recipe, run, ["--report_to", "none", "--push_to_hub", "false", *rest])
-    packed = "load_in_4bit" if hasattr(settings, "load_in_4bit") else "q_lora"
-    if getattr(settings, packed):
+def load_run(recipe, run, recipe_flags):
+    """-> (its processor, the recipe's settings, of the base model in 16 bits, and training). Raises SystemExit where
+    it is not clear what the base is."""
+    flags = ["--report_to", "none", "--push_to_hub", "false", *recipe_flags]
+    _, processor, settings, training = load(recipe, run, flags)
+    flag = four_bit_flag(recipe)
+    if getattr(settings, flag):
         print(
-            f"--{packed} is switched off: the base is not quantized. Of a run on 4-bit weights the answers will differ a little from the run's own"
+            f"--{flag} is switched off: the base is not quantized. Of a run on 4-bit weights the answers will differ "
+            "a little from the run's own"
         )
-        setattr(settings, packed, False)
+        setattr(settings, flag, False)
     return processor, settings, training
 
 
+# ------------------------------------------------------------------------------------------------- what is compared on
+
+
+def data_of(settings):
+    """(name, split) of the run's data: first of those to evaluate on."""
+    train = (settings.dataset_name, settings.dataset_train_split)
+    if settings.eval_dataset_name:
+        return [(settings.eval_dataset_name, settings.dataset_test_split or settings.dataset_train_split), train]
+    return [(settings.dataset_name, settings.dataset_test_split), train]  # for None: test, if there is one
+
+
+@contextlib.contextmanager
+def offline_and_quiet():
+    """Nothing is downloaded, and no progress shown."""
+    with (
+        patch.object(datasets.config, "HF_HUB_OFFLINE", True),
+        patch.object(constants, "HF_HUB_OFFLINE", True),
+        open(os.devnull, "w") as quiet,
+        contextlib.redirect_stderr(quiet),
+    ):
+        yield
+
+
 def example(recipe, collator, settings):
-    """-> (messages with PIL images, whether they end with a question, what they are). A row of the run's data, of those to evaluate on where they have a name of
-    their own; nothing is downloaded for it. Where there is none to read, a picture and a question that are made up."""
-    if hasattr(settings, "data_path"):
-        places = [(settings.eval_data_path, None), (settings.data_path, None)]
-    else:
-        split = settings.dataset_test_split
-        places = [
-            (
-                settings.eval_dataset_name or (settings.dataset_name if split else None),
-                split or settings.dataset_train_split,
-            ),
-            (settings.dataset_name, settings.dataset_train_split),
-        ]
-    for name, split in places:
-        try:
-            with (
-                patch.object(datasets.config, "HF_HUB_OFFLINE", True),
-                patch.object(constants, "HF_HUB_OFFLINE", True),
-                open(os.devnull, "w") as quiet,
-                patch.object(sys, "stderr", quiet),
-            ):
-                rows = rows_of(recipe, name, split, settings) if name else []
-        except (SystemExit, OSError, ValueError):
+    """-> (messages with PIL images, whether they end with a question, what they are): a row of the run's data; where
+    there is none to read without a download, a picture and a question that are made up."""
+    for name, split in data_of(settings):
+        rows = None
+        with contextlib.suppress(SystemExit, OSError, ValueError), offline_and_quiet():
+            rows = rows_of(recipe, name, split, settings)
+        if rows is None:
             continue
-        for n in range(min(20, len(rows))):
+        for row in rows.select(range(min(20, len(rows)))):
             try:
-                messages = collator.messages_of(rows[n])
+                messages = collator.messages_of(row)
             except recipe.BadRow:
                 continue
             if any(part["type"] == "image" for message in messages for part in message["content"]):
-                return messages, messages[-1]["role"] == "user", f"row {rows[n]['row']} of {name}"
+                return messages, messages[-1]["role"] == "user", f"row {row['row']} of {name}"
     picture = Image.effect_mandelbrot((336, 336), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    return (
-        [user_turn(collator, "What is in the picture?", [picture])],
-        True,
-        "a made-up picture and question (the run's data are not here)",
-    )
+    turn = user_turn(collator, "What is in the picture?", [picture])
+    return [turn], True, "a made-up picture and question (the run's data are not here)"
 
 
 def inputs(collator, messages, prompt):
     """Messages -> what the model's forward takes."""
-    batch = collator.tokenize([messages], prompt=prompt)
-    if "image_bound" not in batch:
-        return dict(batch)
-    return {
-        "data": {name: value for name, value in batch.items() if name != "attention_mask"},
-        "attention_mask": batch["attention_mask"],
-    }  # MiniCPM-V 2.6
+    batch = dict(collator.tokenize([messages], prompt=prompt))
+    if "image_bound" in batch:  # MiniCPM-V 2.6
+        return {"attention_mask": batch.pop("attention_mask"), "data": batch}
+    return batch
 
 
 def logits(model, batch, dtype):
-    """The last 256 positions' logits, (positions, vocabulary), float32 on the CPU. Adapters are in float32 beside 16-bit weights, so in autocast, as in tools/generate.py."""
+    """The last 256 positions' logits, (positions, vocabulary), float32 on the CPU. Adapters are in float32 beside
+    16-bit weights, so in autocast, as in tools/generate.py."""
     device = next(model.parameters()).device
-    move = lambda x: (
-        x.to(device)
-        if hasattr(x, "to")
-        else {k: move(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else [move(v) for v in x]
-        if isinstance(x, list)
-        else x
-    )
+    batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return model.eval()(**{name: move(value) for name, value in batch.items()}).logits[0, -256:].float().cpu()
+        return model.eval()(**batch).logits[0, -256:].float().cpu()
 
 
 def compare(ours, theirs, dtype):
-    """-> (whether two (positions, vocabulary) logits agree within the tolerance of the dtype, a text that says by how much they differ)."""
-    apart = (ours - theirs).abs()
-    agree = bool(apart.mean() <= TOLERANCE[dtype] * theirs.std())  # false for NaN
+    """-> (whether two (positions, vocabulary) logits agree within the tolerance of the dtype, a text that says by how
+    much they differ)."""
+    difference = (ours - theirs).abs()
+    agree = bool(difference.mean() <= TOLERANCE[dtype] * theirs.std())  # false for NaN
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
-    return (
-        agree,
-        f"{apart.max():.2g} at most, {apart.mean():.2g} on average (logits vary by {theirs.std():.2g}); the same token is likeliest at {same:.1%} of {len(ours)} positions",
+    text = (
+        f"{difference.max():.2g} at most, {difference.mean():.2g} on average (logits vary by {theirs.std():.2g}); "
+        f"the same token is likeliest at {same:.1%} of {len(ours)} positions"
     )
+    return agree, text
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def published_weights(model):
+    """The weights of a LLaVA or PaliGemma by their published names, tied ones once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    prefix = re.compile(f"^({'|'.join(map(re.escape, PUBLISHED))})")
+    weights = {name: value for name, value in model.state_dict().items() if name not in tied}
+    return {prefix.sub(lambda match: PUBLISHED[match[0]], name): value for name, value in weights.items()}
+
+
+def copy_code(base, revision, folder):
+    """All code of a base model that brings its own, by names that mean the files of this folder."""
+    if not Path(base).is_dir():
+        base = snapshot_download(base, revision=revision, allow_patterns="*.py")
+    for file in Path(base).glob("*.py"):
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    for file in folder.glob("*.json"):
+        text = file.read_text(encoding="utf-8")
+        if "auto_map" in text and file.name != "tokenizer.json":
+            file.write_text(re.sub(r'"[\w.-]+/[\w.-]+?--(\w+\.\w+)"', r'"\1"', text), encoding="utf-8")
 
 
 def save(model, processor, args, settings, folder):
     """The merged model, its processor and what tools/generate.py reads, into a folder."""
     if getattr(model.config, "model_type", None) in ("llava", "llava_next", "paligemma"):
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        state = {
-            re.sub(f"^({'|'.join(map(re.escape, PUBLISHED))})", lambda found: PUBLISHED[found[0]], name): value
-            for name, value in model.state_dict().items()
-            if name not in tied
-        }
-        model.save_pretrained(folder, state_dict=state, save_original_format=False)
+        model.save_pretrained(folder, state_dict=published_weights(model), save_original_format=False)
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    base, revision = settings.model_name_or_path, settings.model_revision
     if not (folder / "generation_config.json").exists():  # MiniCPM-V 2.6 has the file, and no such attribute
-        try:
-            GenerationConfig.from_pretrained(
-                settings.model_name_or_path, revision=settings.model_revision
-            ).save_pretrained(folder)
-        except OSError:
-            pass
-    if getattr(
-        settings, "trust_remote_code", False
-    ):  # all of its code, and by names that mean the files of this folder
-        base = settings.model_name_or_path
-        base = Path(
-            base
-            if Path(base).is_dir()
-            else snapshot_download(base, revision=settings.model_revision, allow_patterns="*.py")
-        )
-        for file in base.glob("*.py"):
-            if not (folder / file.name).exists():
-                shutil.copy(file, folder)
-        for file in folder.glob("*.json"):
-            if (
-                "--" in (text := file.read_text(encoding="utf-8"))
-                and "auto_map" in text
-                and file.name != "tokenizer.json"
-            ):
-                file.write_text(re.sub(r'"[\w.-]+/[\w.-]+?--(\w+\.\w+)"', r'"\1"', text), encoding="utf-8")
-    if (said := home(args.run) / "settings.yaml").exists():  # which recipe, and how it asks
-        shutil.copy(said, folder)
+        with contextlib.suppress(OSError):
+            GenerationConfig.from_pretrained(base, revision=revision).save_pretrained(folder)
+    if getattr(settings, "trust_remote_code", False):
+        copy_code(base, revision, folder)
+    config = home(args.run) / "settings.yaml"
+    if config.exists():  # which recipe, and how it asks
+        shutil.copy(config, folder)
 
 
-def main(argv=None):
-    """Parse, load, compare, merge, save, load again, rename."""
-    args, rest = parse(argv)
-    recipe = load_recipe(args.recipe, args.run)
-    processor, settings, training = load_run(recipe, args.run, rest)
-    collator = recipe.Collator(processor, settings, training)
-    messages, prompt, what = example(recipe, collator, settings)
-    batch, base = inputs(collator, messages, prompt), settings.model_name_or_path
+def end_answers_where_the_run_does(model, collator):
+    """Into the model's generation config: the tokens that end an answer, where one is not the tokenizer's EOS."""
+    if hasattr(model, "generation_config"):
+        own = model.generation_config.eos_token_id
+        if own is None:
+            own = []
+        elif not isinstance(own, list):
+            own = [own]
+        model.generation_config.eos_token_id = list(dict.fromkeys([*own, *collator.stop_ids]))
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+
+
+def load_base(recipe, settings, training):
+    """The base model. Raises SystemExit."""
+    base = settings.model_name_or_path
     try:
         if PreTrainedConfig.get_config_dict(base, revision=settings.model_revision)[0].get("quantization_config"):
             fail(
-                f"{base} holds quantized weights: into those an adapter cannot be merged without loss; give the original by --model_name_or_path"
+                f"{base} holds quantized weights: into those an adapter cannot be merged without loss; give the "
+                "original by --model_name_or_path"
             )
-        model = recipe.load_model(settings, training)
+        return recipe.load_model(settings, training)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"cannot load {base}, the base model (another place: --model_name_or_path): {' '.join(str(e).split())}")
-    dtype, dtypes = model.dtype, {name: p.dtype for name, p in model.named_parameters()}
-    needed = sum(
-        p.numel() * p.element_size() for p in {id(p): p for p in [*model.parameters(), *model.buffers()]}.values()
-    )
-    needed += sum(
-        path.stat().st_size
-        for path in args.run.iterdir()
-        if path.is_file() and not path.name.startswith("adapter_model")
-    )
-    if needed > (free := shutil.disk_usage(args.output.absolute().parent).free):
-        fail(f"no space left for {args.output}: it takes {needed / 1e9:.3f} GB, there are {free / 1e9:.3f} GB")
-    print(f"{base} in {str(dtype).removeprefix('torch.')}, {needed / 1e9:.3f} GB; compared on {what}")
 
+
+def check_space(model, args):
+    """How many bytes the merged folder takes. Raises SystemExit where the disk has not so many."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values()
+    needed = sum(tensor.nbytes for tensor in tensors)
+    files = [path for path in args.run.iterdir() if path.is_file() and not path.name.startswith("adapter_model")]
+    needed += sum(path.stat().st_size for path in files)
+    free = shutil.disk_usage(args.output.absolute().parent).free
+    if needed > free:
+        fail(f"no space left for {args.output}: it takes {needed / 1e9:.3f} GB, there are {free / 1e9:.3f} GB")
+    return needed
+
+
+def merge(model, batch, dtype, args, base):
+    """A base model -> (the same with the run's adapter merged into it, its logits on the batch). Raises SystemExit
+    where these are not the adapter's."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
     model = put_on(model, args.run, base)
     adapted = logits(model, batch, dtype)
     if model.active_peft_config.bias == "none":  # trained biases cannot be switched off
         with model.disable_adapter():
-            print(f"the adapter changes logits by {compare(adapted, logits(model, batch, dtype), dtype)[1]}")
+            untouched = logits(model, batch, dtype)
+        print(f"the adapter changes logits by {compare(adapted, untouched, dtype)[1]}")
     try:
         model = model.merge_and_unload(safe_merge=True)
     except ValueError as e:
@@ -240,36 +256,49 @@ def main(argv=None):
     for name, p in model.named_parameters():  # what was trained in full is float32 so far
         p.data = p.data.to(dtypes.get(name, dtype))
     merged = logits(model, batch, dtype)
-    agree, said = compare(merged, adapted, dtype)
+    agree, difference = compare(merged, adapted, dtype)
     if not agree:
-        fail(f"merged and adapter do not agree: logits differ by {said}. Nothing was saved")
-    print(f"merged, they differ from the adapter's by {said}")
+        fail(f"merged and adapter do not agree: logits differ by {difference}. Nothing was saved")
+    print(f"merged, they differ from the adapter's by {difference}")
+    return model, merged
+
+
+def main(argv=None):
+    """Parse, load, compare, merge, save, load again, rename."""
+    args, recipe_flags = parse(argv)
+    recipe = load_recipe(args.recipe, args.run)
+    processor, settings, training = load_run(recipe, args.run, recipe_flags)
+    collator = recipe.Collator(processor, settings, training)
+    messages, prompt, source = example(recipe, collator, settings)
+    base, batch = settings.model_name_or_path, inputs(collator, messages, prompt)
+    model = load_base(recipe, settings, training)
+    dtype, needed = model.dtype, check_space(model, args)
+    print(f"{base} in {str(dtype).removeprefix('torch.')}, {needed / 1e9:.3f} GB; compared on {source}")
+    model, merged = merge(model, batch, dtype, args, base)
 
     part = args.output.with_name(f"{args.output.name}.part-{os.getpid()}")  # beside it, so that renaming moves nothing
     try:
         part.mkdir()
-        if hasattr(model, "generation_config"):  # the token that ends an answer, where it is not the tokenizer's EOS
-            own = model.generation_config.eos_token_id
-            model.generation_config.eos_token_id = list(
-                dict.fromkeys([*(own if isinstance(own, list) else [own] * (own is not None)), *collator.stop_ids])
-            )
+        end_answers_where_the_run_does(model, collator)
         save(model, processor, args, settings, part)
         del model
         gc.collect()
         torch.cuda.empty_cache()
         settings.model_name_or_path, settings.model_revision = str(part), None
-        again = inputs(recipe.Collator(recipe.load_processor(settings), settings, training), messages, prompt)
-        agree, said = compare(logits(recipe.load_model(settings, training), again, dtype), merged, dtype)
+        batch = inputs(recipe.Collator(recipe.load_processor(settings), settings, training), messages, prompt)
+        again = logits(recipe.load_model(settings, training), batch, dtype)
+        agree, difference = compare(again, merged, dtype)
         if not agree:
             fail(
-                f"the saved folder, loaded again, is not what was merged: logits differ by {said}. Nothing was left behind"
+                f"the saved folder, loaded again, is not what was merged: logits differ by {difference}. "
+                "Nothing was left behind"
             )
         os.rename(part, args.output)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         fail(f"cannot write {args.output}: {' '.join(str(e).split())}")
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"saved {args.output}, which loads alone, with a difference from what was merged of {said}")
+    print(f"saved {args.output}, which loads alone, with a difference from what was merged of {difference}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A stand-in for MiniCPM-V 2.6, whose code is not in transformers but comes with its weights, and was written for transformers 4.
+"""A stand-in for MiniCPM-V 2.6, whose code is not in transformers but comes with its weights, and was written for
+transformers 4.
 
-`build` writes a model directory with random weights and, beside them, the code in `hub`: other code than the original's,
-with the same classes, interface and names of weights, and with what is broken in the original under today's transformers.
-It loads with trust_remote_code, but only after repairs: they are what it is there to test.
+`build` writes a model directory with random weights and, beside them, the code in `hub`: other code than the
+original's, with the same classes, interface and names of weights, and with what is broken in the original under
+today's transformers. It loads with trust_remote_code, but only after repairs: they are what it is there to test.
 """
 
 import contextlib
@@ -50,8 +51,8 @@ def importable():
 
 
 def tokenizer(texts: list[str] | None = None) -> MiniCPMVTokenizerFast:
-    """Qwen2's tokenizer (byte-level BPE, in which "!" is token 0), trained here on `texts`: without any, on all that is said of
-    digits in `llava`."""
+    """Qwen2's tokenizer (byte-level BPE, in which "!" is token 0), trained here on `texts`: without any, on all that
+    is said of digits in `llava`."""
     if texts is None:
         said = [llava.counting(a) for a in range(10)] + [
             x for a in range(10) for x in llava.captions(a) + llava.captions(a, 9 - a)
@@ -92,8 +93,8 @@ def processor(tok: MiniCPMVTokenizerFast | None = None) -> MiniCPMVProcessor:
 
 
 def model(tok: MiniCPMVTokenizerFast, seed: int = 0, hidden: int = 128):
-    """A random model in float32: 2 vision layers, 8 queries, 2 Qwen2 layers with grouped queries. The language model's width is
-    a multiple of 128, the resampler's head."""
+    """A random model in float32: 2 vision layers, 8 queries, 2 Qwen2 layers with grouped queries. The language model's
+    width is a multiple of 128, the resampler's head."""
     with importable():
         code = importlib.import_module(".hub.modeling_minicpmv", __name__)
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -129,8 +130,14 @@ def build(out: Path, seed: int = 0) -> None:
     """Write out/model: weights, processor and code."""
     proc = processor()
     net = model(proc.tokenizer, seed)
-    for kind, auto in ((MiniCPMVConfig, "AutoConfig"), (type(net), "AutoModel"), (MiniCPMVProcessor, "AutoProcessor"),
-                       (MiniCPMVImageProcessor, "AutoImageProcessor"), (MiniCPMVTokenizerFast, "AutoTokenizer")):  # fmt: skip
+    auto_classes = {
+        MiniCPMVConfig: "AutoConfig",
+        type(net): "AutoModel",
+        MiniCPMVProcessor: "AutoProcessor",
+        MiniCPMVImageProcessor: "AutoImageProcessor",
+        MiniCPMVTokenizerFast: "AutoTokenizer",
+    }
+    for kind, auto in auto_classes.items():
         kind.register_for_auto_class(auto)  # saves its code too
     net.save_pretrained(out / "model")
     proc.save_pretrained(out / "model")

@@ -16,9 +16,17 @@ class MiniCPMVConfig(Qwen2Config):
     model_type = "minicpmv"
 
     def __init__(
-        self, query_num=64, image_size=448, drop_vision_last_layer=True, batch_vision_input=True, slice_config=None, vision_config=None,
-        use_image_id=True, vision_batch_size=16, **kwargs,
-    ):  # fmt: skip
+        self,
+        query_num=64,
+        image_size=448,
+        drop_vision_last_layer=True,
+        batch_vision_input=True,
+        slice_config=None,
+        vision_config=None,
+        use_image_id=True,
+        vision_batch_size=16,
+        **kwargs,
+    ):
         self.query_num, self.image_size, self.use_image_id = query_num, image_size, use_image_id
         self.drop_vision_last_layer, self.batch_vision_input = drop_vision_last_layer, batch_vision_input
         self.vision_batch_size, self.slice_mode = vision_batch_size, True

@@ -20,14 +20,7 @@ class MiniCPMVBatchFeature(BatchFeature):
     def __init__(self, data=None, tensor_type=None):
         super().__init__(data)
         if tensor_type is not None:
-            tensor = lambda x: (
-                x
-                if isinstance(x, torch.Tensor)
-                else torch.from_numpy(x)
-                if isinstance(x, np.ndarray)
-                else torch.tensor(x)
-            )
-            self.data = {key: nested(tensor, value) for key, value in self.data.items()}
+            self.data = {key: nested(torch.as_tensor, value) for key, value in self.data.items()}
 
     def to(self, device):
         self.data = {key: nested(lambda x: x.to(device), value) for key, value in self.data.items()}
@@ -97,7 +90,8 @@ class MiniCPMVImageProcessor(BaseImageProcessor):
         return np.ascontiguousarray(patches.transpose(0, 2, 1, 3, 4).reshape(3, size, -1))
 
     def preprocess(self, images, do_pad=True, max_slice_nums=None, return_tensors=None):
-        """Lists of pictures, one for each row -> pixel_values, tgt_sizes (in patches) and image_sizes (in pixels) of each row."""
+        """Lists of pictures, one for each row -> pixel_values, tgt_sizes (in patches) and image_sizes (in pixels) of
+        each row."""
         if isinstance(images, Image.Image):
             images = [[images]]
         elif isinstance(images[0], Image.Image):

@@ -1,7 +1,7 @@
 """The model of the stand-in for MiniCPM-V 2.6: `vpm` sees slices, `resampler` makes tokens of them, `llm` speaks.
 
-Defects of the original are here on purpose: torchvision is imported and not used, __init__ ends without post_init(), and image
-tokens are written into the embeddings in place.
+Defects of the original are here on purpose: torchvision is imported and not used, __init__ ends without post_init(),
+and image tokens are written into the embeddings in place.
 """
 
 import copy
@@ -48,7 +48,8 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         self.llm.lm_head = value
 
     def see(self, slices, tgt_sizes):
-        """Slices (3, 14, 14 * patches), in one list, and their shapes in patches (n, 2) -> image tokens (n, queries, width)."""
+        """Slices (3, 14, 14 * patches), in one list, and their shapes in patches (n, 2) -> image tokens (n, queries,
+        width)."""
         words = self.llm.model.embed_tokens.weight
         flat = [image.to(words.device).flatten(end_dim=1).T for image in slices]  # (patches * 14, 3 * 14)
         pixels = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True)
@@ -92,9 +93,19 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         return self.llm(input_ids=None, position_ids=data["position_ids"].long(), inputs_embeds=words, **kwargs)
 
     def generate(
-        self, input_ids=None, pixel_values=None, tgt_sizes=None, image_bound=None, attention_mask=None, tokenizer=None,
-        vision_hidden_states=None, return_vision_hidden_states=False, stream=False, decode_text=False, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        pixel_values=None,
+        tgt_sizes=None,
+        image_bound=None,
+        attention_mask=None,
+        tokenizer=None,
+        vision_hidden_states=None,
+        return_vision_hidden_states=False,
+        stream=False,
+        decode_text=False,
+        **kwargs,
+    ):
         """-> new tokens (B, n), without the prompt and padded with 0; with `decode_text`, texts."""
         assert input_ids is not None and len(input_ids) == len(pixel_values) and not stream
         data = {
@@ -116,9 +127,19 @@ class MiniCPMV(MiniCPMVPreTrainedModel):
         return (said, seen) if return_vision_hidden_states else said
 
     def chat(
-        self, image, msgs, tokenizer, processor=None, max_new_tokens=2048, sampling=True, max_inp_length=8192, system_prompt="",
-        max_slice_nums=None, use_image_id=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        image,
+        msgs,
+        tokenizer,
+        processor=None,
+        max_new_tokens=2048,
+        sampling=True,
+        max_inp_length=8192,
+        system_prompt="",
+        max_slice_nums=None,
+        use_image_id=None,
+        **kwargs,
+    ):
         """One conversation of {"role", "content": text or list of texts and PIL images} -> the next answer."""
         processor = processor or AutoProcessor.from_pretrained(self.config._name_or_path, trust_remote_code=True)
         mine, its = self.config, processor.image_processor

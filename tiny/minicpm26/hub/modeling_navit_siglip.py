@@ -43,7 +43,8 @@ class SiglipVisionTransformer(SiglipPreTrainedModel):
         return self.embeddings.patch_embedding
 
     def forward(self, pixel_values, patch_attention_mask=None, tgt_sizes=None):
-        """pixel_values (B, 3, 14, 14 * patches), patch_attention_mask (B, 1, patches), tgt_sizes (B, 2) -> (B, patches, width)."""
+        """pixel_values (B, 3, 14, 14 * patches), patch_attention_mask (B, 1, patches), tgt_sizes (B, 2) -> (B,
+        patches, width)."""
         if patch_attention_mask is None:
             height, width = (size // self.embeddings.patch_size for size in pixel_values.shape[2:])
             patch_attention_mask = torch.ones(

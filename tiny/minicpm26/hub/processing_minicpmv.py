@@ -1,7 +1,7 @@
 """Texts with (<image>./</image>) for each picture, and pictures -> what the model takes.
 
-Defects of the original are here on purpose: rows are padded with token 0, which is "!" and so masked in texts as well, and
-without a list of pictures for each text it fails.
+Defects of the original are here on purpose: rows are padded with token 0, which is "!" and so masked in texts as well,
+and without a list of pictures for each text it fails.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Perceiver resampler: a fixed number of queries looks at the patches of a slice, once.
 
-Two defects of the original are here on purpose: `List` is taken from torch.nn.functional, where it was by chance, and the
-table of positions is a buffer that is not saved.
+Two defects of the original are here on purpose: `List` is taken from torch.nn.functional, where it was by chance, and
+the table of positions is a buffer that is not saved.
 """
 
 import torch
@@ -34,7 +34,8 @@ class MultiheadAttention(nn.Module):
     def forward(self, query, key, value, hidden):
         """query (B, Q, D), key and value (B, L, D), hidden (B, L): True where there is no patch."""
         projected = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        parts = [linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in projected]  # noqa: F405
+        parts = [linear(x, weight, bias) for x, weight, bias in projected]  # noqa: F405
+        parts = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
         seen = scaled_dot_product_attention(*parts, attn_mask=~hidden[:, None, None])  # noqa: F405
         return self.out_proj(seen.transpose(1, 2).flatten(2))
 

@@ -1,0 +1,185 @@
+"""Recipes in processes of their own: two that train as one, the one file alone, pictures that vanish under loaders."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, log
+from recipes import Recipe
+from runs import VARIANTS, Runs
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    return Runs(request, tmp_path_factory)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+# Twelve rows, four a step: three steps an epoch. Checkpoint 4 is in mid-epoch.
+RUN = {"max_steps": 5, "eval_steps": 2, "save_steps": 2, "save_total_limit": 9, "gradient_accumulation_steps": 2}
+RUN |= {"learning_rate": 1e-4, "max_eval_rows": 5, "sample_rows": 5}
+STILL = {"lora_dropout": 0}
+JOINED = {"projector_learning_rate": 1e-3, "ddp_find_unused_parameters": False}  # a row without pictures uses all, too
+TWO = {  # a variant of runs.py -> what differs here
+    "sft: float": STILL,
+    "sft: float, projector": STILL,
+    "docvqa: float": STILL,
+    "dpo: float": {"max_eval_rows": 4},  # TRL's metrics are means of those of each batch, of one row or two
+    "4.6: lora": STILL,
+    "4.7: full": {},
+    "2.6: vision": STILL,
+    "align": JOINED | {"learning_rate": None},
+    "instruct: full": JOINED,
+    "instruct: lora, joined": JOINED | STILL,
+}
+TIMES = re.compile("runtime|per_second|flos")
+
+
+def one_of_two(rank, port, file, main, argv):
+    """Run main as torchrun would in one of two processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run in the process of the tests has made one
+    with open(file, "w") as sys.stdout:
+        main(argv)
+
+
+def in_two_processes(main, argv, folder):
+    """Run main(argv) in two processes that train together. Returns what each printed."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # a new Python would need seconds to import
+    files = [folder / f"{rank}.txt" for rank in range(2)]
+    both = [context.Process(target=one_of_two, args=(rank, port, files[rank], main, argv)) for rank in range(2)]
+    for process in both:
+        process.start()
+    while any(process.is_alive() for process in both) and all(process.exitcode in (None, 0) for process in both):
+        time.sleep(0.05)
+    codes = [process.exitcode for process in both]
+    for process in both:
+        process.kill()  # if the other one failed, it would wait for it
+        process.join()
+    assert codes == [0, 0]
+    return [file.read_text() for file in files]
+
+
+def by_length(answer, accepted):
+    """A score that is another one for each answer, and for each row."""
+    return {"anls": len(answer) + 0.01 * len(accepted[0]), "exact_match": 1.0}
+
+
+@pytest.mark.parametrize("variant", TWO)
+def test_two_processes_train_like_one(variant, runs, tmp_path, monkeypatch):
+    """Each has one row at a time, so that one may have a picture while the other has none. Of five rows that are
+    evaluated one answers three, the other two."""
+    case = Recipe(VARIANTS[variant].recipe, runs.folder(variant), tmp_path)
+    rows = "captions-test" if "align" in variant else "test"
+    settings = {**RUN, "eval_dataset_name": case.folder / "json" / f"{rows}.json", **TWO[variant]}
+    if case.name == "idefics2_docvqa":
+        monkeypatch.setattr(case.module, "score", by_length)
+    alone = {**settings, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    argv = runs.argv(variant, tmp_path / "two", **alone)
+    printed, silent = in_two_processes(case.module.main, argv, tmp_path / "printed")
+    for words in ("12 rows to train on", " as the model sees it", "5 steps of 4 rows", "saved "):
+        assert printed.count(words) == 1
+    assert silent == ""
+
+    double = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    one = runs.run(variant, tmp_path / "one", **settings, **double)
+    names = {name for entry in one.trainer.state.log_history for name in entry if not TIMES.search(name)}
+    assert {"loss", "grad_norm", "eval_loss"} < names
+    for name in names:
+        assert log(tmp_path / "two", name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
+    assert (tmp_path / "two" / "samples.md").read_text() == (one.out / "samples.md").read_text()
+    files = [next((tmp_path / name).glob("*model.safetensors")) for name in ("one", "two")]
+    torch.testing.assert_close(load_file(files[0]), load_file(files[1]), atol=1e-3, rtol=1e-3)
+
+    again = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-4", "eval_strategy": "no"}
+    in_two_processes(case.module.main, runs.argv(variant, tmp_path / "again", **alone, **again), tmp_path / "printed2")
+    for name in ("loss", "grad_norm"):  # in the second epoch, whose order is not the first one's
+        assert log(tmp_path / "again", name) == log(tmp_path / "two", name)
+
+
+# ------------------------------------------------------------------------------------------------ the one file alone
+def started_alone(folder, *argv, launcher=()):
+    """Run a program in a folder, where nothing else of this project is found. Returns what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, *launcher, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("variant", ["sft: 4-bit", "docvqa: 4-bit", "dpo: 4-bit", "2.6: lora"])
+def test_the_recipe_alone_in_an_empty_folder_gives_the_same_run(variant, runs, tmp_path):
+    file = f"{VARIANTS[variant].recipe}.py"
+    shutil.copy(ROOT / file, tmp_path)
+    printed = started_alone(tmp_path, file, *runs.argv(variant, "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {file, "out"}
+    assert log(tmp_path / "out") == pytest.approx(log(runs.trained(variant).out), abs=1e-6)
+    assert "saved out: model or adapter" in printed
+
+
+def projector(folder):
+    """The weights of the projector in a saved LLaVA."""
+    return {name: p for name, p in load_file(folder / "model.safetensors").items() if "multi_modal_projector" in name}
+
+
+def test_both_stages_alone_in_a_folder_with_their_data(runs, tiny_parts, tmp_path):
+    """The second, which torchrun starts in two processes, finds what the first one made by a name that nobody gave."""
+    shutil.copy(ROOT / "llava_two_stage.py", tmp_path)
+    shutil.copytree(runs.rows("llava_two_stage"), tmp_path, dirs_exist_ok=True)
+    for part in ("vision", "language"):
+        shutil.copytree(tiny_parts / part, tmp_path / part)
+    before = set(os.listdir(tmp_path))
+    flags = (
+        "--use_cpu --max_steps 2 --logging_steps 1 --dataloader_num_workers 0 --image_folder images --report_to none"
+    )
+    align = "--stage align --dataset_name captions.json --vision_tower vision --language_model language"
+    printed = started_alone(tmp_path, "llava_two_stage.py", *align.split(), *flags.split())
+    assert "2 steps of 256 rows" in printed and "saved llava-align: model or adapter" in printed
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    instruct = "--stage instruct --dataset_name train.json"
+    printed = started_alone(tmp_path, "llava_two_stage.py", *instruct.split(), *flags.split(), launcher=launcher)
+    assert printed.count("2 steps of 128 rows") == printed.count("saved llava-instruct: model or adapter") == 1
+    assert set(os.listdir(tmp_path)) == before | {"llava-align", "llava-instruct"}
+    assert list(log(tmp_path / "llava-align")) == list(log(tmp_path / "llava-instruct")) == [1, 2]
+    first, second = projector(tmp_path / "llava-align"), projector(tmp_path / "llava-instruct")
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=0)  # two steps at 2e-5
+
+
+# ------------------------------------------------------------------------------------------------ pictures that vanish
+@pytest.mark.parametrize("rows, workers", [("-held", 0), ("", 2)], ids=["evaluated", "trained on, by loaders"])
+@pytest.mark.parametrize("variant", ["sft: 4-bit", "docvqa: 4-bit", "dpo: 4-bit", "4.6: lora", "2.6: lora", "align"])
+def test_a_picture_that_vanishes_ends_the_run_with_one_message(variant, rows, workers, runs, tmp_path, monkeypatch):
+    case = Recipe(VARIANTS[variant].recipe, runs.folder(variant), tmp_path)
+    shutil.copytree(runs.rows(case.name), tmp_path, dirs_exist_ok=True)
+    name = "captions" if variant == "align" else "train"
+    pictures = [row.get("image") for row in json.loads((tmp_path / f"{name}{rows}.json").read_text())]
+    picture = next(picture for picture in pictures if isinstance(picture, str))
+    load_model = case.module.load_model
+
+    def vanish(*args):
+        (tmp_path / "images" / picture).unlink()
+        return load_model(*args)
+
+    monkeypatch.setattr(case.module, "load_model", vanish)
+    settings = {"dataset_name": tmp_path / f"{name}.json", "eval_dataset_name": tmp_path / f"{name}-held.json"}
+    settings |= {"image_folder": tmp_path / "images", "dataloader_num_workers": workers}
+    with pytest.raises(SystemExit) as stopped:
+        case.module.main(runs.argv(variant, tmp_path / "out", **settings))
+    message = stopped.value.code
+    assert message.startswith("error: the data changed during the run: unreadable image: ") and picture in message
+    assert "\n" not in message
