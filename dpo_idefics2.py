@@ -1526,6 +1526,7 @@ def empty_model(settings):
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
 sample_rows sample_tokens shared_prompt gradient_accumulation_steps""".split()
+CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
 
 
 def checkpoint_to_resume(training):
@@ -1540,9 +1541,8 @@ def checkpoint_to_resume(training):
     finished = (output_dir / "trainer_state.json").exists()
 
     if wanted.lower() == "false":
-        command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
-        message = f"{output_dir} holds a run already. Choose another --output_dir, or resume what is there: {command}"
-        require(not checkpoints and not finished, message)
+        remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, output_dir)
+        require(not checkpoints and not finished, f"{output_dir} holds a run already. {remedy}")
         return None
     if wanted.lower() != "auto":
         require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
@@ -1579,8 +1579,7 @@ def is_complete(checkpoint):
 def require_same_settings(training):
     """Stop if output_dir holds another run, or other settings, or other steps on these GPUs. Raises SystemExit."""
     output_dir = Path(training.output_dir)
-    command = f"python {Path(__file__).name} --config {output_dir}/settings.yaml"
-    remedy = f"Choose another --output_dir, or resume what is there: {command}"
+    remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, output_dir)
     try:
         text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
         second_names = {flag[2:]: name for flag, name in training.second_names.items()}

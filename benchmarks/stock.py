@@ -28,7 +28,7 @@ from rich.table import Table
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import preferences  # noqa: E402
+from tiny import preferences, report  # noqa: E402
 from tools import generate  # noqa: E402
 from tools.program import fail, flag_parser, start  # noqa: E402
 from tools.runs import load_recipe  # noqa: E402
@@ -114,17 +114,13 @@ def labelled(recipe, batch, processor, form):
     return f"{recipe.mark_trained_tokens(batch, processor)}\n({count})"
 
 
-def ask(run, out, name):
+def ask(run, out):
     """The questions of run/after.jsonl, asked of what was trained into `out` -> the lines of its predictions."""
     flags = json.loads((run / "after.jsonl.flags").read_text())
     shutil.copy(run / "settings.yaml", out / "settings.yaml")
     argv = [str(out), "--batch_size", str(flags["batch_size"]), "--max_new_tokens", str(flags["max_new_tokens"])]
     generate.main([*argv, *flags["flags"], "--output", str(out / "after.jsonl"), "--overwrite"])
-    return read_lines(out / "after.jsonl")
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return report.lines(out / "after.jsonl")
 
 
 def is_right(line, recipe_name):
@@ -190,11 +186,11 @@ def main(argv=None):
         try:
             given = copy.deepcopy(settings)
             rows_seen[who] = train(recipe, given, training, trl_rows(recipe, collator, rows, form), form, options, out)
-            answers[who] = ask(args.run, out, name)
+            answers[who] = ask(args.run, out)
         except ValueError as error:
             answers[who] = " ".join(str(error).split())
         gc.collect()
-    answers[f"{name}.py"] = read_lines(args.run / "after.jsonl")
+    answers[f"{name}.py"] = report.lines(args.run / "after.jsonl")
     print_report(answers, rows_seen, name)
 
 
