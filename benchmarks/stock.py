@@ -1,7 +1,7 @@
 """What TRL's own trainer makes of the same base model, data, adapter, steps and learning rate, beside a run of ours.
 
     make demo RECIPE=sft_llava                              # the run to compare with: build/sft_llava-0
-    python benchmarks/stock.py build/sft_llava-0            # some 5 minutes on two CPU cores
+    python benchmarks/stock.py build/sft_llava-0            # up to three trainings, each as long as the demo's
 
 RUN is a finished demo. Its settings.yaml says how it was trained, and after.jsonl which questions it was asked. TRL's
 trainer gets the model and the adapter that the recipe makes (but none on lm_head, which it refuses), and the recipe's
