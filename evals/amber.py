@@ -20,7 +20,13 @@ Scores are those of its inference.py, commit 534babf:
 - All three in percent, rounded to 0.1. Of these rounded values F1 = 2PR / (P + R + c) as shares of 1, in percent,
   rounded to 0.1; c is 0.0001, but 0.001 for existence.
 - Answers must be exactly "Yes" or "No". "No." and "no, there is not" count as neither: how many, is printed, and the
-  scores beside that come of taking an answer by its first word, in any case (`--first_word` makes them the table).
+  scores beside that come of taking an answer by its first word (`--first_word` makes them the table).
+
+By its first word, in any case, an answer is a yes or a no if that is the first word and the other one is nowhere in
+the answer. After it must come the end of the line, one of . , ; : ! … or a dash, or a word with which a sentence about
+the picture begins: there, it, they, he, she, this, that, these, those, the, a, an, I, we, you. So "No doubt, there is
+a dog", "No dog is there", "Yes?" and "Yes or no? No." are neither, and "No-one" (another word) and "No. 5" (a number)
+are neither. Quotes, brackets, asterisks and underscores around the first word change nothing.
 
 Always answering "No" gives 66.3 accuracy and 79.7 F1. A model that learns to deny more gains recall and, up to a
 point, F1: look at precision and at how often it says No, too. Published values are of the post on DPO for
@@ -30,6 +36,7 @@ vision-language models (huggingface.co/blog/dpo_vlm, 2024); they are shown where
 import json
 import re
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -67,7 +74,16 @@ FULL = {  # how many questions AMBER has of each kind and right answer
 }
 PUBLISHED = {"Idefics2": {"accuracy": 85.8, "f1": 89.1}, "Idefics2 + DPO": {"accuracy": 85.9, "f1": 89.4}}
 METRICS = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
-WORDS = {"exact": "exactly Yes or No", "first_word": "by the first word"}
+READ_BY = {"exact": "exactly Yes or No", "first_word": "by the first word"}
+
+# for --first_word; texts are in lower case
+WORD = re.compile(r"[^\W_]+(?:[-‐‑][^\W_]+)*")  # no-one is one word
+OPPOSITE = {"yes": "no", "no": "yes"}
+NUMBER = re.compile(r"\. *\d")  # behind no, which is then short for number
+AFTER = re.compile(  # what may come after yes or no, behind spaces, quotes, brackets and Markdown
+    r"""[\s"'“”‘’«»()\[\]*_`]*"""
+    r"(?:\Z|[.,;:!…–—\n-]|(?:there|it|they|he|she|this|that|these|those|the|an?|i|we|you)(?![-‐‑\w]))"
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -186,10 +202,20 @@ def exact(answer):
 
 
 def first_word(answer):
-    """An answer -> "yes", "no" or None, by its first word: "No, there is not." is "no", "Not at all" and "Maybe no"
-    are None."""
-    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-    return word and word[1].lower()
+    """An answer -> "yes", "no" or None. It is one of the two if that is its first word, in any case, and the other one
+    is nowhere in it. After the word must come the end of the line, one of . , ; : ! … or a dash, or a word with which
+    a sentence about the picture begins (there, it, the, ...: all are in AFTER). "No, there is not." and "No it isn't"
+    are "no"; "No dog", "No-one", "No. 5" and "Maybe no" are None. Read in unicodedata.normalize("NFC")."""
+    text = unicodedata.normalize("NFC", answer).lower()  # an o and its accent apart would end the word no
+    words = WORD.findall(text)
+    if not words or words[0] not in OPPOSITE:
+        return None
+    first = words[0]
+    rest = text.split(first, 1)[1]
+    is_number = first == "no" and NUMBER.match(rest)
+    if OPPOSITE[first] in words or is_number or not AFTER.match(rest):
+        return None
+    return first
 
 
 READINGS = {"exact": exact, "first_word": first_word}
@@ -280,7 +306,7 @@ def print_kinds(found):
 def print_files(files, found, always_no, num_questions, is_full):
     """Both readings of each file, always answering no, and the published values, as a table."""
     table = text_table(f"{num_questions} questions", "accuracy", "F1", "neither", "No in %")
-    named = {f"{path}: {WORDS[way]}": found[name][way] for name, path in files.items() for way in READINGS}
+    named = {f"{path}: {READ_BY[way]}": found[name][way] for name, path in files.items() for way in READINGS}
     named['always "No"'] = always_no
     for name, own in named.items():
         scores = own["scores"]["all"]
@@ -309,7 +335,7 @@ def parse(argv=None):
     parser.add_argument(
         "--first_word",
         action="store_true",
-        help="read an answer by its first word, in any case; AMBER's own way is exact",
+        help="read an answer by its first word, as said above; AMBER's own way is exact",
     )
     parser.add_argument(
         "--answered_only",
@@ -348,7 +374,7 @@ def main(argv=None):
     print_kinds([own[way]["scores"] for own in found.values()])
     print_files(files, found, always_no, len(asked), is_full)
     whose = "." if args.first_word else ", as AMBER reads answers (otherwise: --first_word)."
-    print(f"Each kind: {'before -> after, ' if changed else ''}{WORDS[way]}{whose}")
+    print(f"Each kind: {'before -> after, ' if changed else ''}{READ_BY[way]}{whose}")
     if changed:
         print(f"{changed['to_right']} answers became right, {changed['to_wrong']} wrong.")
     if missing:

@@ -10,12 +10,16 @@ it: of prediction and accepted answer, both in lower case with single spaces, th
 the length of the longer one as it was given. The score of a question is 1 minus the smallest such share over its
 accepted answers, and 0 where that is below 0.5; ANLS is the mean over the questions. Exact match: equal to an accepted
 answer, case and spaces aside.
+
+An é may be one character, or two: an e and an accent. Prediction and accepted answers are put into the form with one,
+unicodedata.normalize("NFC"), before any distance or length is taken. Texts in ASCII stay as they are.
 """
 
 import csv
 import json
 import statistics
 import sys
+import unicodedata
 from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
@@ -27,19 +31,25 @@ COLUMNS = ["ANLS", "exact", "id", "question", "prediction", "accepted"]
 
 
 def plain(text):
-    """Lower case, single spaces: what answers are compared by."""
-    return " ".join(text.lower().split())
+    """Lower case, single spaces, unicodedata.normalize("NFC"): what answers are compared by."""
+    # the accent comes last: ǰ is one character, its capital J̌ is always two
+    return unicodedata.normalize("NFC", " ".join(text.lower().split()))
 
 
 def anls(prediction, references):
     """The score of one question, 0 to 1, from the model's answer and the list of accepted ones (Biten et al. 2019).
-    Raises ValueError where an accepted answer is blank or there is none."""
+    Lengths are counted in unicodedata.normalize("NFC"). Raises ValueError where an accepted answer is blank or there
+    is none."""
     if not references or not all(reference.strip() for reference in references):
         raise ValueError(f"accepted answers {references!r}: at least one is needed, and none may be blank")
-    distance = min(
-        Levenshtein.distance(plain(prediction), plain(r)) / max(len(prediction), len(r)) for r in references
-    )
-    return 1 - distance if distance <= 0.5 else 0.0
+    prediction = unicodedata.normalize("NFC", prediction)
+    shares = []
+    for reference in references:
+        reference = unicodedata.normalize("NFC", reference)
+        distance = Levenshtein.distance(plain(prediction), plain(reference))
+        shares.append(distance / max(len(prediction), len(reference)))
+    smallest = min(shares)
+    return 1 - smallest if smallest <= 0.5 else 0.0
 
 
 def score_row(row):

@@ -1,9 +1,11 @@
 """evals/: the scores by hand and as AMBER's own script gave them, and the two programs."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT
@@ -66,6 +68,28 @@ def answered(prediction, reference, **more):
 def test_anls_by_hand(prediction, references, expected):
     assert docvqa.anls(prediction, references) == pytest.approx(expected, abs=1e-12)
     assert idefics2_docvqa.anls(prediction, references) == docvqa.anls(prediction, references)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("Café É", ["other", "café é"], (1, 1)),
+        ("J\u030c", ["\u01f0"], (1, 1)),  # a lower case of one character, a capital that is always two
+        ("éa", ["éb"], (1 - 1 / 2, 0)),  # by lengths of the longer form 1 - 1 / 3
+        ("ééé", ["ééab"], (1 - 2 / 4, 0)),  # the prediction is the longer one in the longer form only
+        ("ééab", ["ééé"], (1 - 2 / 4, 0)),
+    ],
+)
+def test_a_letter_and_its_accent_count_as_one_character(file, prediction, references, expected):
+    """An é is one character or two, in the prediction, in the accepted answers or in both: the scores are the same."""
+    forms = list(itertools.product(("NFC", "NFD"), repeat=2))
+    lines = []
+    for form, other in forms:
+        accepted = [unicodedata.normalize(other, reference) for reference in references]
+        lines.append(answered(unicodedata.normalize(form, prediction), accepted))
+    assert len({json.dumps(line) for line in lines}) > 1
+    rows = docvqa.score(file("after.jsonl", lines))
+    assert [(row["anls"], row["exact_match"]) for row in rows] == [expected] * len(forms)
 
 
 def test_exact_match_forgives_case_and_spaces_only(file):
@@ -209,11 +233,69 @@ def test_the_constants_of_existence_and_of_the_attributes_together():
         ("Yes", "yes", "yes"),
         ("No", "no", "no"),
         ("No.", None, "no"),
+        ("yes!", None, "yes"),
+        ("YES", None, "yes"),
         ("**Yes**", None, "yes"),
-        ("yes\nno", None, "yes"),
+        ("_No_", None, "no"),
+        ('"No".', None, "no"),
+        (" (no) ", None, "no"),
+        # then a mark
+        ("No, there is not", None, "no"),
+        ("No - there is none", None, "no"),
+        ("No—there is none", None, "no"),
+        ("**No,** there is none", None, "no"),
+        ("Yes: 5 of them", None, "yes"),
+        ("No, 5 of them", None, "no"),
+        ("No.\n1. A dog is a pet", None, "no"),
+        ("Yes\nBoth are red", None, "yes"),
+        ("No,no,no", None, "no"),
+        # then a sentence about the picture
+        ("Yes it is", None, "yes"),
+        ("No it's not", None, "no"),
+        ("No there isn't", None, "no"),
+        ("No there’s none", None, "no"),
+        ("**No** the dog is red", None, "no"),
+        ("Yes (I see it)", None, "yes"),
+        ("Yes a dog", None, "yes"),
+        # then something else: no answer, or none that is sure
+        ("No doubt, there is a dog", None, None),
+        ("No problem: yes", None, None),
+        ("No problem, it is", None, None),
+        ("No dog is there", None, None),
+        ("**No** dog is there", None, None),
+        ('No "dog"', None, None),
+        ("No theatre", None, None),  # the, but not as a word
+        ("No a-frame", None, None),
+        ("No one is there", None, None),
+        ("No-one is there", None, None),
+        ("no_one", None, None),
+        ("No's", None, None),
+        ("No?", None, None),
+        ("No & low", None, None),
+        # no, short for number
+        ("No. 5 is red", None, None),
+        ("No.5", None, None),
+        ("No 5", None, None),
+        ("Yes. 5 are red", None, "yes"),
+        # both words
+        ("Yes or no? No.", None, None),
+        ("Yes/No", None, None),
+        ("yes\nno", None, None),
+        ("No, yes", None, None),
+        ("Yes. There is no dog", None, None),
+        ("Yes, a no-smoking sign", None, "yes"),
+        # another first word
         ("Not at all", None, None),
+        ("Maybe no", None, None),
+        ("Nope", None, None),
         ("The answer is yes.", None, None),
+        ("1. No", None, None),
+        ("ye\u017f", None, None),  # an old s, the same letter only in a search that ignores case
+        ("no\u0308, it is", None, None),  # nö
+        ("Yes, it says no\u0308", None, "yes"),
+        ("No\u20e0, it is", None, None),  # a mark on the o with which it is never one character
         ("", None, None),
+        (" .", None, None),
     ],
 )
 def test_how_an_answer_is_read(answer, exact, first_word):
