@@ -3,19 +3,28 @@ refused and leaves nothing behind."""
 
 import contextlib
 import functools
+import inspect
 import io
 import json
+import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fresh
+from conftest import ROOT, fresh
 from peft import PeftModel
 from recipes import FOLDERS, Recipe, minicpm_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaTokenizer,
+)
 
 import finetune_minicpm_lora
 from tools import generate, merge_adapter
@@ -187,6 +196,176 @@ def test_it_ends_answers_where_the_run_did(trained, tmp_path):
     tokens = json.loads((tmp_path / "model/tokenizer.json").read_text())["added_tokens"]
     ends = {token["id"] for token in tokens if token["content"] in ("<end_of_utterance>", "</s>")}
     assert ends == set(kept) and 2 in ends
+
+
+# ----------------------------------------------------------------------- read by Transformers 4.57 as by today's
+
+OLDER = ROOT / ".venv" / "older" / "bin" / "python"
+MODELS = ["llava", "llava-next", "docvqa", "dpo", "dpo, paligemma", "minicpm, tied", "minicpm 2.6", "two stages"]
+KNOWN = [name for name in MODELS if "minicpm" not in name]  # 4.57 has no MiniCPM-V 4.6; 2.6's own code needs torch
+
+
+def tokens_of(folder):
+    """What a tokenizer makes of ten texts, and what it says of itself. Transformers 4.57 runs this, too."""
+    from transformers import AutoTokenizer
+
+    texts = [
+        "Which digit is this?",
+        "   three spaces before, two after  ",
+        "two\nlines\r\n\n\tand more",
+        "Größenänderung: 12,5 µm, dž",
+        "e\u0301 is not \u00e9",
+        "🙂 👩‍👩‍👧 🇩🇪",
+        "שלום עולם, مرحبا",
+        "<s>USER: <image>\nWhat?</s><unk><pad> next<eos><bos>",
+        "User:<fake_token_around_image><image><fake_token_around_image>What?<end_of_utterance>\nAssistant:",
+        "<|im_start|>user\n<image_id>0</image_id><image><|image_pad|></image>What?<|im_end|>\n<|endoftext|>",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    return {
+        "ids": ids,
+        "ids without BOS": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        "decoded": [tokenizer.decode(row) for row in ids],
+        "decoded without special tokens": [tokenizer.decode(row, skip_special_tokens=True) for row in ids],
+        "inputs": sorted(tokenizer(texts[0])),
+        "special tokens": sorted(tokenizer.all_special_tokens),
+        "named tokens": [
+            getattr(tokenizer, name, None)
+            for name in (
+                "bos_token_id",
+                "eos_token_id",
+                "pad_token_id",
+                "unk_token_id",
+                "image_token_id",
+                "image_token",
+            )
+        ],
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length],
+        "chat template": tokenizer.chat_template,
+    }
+
+
+def inputs_of(folder):
+    """What a processor makes of a picture and a question. Transformers 4.57 runs this, too."""
+    import numpy
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    # 4.57's Idefics2Processor does not put the space after the picture that today's does.
+    content = [{"type": "image"}, {"type": "text", "text": " Which digit is this?"}]
+    text = "Which digit is this?"
+    if processor.chat_template:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    picture = Image.effect_mandelbrot((90, 50), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    inputs = processor(text=text, images=[picture], return_tensors="np")
+    return {
+        "image token": [processor.image_token, processor.image_token_id],
+        "ids": inputs["input_ids"].tolist(),
+        "pixels": numpy.asarray(inputs["pixel_values"]).round(4).tolist(),
+    }
+
+
+def rope_of(folder):
+    """The language model's rope_theta and, where it is scaled, how. Transformers 4.57 runs this, too."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    if transformers.__version__.startswith("4."):  # it keeps rope_parameters, too, but turns by these
+        rope = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
+    else:
+        rope = config.rope_parameters
+    return {name: value for name, value in rope.items() if (name, value) != ("rope_type", "default")}
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """Two folders with a configuration: as Mistral's in LLaVA-NeXT, and scaled as Llama 3.1's."""
+    folders = []
+    for rope in (
+        {"rope_type": "default", "rope_theta": 1e6},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ):
+        folders.append(tmp_path_factory.mktemp("longer"))
+        text = {"model_type": "llama", "rope_parameters": rope}
+        AutoConfig.for_model("llava", text_config=text).save_pretrained(folders[-1])
+        assert json.loads((folders[-1] / "config.json").read_text())["text_config"]["rope_parameters"] == rope
+        (folders[-1] / "tokenizer_config.json").write_text("{}")
+        merge_adapter.make_readable_by_transformers_4(folders[-1], SimpleNamespace(is_fast=False))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def older(merged, longer, tmp_path_factory):
+    """{name of a function above: {folder: what it returns in Transformers 4.57}}, or what it failed with. One process
+    is asked for all."""
+    if not OLDER.exists():
+        pytest.skip("no Transformers 4.57 to compare with: make .venv/older/done")
+    known = [merged(name).out for name in KNOWN]
+    tasks = {"tokens_of": [merged(name).out for name in MODELS], "inputs_of": known, "rope_of": [*known, *longer]}
+    code = [inspect.getsource(function) for function in (tokens_of, inputs_of, rope_of)]
+    code.append("""
+import json, sys
+def answer(name, folder):
+    try:
+        return globals()[name](folder)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+tasks = json.loads(sys.argv[1])
+print(json.dumps({name: {folder: answer(name, folder) for folder in tasks[name]} for name in tasks}))
+""")
+    argv = [OLDER, "-c", "\n".join(code), json.dumps(tasks, default=str)]
+    modules = str(tmp_path_factory.mktemp("modules"))  # the two keep copies of a model's code in other forms
+    done = subprocess.run(
+        argv, cwd=modules, env={**os.environ, "HF_MODULES_CACHE": modules}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_4_reads_the_same_tokens(merged, older, name):
+    out = merged(name).out
+    assert older["tokens_of"][str(out)] == tokens_of(out)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_transformers_4_makes_the_same_inputs(merged, older, name):
+    out = merged(name).out
+    assert older["inputs_of"][str(out)] == inputs_of(out)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_for_transformers_4_changes_nothing_today(merged, name):
+    """The tokenizer is the run's, whose files were written by today's Transformers alone."""
+    done = merged(name)
+    assert tokens_of(done.out) == tokens_of(done.run)
+    written = json.loads((done.out / "tokenizer_config.json").read_text())
+    assert written.get("add_prefix_space", False) is not None  # llama.cpp's converter takes null for false
+    assert (written["tokenizer_class"] == "PreTrainedTokenizerFast") == (name != "minicpm 2.6")
+
+
+def test_what_a_tokenizers_class_implies_is_written(tmp_path):
+    """LlamaTokenizer pads on the left."""
+    tokenizer = LlamaTokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    assert "padding_side" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    merge_adapter.name_tokens_for_transformers_4(tmp_path, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == tokenizer.padding_side == "left"
+
+
+def test_transformers_4_turns_by_the_same_angles(merged, older, longer):
+    folders = [*(merged(name).out for name in KNOWN), *longer]
+    assert [older["rope_of"][str(folder)] for folder in folders] == [rope_of(folder) for folder in folders]
+    assert [rope_of(folder)["rope_theta"] for folder in longer] == [1e6, 5e5]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

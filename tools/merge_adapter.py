@@ -14,6 +14,7 @@ saved folder was loaded alone; where they do not agree nothing is left behind, a
 
 import contextlib
 import gc
+import json
 import os
 import re
 import shutil
@@ -181,6 +182,57 @@ def copy_code(base, revision, folder):
             file.write_text(re.sub(r'"[\w.-]+/[\w.-]+?--(\w+\.\w+)"', r'"\1"', text), encoding="utf-8")
 
 
+def name_tokens_for_transformers_4(folder, tokenizer):
+    """Write tokenizer_config.json so that Transformers 4.57 and 5 read the same tokenizer from it.
+
+    As 5 writes it, 4.57 has no class TokenizersBackend and fails at a list as extra_special_tokens.
+    """
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    named = config.pop("model_specific_special_tokens", None)
+    others = config.pop("extra_special_tokens", None)
+    if named:
+        config["extra_special_tokens"] = named
+    if others:
+        config["additional_special_tokens"] = others
+    if config.get("add_prefix_space", "unset") is None:
+        del config["add_prefix_space"]  # llama.cpp's converter takes null for false
+    has_own_code = "auto_map" in config
+    if tokenizer.is_fast and not has_own_code:
+        # This class takes tokenizer.json as it is, in both versions. LlamaTokenizer would put a BOS before every text
+        # in 4.57, and in 5 build the steps around the vocabulary anew.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # What the tokenizer's own class implies. 4.57's default would return token_type_ids, too, which these models
+        # do not take.
+        for name in ("clean_up_tokenization_spaces", "model_input_names", "padding_side", "truncation_side"):
+            config[name] = getattr(tokenizer, name)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def add_rope_of_transformers_4(config):
+    """Into a configuration as a dict, and into its parts: rope_parameters by the names that Transformers 4.57 knows.
+
+    Without rope_theta it takes its default, 10000 for most, whatever rope_parameters say.
+    """
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # else there are several, one for each kind of layer
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    for part in config.values():
+        if isinstance(part, dict):
+            add_rope_of_transformers_4(part)
+
+
+def make_readable_by_transformers_4(folder, tokenizer):
+    """Change what Transformers 5 wrote into a folder, so that 4.57 (vLLM, llama.cpp) reads the same model from it."""
+    name_tokens_for_transformers_4(folder, tokenizer)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    add_rope_of_transformers_4(config)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save(model, processor, args, settings, folder):
     """The merged model, its processor and what tools/generate.py reads, into a folder."""
     if getattr(model.config, "model_type", None) in ("llava", "llava_next", "paligemma"):
@@ -188,6 +240,7 @@ def save(model, processor, args, settings, folder):
     else:
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    make_readable_by_transformers_4(folder, processor.tokenizer)
     base, revision = settings.model_name_or_path, settings.model_revision
     if not (folder / "generation_config.json").exists():  # MiniCPM-V 2.6 has the file, and no such attribute
         with contextlib.suppress(OSError):
