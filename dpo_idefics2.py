@@ -26,6 +26,8 @@ All rows that are used, with their images, are checked before training. The same
 interrupted, if data, settings and rows in a step are unchanged (with fewer GPUs: more accumulation steps).
 Every setting is a flag: python dpo_idefics2.py --help. The formats of a row are shown in load_data."""
 
+import ast
+import base64
 import contextlib
 import difflib
 import functools
@@ -42,12 +44,14 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 import zipfile
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_type_hints
+from urllib.parse import unquote, urlparse
 
 import datasets
 import torch
@@ -89,15 +93,17 @@ class Settings:
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
     dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if any.")
     eval_dataset_name: str | None = HfArg(
-        default=None, help="Evaluate on this data set, on dataset_test_split if given, else on dataset_train_split."
+        default=None, help="Evaluate on this data set: its test split if there is one, else dataset_train_split."
     )
     image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
     image_column: str | None = HfArg(default=None, help="Column of the image. Default: image, else images.")
     question_column: str | None = HfArg(default=None, help="Column of the question. Default: question, else prompt.")
     chosen_column: str = HfArg(default="chosen", help="Column of the better answer.")
     rejected_column: str = HfArg(default="rejected", help="Column of the worse answer.")
-    eval_fraction: float = HfArg(default=0.01, help="Share of the images held out, if there is no such split.")
+    eval_fraction: float = HfArg(default=0.01, help="Share of the images held out, if there is no test split.")
     max_eval_rows: int = HfArg(default=200, help="Evaluate on at most this many pairs, the same ones each time.")
+    ignore_columns: list[str] | None = HfArg(default=None, help="Columns to leave out that may matter, such as video.")
+    text_columns: list[str] | None = HfArg(default=None, help="Columns whose texts look like lists, and are meant so.")
     on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="Rows that cannot be trained on: stop, or skip.")
     on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows above max_length: drop them, or stop.")
     # samples.md
@@ -159,7 +165,7 @@ def load_processor(settings):
     """The model's processor, set to --longest_edge. Raises SystemExit if it does not fit this recipe."""
     name = settings.model_name_or_path
     needed = "this needs the processor of a model of images and text, such as idefics2-8b"
-    with fail_on_error(f"--model_name_or_path {name}: {needed}"):
+    with fail_on_source("--model_name_or_path", name, f": {needed}"):
         processor = AutoProcessor.from_pretrained(name, revision=settings.model_revision)
     kind = type(processor).__name__
     require(hasattr(processor, "image_processor"), f"{name} has a {kind}; {needed}")
@@ -170,18 +176,16 @@ def load_processor(settings):
     # PaliGemma has no template: edit its prompt in Collator.render, and the newline after it in Collator.answer_ids.
     if kind != "PaliGemmaProcessor":
         require(processor.chat_template, f"{name} has a {kind} without a chat template, which makes the prompt")
-        with fail_on_error(f"{name} has a {kind} whose chat template cannot put a question about an image"):
-            text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
-            processor(text=[text], images=[[Image.new("RGB", (64, 64))]])  # fails if the text has no image token
     set_image_size(processor, settings.longest_edge)
     if processor.tokenizer.pad_token is None:  # any token will do: padding is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    fit_image_tokens(processor, settings)
     return processor
 
 
 def load_data(settings, training, collator):
     """-> (train, eval): rows that the collator accepts; eval is None if nothing is evaluated. Raises SystemExit.
-    An image is a path, bytes or an embedded image, or a list of one; a text may be one message, as in TRL's data:
+    An image is a path, bytes or an embedded image, or a list of one; a text may be messages, as in TRL's data:
         {"image": "sofa.png", "question": "What is on it?", "chosen": "A cat.", "rejected": "A cat and a dog."}
         {"images": ["sofa.png"], "prompt": [{"role": "user", "content": "What is on it?"}], "chosen": ...}"""
     train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
@@ -195,12 +199,11 @@ class Collator:
     tensors of the images. The first B rows have the chosen answers, the other B the rejected ones, in the same order.
     completion_mask is 1 on the tokens of the loss: an answer and the token that ends it. Raises BadRow."""
 
-    image_columns = ("image",)
-
     def __init__(self, processor, settings, training):
         # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
         self.processor = processor
         self.folder = settings.image_folder or ""
+        self.ignored = settings.ignore_columns or []
         self.max_length = training.max_length or math.inf
         tokenizer = processor.tokenizer
         self.control_tokens = {*special_tokens(tokenizer), tokenizer.eos_token, processor.image_token}
@@ -208,8 +211,8 @@ class Collator:
         self.stop_ids = tokenizer.convert_tokens_to_ids(self.end_tokens)  # where generation ends
 
     def __call__(self, rows):
-        questions, chosen_ids, rejected_ids = zip(*[self.encode(row) for row in rows], strict=True)
-        prompts = self.tokenize([[question] for question in questions], prompt=True)
+        conversations, chosen_ids, rejected_ids = zip(*[self.encode(row) for row in rows], strict=True)
+        prompts = self.tokenize(conversations, prompt=True)
         # Answers follow the prompts directly: take off the padding of the prompts, append the answers, pad again.
         is_token = prompts["attention_mask"].bool()
         prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts["input_ids"], is_token, strict=True)]
@@ -232,28 +235,28 @@ class Collator:
         return batch
 
     def encode(self, row):
-        """A row -> the user's turn, the token ids of the chosen answer, those of the rejected one. Raises BadRow."""
-        question, chosen, rejected = self.read_pair(row)
+        """A row -> the prompt's messages, the token ids of the chosen answer and of the rejected one."""
+        prompt, chosen, rejected = self.read_pair(row)
         if chosen is None:
-            raise BadRow("no answers", "the row has none; see --chosen_column and --rejected_column")
-        chosen_ids = self.answer_ids(question, chosen)
-        rejected_ids = self.answer_ids(question, rejected)
+            raise BadRow(NO_ANSWER, "the row has none; see --chosen_column and --rejected_column")
+        chosen_ids = self.answer_ids(prompt, chosen)
+        rejected_ids = self.answer_ids(prompt, rejected)
         if chosen_ids == rejected_ids:
-            raise BadRow(
-                "equal answers", f"chosen {chosen!r:.200} and rejected {rejected!r:.200} are the same to the tokenizer"
-            )
-        return question, chosen_ids, rejected_ids
+            both = f"chosen {chosen!r:.200} and rejected {rejected!r:.200}"
+            raise BadRow("equal answers", f"{both} are the same to the tokenizer")
+        return self.with_image(prompt), chosen_ids, rejected_ids
 
-    def answer_ids(self, question, answer):
-        """The user's turn and an answer -> the answer's token ids, up to where generation ends. Raises BadRow.
+    def answer_ids(self, messages, answer):
+        """The prompt's messages and an answer -> the answer's token ids, up to where generation ends. Raises BadRow.
         They continue the prompt that the model gets at inference, so the prompt's own tokens must not change."""
-        prompt = self.render([question], prompt=True)
+        prompt = self.render(messages, prompt=True)
         if not self.processor.chat_template:
             prompt += "\n"  # PaliGemma's processor adds it to a prompt, render does not
-        whole = self.render([question, answer_turn(answer)])
+        whole = self.render([*messages, answer_turn(answer)])
+        require_texts(whole, [*messages, answer_turn(answer)])
         after_prompt = whole.removeprefix(prompt)
         if not whole.startswith(prompt) or answer not in after_prompt:
-            raise BadRow("prompt changed", f"with the answer {answer!r:.200} the chat template changes the question")
+            raise BadRow("prompt changed", f"{answer!r:.200} changes the prompt: {where_they_differ(prompt, whole)}")
         before, _, tail = after_prompt.partition(answer)
         end = re.search("|".join(map(re.escape, self.end_tokens)), tail)
         # Train up to the first end: Idefics2's template has a newline after it. LLaVA's template writes no end at all,
@@ -262,9 +265,7 @@ class Collator:
         whole = prompt + before + answer + ending
         prompt_ids, ids = self.processor.tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
         if ids[: len(prompt_ids)] != prompt_ids:
-            raise BadRow(
-                "prompt changed", f"the first characters of {answer!r:.200} change its tokens; begin otherwise"
-            )
+            raise BadRow("prompt changed", f"the first characters of {answer!r:.200} change its tokens: edit them")
         return ids[len(prompt_ids) :]
 
     def render(self, messages, prompt=False):
@@ -285,30 +286,66 @@ class Collator:
         return batch
 
     def messages_of(self, row):
-        """A row -> [question, chosen answer], or [question] if it has no answers. Raises BadRow."""
-        question, chosen, _ = self.read_pair(row)
-        return [question] if chosen is None else [question, answer_turn(chosen)]
+        """A row -> the prompt's messages, with a PIL image, and the chosen answer, if there are any. Raises BadRow."""
+        prompt, chosen, _ = self.read_pair(row)
+        return self.with_image(prompt) + ([] if chosen is None else [answer_turn(chosen)])
+
+    def with_image(self, prompt):
+        """A prompt's messages from `read` -> the same with a PIL image. Raises BadRow."""
+        # Edit images here, to crop or augment them (for evaluation, too). For two images in a row raise the 1 in
+        # read_prompt, and show them by <image> in the question (PaliGemma: also in render). Each needs room in
+        # --max_length: 64 tokens (LLaVA 576).
+        return load_images(prompt, max_aspect_ratio=20)  # Idefics2 would stretch narrower ones
+
+    def read(self, row):
+        """A row -> the prompt's messages, with the image as the row has it: a path, {"bytes": ...} or a PIL image."""
+        return self.read_pair(row)[0]
 
     def read_pair(self, row):
-        """A row -> the user's turn with a PIL image, chosen text, rejected text (both None if it has no answers)."""
-        answer_columns = [name for name in ("chosen", "rejected") if row.get(name) is not None]
-        texts = {name: checked_text(row.get(name), name) for name in ("question", *answer_columns)}
-        if len(answer_columns) == 1:
-            raise BadRow("one answer", f"the row has only a {answer_columns[0]} answer; both are needed")
-        for name, text in texts.items():
-            refuse_control_tokens(text, self.control_tokens, f"the {name}")
-        stored = self.images_of(row)
-        if len(stored) != 1:
-            raise BadRow("not one image", f"{len(stored)} images; give one path, or its bytes: see --image_column")
-        # Edit images here, to crop or augment them (for evaluation, too). For a second image in a row change the check
-        # above, most_images in text_of_cell, and render for PaliGemma; in a column of its own also image_columns,
-        # images_of and read_rows. Each image needs room in --max_length: 64 tokens (LLaVA 576).
-        images = [load_image(image, max_aspect_ratio=20) for image in stored]  # Idefics2 would stretch narrower ones
-        return question_turn(texts["question"], images), texts.get("chosen"), texts.get("rejected")
+        """A row -> (the prompt's messages as in `read`, chosen text, rejected text); no text if it has no answers.
+        Answers may be whole conversations, which begin with the prompt: TRL's implicit prompt. Raises BadRow."""
+        asked = as_turns(row.get("question"), "user")
+        answers = {}
+        for name in ("chosen", "rejected"):
+            if not is_missing(row.get(name)):
+                answers[name] = as_turns(row[name], "assistant")
+        if len(answers) == 1:
+            raise BadRow("one answer", f"the row has only a {' '.join(answers)} answer; both are needed")
+        turns = asked or answers.get("chosen", [])[:-1]
+        if not turns:
+            raise BadRow("empty question", "there is none; see --question_column")
+        prompt = self.read_prompt(turns, row)
+        texts = []
+        for name, conversation in answers.items():
+            if len(conversation) > 1 or not asked:
+                before = self.read_prompt(conversation[:-1], row) if len(conversation) > 1 else []
+                if [turn["content"] for turn in before] != [turn["content"] for turn in prompt]:
+                    raise BadRow("different prompts", f"the {name} conversation begins with other turns")
+            answer = read_turns(conversation[-1:], "<image>", self.ignored)
+            if [message["role"] for message in answer] != ["assistant"]:
+                raise BadRow("order of turns", f"the {name} answer must be a turn of the assistant")
+            join_texts(answer, images_first=False, strip=True)
+            if not text_of(answer[0]):
+                raise BadRow("empty answer", f"the {name} answer holds nothing but white space")
+            check_texts(answer, self.control_tokens)
+            texts.append(text_of(answer[0]))
+        return prompt, *(texts or (None, None))
 
-    def images_of(self, row):
-        """The images of a row as it has them: paths, {"bytes": ...} or PIL images."""
-        return as_image_list(row.get("image"), row.get("folder") or self.folder)
+    def read_prompt(self, turns, row):
+        """The turns of a prompt -> its messages, with the image as the row has it. Raises BadRow."""
+        prompt = read_turns(turns, "<image>", self.ignored)
+        check_order(prompt)
+        if prompt[-1]["role"] != "user" or (len(prompt) > 1 and not self.processor.chat_template):
+            raise BadRow("no question", "a prompt must end with a turn of the user, and for PaliGemma be one turn")
+        folder = row.get("folder") or self.folder
+        images = as_image_list(row.get("image"), folder)
+        if count_images(prompt, images) != 1:
+            raise BadRow("not one image", f"{len(images)} images; give one path, or its bytes: see --image_column")
+        show_single_image(prompt, images)
+        place_images(prompt, images, folder)
+        join_texts(prompt, images_first=True, strip=True)
+        check_texts(prompt, self.control_tokens, always=True)
+        return prompt
 
 
 def load_model(settings, training):
@@ -392,9 +429,9 @@ class Trainer(DPOTrainer):
         answers = answer_rows(self, rows, self.settings.max_new_tokens)
         samples = []
         for row, before, after in zip(rows, self.answers_before[dataset], answers, strict=True):
-            question, chosen, rejected = self.data_collator.read_pair(row)
-            texts = [text_of(question), before.text, after.text, chosen, rejected]
-            samples.append((row["row"], [question], texts))
+            prompt, chosen, rejected = self.data_collator.read_pair(row)
+            texts = [text_of(prompt[-1]), before.text, after.text, chosen, rejected]
+            samples.append((row["row"], self.data_collator.with_image(prompt), texts))
         if self.is_world_process_zero():
             columns = ["image", "prompt", "before", "after", "chosen", "rejected"]
             append_samples(self.args.output_dir, f"Step {self.state.global_step}", columns, samples)
@@ -410,7 +447,9 @@ def main(argv=None):
 
     processor = load_processor(settings)
     collator = Collator(processor, settings, training)
+    check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
     train_dataset, eval_dataset = load_data(settings, training, collator)
+    require_same_rows(training, checkpoint, train_dataset, eval_dataset)
     example = mark_trained_pair(collator([train_dataset[0]]), processor)
     say(f"\nOne pair as the model sees it, trained tokens in «»:\n\n{example}\n")
 
@@ -584,42 +623,29 @@ ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
+DUMMY_ROW = {"question": "What?", "chosen": "seven", "rejected": "No."}
+
+
 def read_rows(name, split, settings):
     """The numbered rows of a split; None if `split` is None and there is no test split. Raises SystemExit."""
     rows = read_dataset(name, split, settings)
     if rows is None:
         return None
-    image = "images" if "images" in rows.column_names and "image" not in rows.column_names else "image"
-    question = "prompt" if "prompt" in rows.column_names and "question" not in rows.column_names else "question"
-    columns = {"image": settings.image_column or image, "question": settings.question_column or question}
-    columns |= {"chosen": settings.chosen_column, "rejected": settings.rejected_column}
-    return rename_columns(rows, columns, name, optional=("chosen", "rejected"))
-
-
-def checked_text(cell, name):
-    """A text, or a list of one message as in TRL's data -> the text without white space around it. Raises BadRow."""
-    role = "user" if name == "question" else "assistant"
-    text = text_of_cell(cell, role) if isinstance(cell, list) else cell
-    if not isinstance(text, str):
-        form = f"a text in quotes, or a list of one message of the {role} with one text (only a question has an image)"
-        raise BadRow(f"{name} is not a text", f"{cell!r:.200}; make it {form}")
-    if not text.strip():
-        raise BadRow(f"empty {name}", f"{cell!r} holds nothing but white space")
-    return text.strip()
-
-
-def text_of_cell(messages, role):
-    """[one message of this role with one text] -> that text; else None. A user's message may hold an image, too."""
-    if len(messages) != 1 or not isinstance(messages[0], dict) or messages[0].get("role") not in (None, role):
-        return None
-    content = messages[0].get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return None
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
-    most_images = 1 if role == "user" else 0
-    return texts[0] if len(texts) == 1 and len(content) - 1 <= most_images else None
+    columns = {
+        "image": settings.image_column or first_column(rows, ("image", "images", "file_name"), "image"),
+        "question": settings.question_column
+        or first_column(rows, ("question", "prompt", "conversations", "messages"), "question"),
+        "chosen": settings.chosen_column,
+        "rejected": settings.rejected_column,
+    }
+    if columns["question"] not in rows.column_names and isinstance(rows[0].get(columns["chosen"]), list):
+        del columns["question"]  # the answers are whole conversations, which begin with it
+    has_turns = any(isinstance(rows[0].get(column), list) for column in columns.values())
+    if columns["image"] not in rows.column_names and has_turns:
+        del columns["image"]  # it is in a turn
+    require_columns(rows, columns, name, optional=("chosen", "rejected"))
+    rows = check_columns(rows, list(columns.values()), [columns.get("image")], name, settings)
+    return rename_columns(rows, columns)
 
 
 def mark_trained_pair(batch, processor):
@@ -739,6 +765,21 @@ def fail_on_error(message):
         sys.exit(f"error: {message}: {cause}")  # not fail(): perhaps only this process has the problem
 
 
+@contextlib.contextmanager
+def fail_on_source(flag, name, needed=""):
+    """fail_on_error for a `with` block that loads a model from a folder or from the hub."""
+    require_place(f"{flag} {name}", name)
+    where = "" if os.path.exists(name) else " (no such folder here, so it was taken for a hub id)"
+    with fail_on_error(f"{flag} {name}{where}{needed}"):
+        yield
+
+
+def require_place(flag, name):
+    """End the program if a name is neither a file or folder nor of the form of a hub id, owner/name."""
+    is_place = os.path.exists(name) or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    require(is_place, f"{flag}: there is no such file or folder, and it is no hub id (owner/name)")
+
+
 def parse_arguments(parser, refused, argv=None):
     """Flags, and the YAML file of --config, as (settings, training). A flag wins over the file. Raises SystemExit.
     refused: inherited flags that this recipe does not use, besides REFUSED_EVERYWHERE.
@@ -799,10 +840,13 @@ def other_names(flag, known):
     same = [here for here in same if here in known or " " in here]
     if same:
         return f"; its name here is --{same[0]}"
+    return did_you_mean(name, known, "--") or "; --help shows what there is"
+
+
+def did_you_mean(name, known, prefix=""):
+    """What to add to a message about a name: the known ones that are most like it."""
     alike = difflib.get_close_matches(name, known, cutoff=0.7)
-    if alike:
-        return f"; did you mean {' or '.join(f'--{here}' for here in alike)}?"
-    return "; --help shows what there is"
+    return f"; did you mean {' or '.join(f'{prefix}{here}' for here in alike)}?" if alike else ""
 
 
 def print_help(parser, refused):
@@ -877,20 +921,58 @@ class BadRow(ValueError):
         self.detail = detail
 
 
+def is_missing(value):
+    """Whether a cell holds nothing: null, NaN, an empty text, or a list or dict of such."""
+    if isinstance(value, dict):
+        return all(is_missing(item) for item in value.values())
+    if isinstance(value, list):
+        return all(is_missing(item) for item in value)
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value)
+
+
+IMAGE_KEYS = ("bytes", "path", "url", "base64", "image", "image_url", "file_name")  # of an image written as a dict
+NO_VALUE = ("nan", "NaN", "None", "<NA>")  # how pandas writes missing values as text
+
+
 def as_image_list(value, folder):
-    """A row's image or list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images.
-    None, "", and embedded images with neither bytes nor path count as no image."""
+    """An image or a list of images -> list of paths (relative ones: in `folder`), {"bytes": ...} or PIL images.
+    Missing ones are left out. Raises BadRow for a web address, and for what is no image."""
     images = []
     for image in value if isinstance(value, list) else [value]:
+        path = image.get("path") if isinstance(image, dict) else None
+        while isinstance(image, dict) and not is_missing(image):
+            keys = [key for key in IMAGE_KEYS if not is_missing(image.get(key))]
+            if not keys or (len(keys) > 1 and keys != ["bytes", "path"]):
+                raise BadRow("malformed image", f"{image!r:.100} must have one of {', '.join(IMAGE_KEYS)}")
+            image = image[keys[0]]
+        if is_missing(image) or image in NO_VALUE:
+            continue
+        if isinstance(image, str):
+            image = image_from_text(image, folder)
         if isinstance(image, bytes):
-            image = {"bytes": image}
-        if isinstance(image, dict) and not image.get("bytes"):
-            image = image.get("path")
-        if isinstance(image, str) and image:
-            image = os.path.join(folder, image)
-        if image:
-            images.append(image)
+            image = {"bytes": image, "path": path}
+        if not isinstance(image, (str, dict, Image.Image)):
+            raise BadRow("malformed image", f"{image!r:.100} must be a path, bytes, base64 or a PIL image")
+        images.append(image)
     return images
+
+
+# How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64.
+BASE64_IMAGE = re.compile(r"\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}={0,2}\s*")
+
+
+def image_from_text(text, folder):
+    """A path (a relative one: in `folder`), a file:// or data: address, or base64 -> a path or the image's bytes.
+    Raises BadRow."""
+    scheme, _, rest = text.partition(":")
+    if scheme == "data" or BASE64_IMAGE.fullmatch(text):
+        try:
+            return base64.b64decode(rest.partition(";base64,")[2] if scheme == "data" else text)
+        except ValueError as error:
+            raise BadRow("unreadable image", f"{text:.60}... is no base64") from error
+    if rest.startswith("//") and scheme != "file":
+        raise BadRow("web address", f"{text:.300}: images are not downloaded during training; save it to a file first")
+    return os.path.join(folder, unquote(urlparse(text).path) if scheme == "file" else text)
 
 
 def image_key(image):
@@ -912,14 +994,16 @@ def load_image(image, max_aspect_ratio=200):
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's photo and preview
         image.load()  # verify() would accept a truncated JPEG
         upright = to_rgb(image)
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise BadRow("image too large", f"{source} has more than {limit:,} pixels: shrink it") from error
     except Exception as error:  # decoders raise all kinds of exceptions
         cause = getattr(error, "strerror", None) or error
-        remedy = "shrink it" if isinstance(error, Image.DecompressionBombError) else "repair it, or see --image_folder"
-        raise BadRow("unreadable image", f"{source} ({cause}); {remedy}") from error
+        raise BadRow("unreadable image", f"{source} ({cause}); repair it, or see --image_folder") from error
 
     if num_frames > 1:
-        detail = f"{source} holds {num_frames}, only the first would be seen; give each its own file"
-        raise BadRow("several images", detail)
+        detail = f"{source} is animated or has pages, {num_frames} of them; give each that matters its own file"
+        raise BadRow("several frames", detail)
     width, height = upright.size
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
@@ -928,21 +1012,30 @@ def load_image(image, max_aspect_ratio=200):
 
 
 def to_rgb(image):
-    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError if one of 16 or 32 bits is all black."""
+    """A PIL image of any mode -> RGB, upright, on white. Raises ValueError if one of 16 or 32 bits has one value only.
+    Grays of 16 and 32 bits are scaled: the brightest becomes white, and black is 0, or the least value if below 0."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion would clip them to white
-        brightest = image.getextrema()[1]
-        if not 0 < brightest < math.inf:
-            raise ValueError(f"its brightest value is {brightest}")
-        white = 1 if image.mode == "F" and brightest <= 1 else max(255, brightest)
-        scale = 255 / white
-        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")  # PIL takes no other form
+    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip them to white
+        darkest, brightest = image.getextrema()
+        black = min(darkest, 0)
+        if not (brightest > black and math.isfinite(brightest - black)):
+            raise ValueError(f"its values are from {darkest} to {brightest}")
+        white = brightest
+        if black == 0:  # a dark picture of 8 bits stays dark
+            white = 1 if image.mode == "F" and brightest <= 1 else max(255, brightest)
+        scale = 255 / (white - black)
+        offset = -black * scale
+        image = image.convert("F").point(lambda value: value * scale + offset).convert("L")  # PIL takes no other form
     if image.has_transparency_data:  # dropping alpha would turn black ink on nothing into black on black
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+# Splits to evaluate on where none is named: the first that there is.
+EVALUATION_SPLITS = ("test", "validation", "val", "eval")
+EVALUATION_DATA = "the evaluation data"
+NO_ANSWER = "no answer"  # the reason of BadRow for a row with a question only
 
 
 def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
@@ -950,7 +1043,7 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
     is nothing to evaluate (--eval_strategy no, --eval_fraction 0), eval is None, and evaluation is turned off."""
     if eval_rows is not None:  # drawn before they are checked: no need to decode images that are never scored
         eval_rows = draw_rows(eval_rows, settings.max_eval_rows, training.seed)
-        eval_rows = check_and_measure_rows(eval_rows, "the evaluation data", collator, settings, training)
+        eval_rows = check_and_measure_rows(eval_rows, EVALUATION_DATA, collator, settings, training)
     train_rows = check_and_measure_rows(train_rows, name, collator, settings, training)
     if eval_rows is not None:
         return train_rows, eval_rows
@@ -963,8 +1056,9 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
 
 
 def check_and_measure_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens,
-    for samplers. The others are left out, or the program lists them and ends (--on_bad_rows)."""
+    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens.
+    The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
+    without any answers."""
     require(len(rows) > 0, f"{name} is empty: it has no rows")
     text, number = datasets.Value("string"), datasets.Value("int64")
     num_processes = None
@@ -973,11 +1067,13 @@ def check_and_measure_rows(rows, name, collator, settings, training):
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
+    columns = {"reason": text, "detail": text, "length": number, "image_keys": datasets.List(text)}
+    columns |= {"notes": datasets.List(text), "differs": datasets.Value("bool")}
     with training.main_process_first(desc=f"checking {name}"):
         results = rows.map(
             check_row,
             fn_kwargs={"collator": collator, "cache_key": image_times(rows, collator)},
-            features=datasets.Features(reason=text, detail=text, length=number, image_keys=datasets.List(text)),
+            features=datasets.Features(columns),
             remove_columns=rows.column_names,
             num_proc=num_processes,
             desc=f"Checking {name}",
@@ -988,29 +1084,54 @@ def check_and_measure_rows(rows, name, collator, settings, training):
     for n, (reason, detail) in enumerate(zip(results["reason"], results["detail"], strict=True)):
         if reason is not None:
             problems[n] = (reason, detail)
+    if name == EVALUATION_DATA and is_blind(problems, rows, settings):
+        return None
     report_problems(rows, problems, name, settings)
+    for note, count in Counter(itertools.chain.from_iterable(results["notes"])).items():
+        say(f"{name}: {count} rows with {note}")
+    if any(results["differs"]):
+        training.differences = [*getattr(training, "differences", []), "Unicode, white space or parts of texts"]
     rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
 def check_row(row, collator, cache_key):
-    """Try the collator on a row -> {"length", "image_keys", and for a bad row "reason" and "detail"}.
+    """Try the collator on a row -> {"length", "image_keys", "notes" to the user, whether it "differs" from how earlier
+    versions read it, and for a bad row "reason" and "detail"}.
     cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
+    result = {"reason": None, "detail": None, "length": 0, "image_keys": [], "notes": [], "differs": False}
     try:
-        length = collator([row])["attention_mask"].shape[1]
-        keys = [image_key(image) for image in collator.images_of(row)]
+        result["length"] = collator([row])["attention_mask"].shape[1]
+        messages = collator.read(row)
     except BadRow as error:
-        return {"reason": error.reason, "detail": error.detail, "length": 0, "image_keys": []}
-    return {"reason": None, "detail": None, "length": length, "image_keys": keys}
+        return result | {"reason": error.reason, "detail": error.detail}
+    result["image_keys"] = [image_key(image) for image in pil_images(messages)]
+    result["notes"] = sorted({note for message in messages for note in message.get("notes", ())})
+    is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
+    result["differs"] = not is_nfc or any(message.get("differs") for message in messages)
+    return result
+
+
+def is_blind(problems, rows, settings):
+    """Whether no row of the test split has an answer, as in public benchmarks that keep theirs; if so, says so."""
+    was_named = settings.dataset_test_split or settings.eval_dataset_name
+    if (
+        was_named
+        or len(problems) < len(rows)
+        or not {reason for reason, _ in problems.values()} <= {NO_ANSWER, "empty answer"}
+    ):
+        return False
+    share = f"--eval_fraction {settings.eval_fraction:g} of the training images"
+    say(f"the test split has no answers: {share} are held out instead (or name a split: --dataset_test_split)")
+    return True
 
 
 def image_times(rows, collator):
     """[(path, time of its last change)] of the image files that these rows name."""
     paths = set()
-    columns = [column for column in (*collator.image_columns, "folder") if column in rows.column_names]
-    for row in rows.select_columns(columns):
+    for row in rows:
         with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
-            paths.update(image for image in collator.images_of(row) if isinstance(image, str))
+            paths.update(image for image in pil_images(collator.read(row)) if isinstance(image, str))
     return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
 
 
@@ -1045,29 +1166,39 @@ def report_problems(rows, problems, name, settings):
 
 
 def hold_out(rows, settings, training):
-    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation. Of
-    their rows --max_eval_rows are scored, and the rest are not used. Rows that share an image, directly or through
-    other rows, go to the same side: another question about an image that was trained on would be no test."""
+    """Divide rows into (train, eval): about --eval_fraction of the images, chosen by seed, are for evaluation, but no
+    more rows than are scored (--max_eval_rows). Rows that share an image, directly or through other rows, go to the
+    same side: another question about an image that was trained on would be no test."""
     # 1. Groups of images that rows connect. A row without images counts as one image.
     images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
     connected = UnionFind()
     for images in images_of_row:
         connected.union(*images)
     groups = list(connected.to_sets())
-    group_of_image = {image: group for group in groups for image in group}
+    group_of_image = {image: n for n, group in enumerate(groups) for image in group}
+    num_rows_of = Counter(group_of_image[images[0]] for images in images_of_row)
     # 2. Go through the images in random order and hold out the group of each, unless that would exceed the goal.
     goal = max(1, round(settings.eval_fraction * len(group_of_image)))
     shuffled = sorted(group_of_image)
     random.Random(training.seed).shuffle(shuffled)
-    held_out = set()
+    held_out, num_images, num_rows, is_limited = set(), 0, 0, False
     for image in shuffled:
         group = group_of_image[image]
-        if image not in held_out and len(held_out) + len(group) <= goal:
-            held_out |= group
+        if group not in held_out and num_images + len(groups[group]) <= goal:
+            if num_rows + num_rows_of[group] > settings.max_eval_rows:
+                is_limited = True
+                continue
+            held_out.add(group)
+            num_images += len(groups[group])
+            num_rows += num_rows_of[group]
+    if is_limited and num_images < goal:
+        share = f"less than --eval_fraction {settings.eval_fraction:g} is held out"
+        read_differently(training, f"{share}: --max_eval_rows {settings.max_eval_rows} are all that is scored")
     if not held_out:
-        held_out = min(groups, key=len)
-    train = rows.select([n for n, images in enumerate(images_of_row) if images[0] not in held_out])
-    evaluation = rows.select([n for n, images in enumerate(images_of_row) if images[0] in held_out])
+        held_out = {min(range(len(groups)), key=lambda group: (len(groups[group]), num_rows_of[group]))}
+    is_held_out = [group_of_image[images[0]] in held_out for images in images_of_row]
+    train = rows.select([n for n, held in enumerate(is_held_out) if not held])
+    evaluation = rows.select([n for n, held in enumerate(is_held_out) if held])
     remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
     require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
     return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
@@ -1083,26 +1214,35 @@ def read_eval_rows(read_rows, settings, training):
     or if nothing is evaluated. Raises SystemExit."""
     if training.eval_strategy == "no":
         return None
-    if settings.eval_dataset_name:
-        split = settings.dataset_test_split or settings.dataset_train_split
-        return read_rows(settings.eval_dataset_name, split, settings)
-    if settings.dataset_test_split is None and settings.dataset_train_split == "test":
-        return None  # the test split is trained on
-    if settings.dataset_test_split is None and Path(settings.dataset_name).is_file():
-        return None  # a file has one split
-    return read_rows(settings.dataset_name, settings.dataset_test_split, settings)  # for None: test, if there is one
+    rows = read_rows(settings.eval_dataset_name or settings.dataset_name, settings.dataset_test_split, settings)
+    if rows is not None and settings.dataset_test_split is None:
+        earlier = settings.dataset_train_split if settings.eval_dataset_name else "test"
+        if rows.split in EVALUATION_SPLITS and rows.split != earlier:
+            read_differently(training, f"evaluation is on the split {rows.split}")
+    return rows
+
+
+def read_differently(training, note):
+    """Say what is done to rows that earlier versions of this file did not do: see require_same_rows."""
+    training.differences = [*getattr(training, "differences", []), note]
+    say(note)
 
 
 def read_dataset(name, split, settings):
-    """One split as a Dataset; for split None `test`, or None if there is none. Raises SystemExit.
+    """One split as a Dataset. If `split` is None, the first of EVALUATION_SPLITS that there is, except the one that is
+    trained on; if there is none, None, or with --eval_dataset_name dataset_train_split. Raises SystemExit.
     New columns: `row`, the number of the row, and `folder`, where its relative image paths start."""
     config, revision = None, None
     if name == settings.dataset_name:  # another data set, to evaluate on, has neither
         config, revision = settings.dataset_config, settings.dataset_revision
     splits = load_splits(name, config, revision)
-    if split is None and "test" not in splits:
-        return None
-    split = split or "test"
+    if split is None:
+        trained, instead = settings.dataset_train_split, None
+        if settings.eval_dataset_name:
+            trained, instead = None, settings.dataset_train_split
+        split = next((split for split in EVALUATION_SPLITS if split in splits and split != trained), instead)
+        if split is None:
+            return None
     require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
 
     rows = splits[split]
@@ -1127,6 +1267,7 @@ def undecoded(feature):
 def load_splits(name, config, revision):
     """{split: Dataset} of a hub id, folder, saved data set or file; a file has only `train`. Raises SystemExit."""
     path = Path(name)
+    require_place(f"cannot read {name}", name)
     try:
         if path.suffix.lower() in (".json", ".jsonl"):
             splits = {"train": read_json(path)}
@@ -1141,8 +1282,22 @@ def load_splits(name, config, revision):
     except (StopIteration, IndexError):
         fail(f"cannot read {name}: it is empty")
     except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
-        fail(f"cannot read {name}: {error.__cause__ or error}")
-    return splits if isinstance(splits, dict) else {"train": splits}
+        where = "" if path.exists() else " (no such file or folder here, so it was taken for a hub id)"
+        fail(f"cannot read {name}{where}: {error.__cause__ or error}")
+    splits = splits if isinstance(splits, dict) else {"train": splits}
+    for rows in splits.values():
+        if set(rows.column_names) <= {"image", "label"}:
+            refuse_rows_left_out(path)
+    return splits
+
+
+def refuse_rows_left_out(path):
+    """Stop if a folder has files of rows, of which `datasets` read nothing but the images beside them."""
+    files = [file for file in sorted(path.glob("*.json*")) if not file.name.startswith(("metadata.", "dataset_info"))]
+    if files:
+        fail(
+            f"{path} is a folder of images with {files[0].name} beside them: name that file, --dataset_name {files[0]}"
+        )
 
 
 def read_json(path):
@@ -1153,7 +1308,7 @@ def read_json(path):
     for number, line in enumerate(text.split("\n") if is_jsonl else [text], start=1):
         try:
             if line.strip():
-                rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys))
+                rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys, parse_int=read_integer))
         except ValueError as error:
             place = f"line {number}: " if is_jsonl else ""
             form = "a .json file is one list of rows, a .jsonl file has one row a line"
@@ -1175,6 +1330,11 @@ def read_json(path):
     return datasets.Dataset.from_generator(lambda: iter(encoded), features=features)
 
 
+def read_integer(digits):
+    """The digits of an integer -> int; the digits themselves for one of more than 64 bits, which Arrow cannot hold."""
+    return int(digits) if -(2**63) <= int(digits) < 2**63 else digits
+
+
 def refuse_duplicate_keys(pairs):
     """A JSON object -> dict. Raises ValueError for a key that appears twice: json.loads would keep its last value."""
     if len(dict(pairs)) < len(pairs):
@@ -1182,20 +1342,325 @@ def refuse_duplicate_keys(pairs):
     return dict(pairs)
 
 
-def rename_columns(rows, columns, name, optional=()):
-    """Rows of which only these columns are left, under new names: {new: old}. (`id`, `row`, `folder` stay.)
-    Columns in `optional` may be missing, all of them together. Raises SystemExit with the flags to name a column."""
+def first_column(rows, names, otherwise):
+    """The first of these columns that rows have; if they have none, the name `otherwise`."""
+    return next((name for name in names if name in rows.column_names), otherwise)
+
+
+def require_columns(rows, columns, name, optional=()):
+    """Stop unless rows have these columns, {new name: old}. Those in `optional` may be missing, all of them together.
+    Raises SystemExit with the flags to name a column."""
     missing = [new for new, old in columns.items() if old not in rows.column_names]
-    if missing and set(missing) != set(optional):
+    alike = did_you_mean(columns[missing[0]], rows.column_names) if missing else ""
+    if missing and (set(missing) != set(optional) or alike):
         described = " and ".join(f"{columns[new]!r} (--{new}_column)" for new in missing)
         available = [column for column in rows.column_names if column not in ("row", "folder")]
-        fail(f"{name} has no column {described}; it has {', '.join(available)}")
+        fail(f"{name} has no column {described}{alike or '; it has ' + ', '.join(available)}")
     is_unique = len(set(columns.values())) == len(columns)
     require(is_unique, f"one column cannot be two of {', '.join(columns)}: {columns}")
-    new_names = {old: new for new, old in columns.items() if new not in missing}
+
+
+def rename_columns(rows, columns):
+    """Rows of which only these columns are left, under new names: {new: old}. (`id`, `row`, `folder` stay.)"""
+    new_names = {old: new for new, old in columns.items() if old in rows.column_names}
     also_kept = [column for column in ("id", "row", "folder") if column in rows.column_names]
-    rows = rows.select_columns([*new_names, *(column for column in also_kept if column not in new_names)])
-    return rows.rename_columns(new_names)
+    return rows.select_columns([*new_names, *(set(also_kept) - set(new_names))]).rename_columns(new_names)
+
+
+def leaf_texts(cell):
+    """The texts in a cell: itself, those in a list, the words of turns, the values of another dict."""
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, list):
+        for item in cell:
+            yield from leaf_texts(item)
+    elif isinstance(cell, dict):
+        words = [cell[key] for key in ("content", "value", "text") if key in cell]
+        for item in words or cell.values():
+            yield from leaf_texts(item)
+
+
+# ------------------------------------------------------------------------------------------------------ reading a row
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+NAME_OF_TEXT = {"user": "question", "assistant": "answer", "system": "system message"}
+TURN_KEYS = ("role", "from", "content", "value")
+UNREAD_KEY = re.compile(r"text|tool_\w+|function_call|reasoning(_content)?|thinking|bbox")
+LOSS_KEY = re.compile(r"\w*(loss|train|weight|mask)\w*")  # says whether, or how much, a turn is trained
+
+
+# Placeholders of other programs.
+PLACEHOLDER_ELSEWHERE = re.compile(
+    r"^<(video|audio)>|<img>.+?</img>|<(bbox|ref-object)>|<\|?image(here)?[ _]?\d*\|?>", re.IGNORECASE | re.MULTILINE
+)
+
+
+def the_one_of(row, columns, optional=False):
+    """The value of the one of these columns (or keys) that has one. Raises BadRow if two have, or, unless optional, if
+    none has; if optional, that is None."""
+    filled = [column for column in columns if not is_missing(row.get(column))]
+    if len(filled) > 1:
+        both = f"{' and '.join(filled)} both have a value"
+        raise BadRow("two formats", f"{both}: keep one of them, or leave one out, --ignore_columns {filled[1]}")
+    if not filled and not optional:
+        raise BadRow("missing column", f"it has nothing in {' or '.join(columns)}")
+    return row[filled[0]] if filled else None
+
+
+def as_turns(cell, role):
+    """A cell -> list of turns: those that it has, or one of this role, if it is a text, a message or parts of one."""
+    turns = cell if isinstance(cell, list) else [cell]
+    if not all(isinstance(turn, dict) and turn.keys() & {"content", "value"} for turn in turns):
+        return [] if is_missing(cell) else [{"role": role, "content": cell}]
+    return [{**turn, "role": role} if is_missing([turn.get("role"), turn.get("from")]) else turn for turn in turns]
+
+
+def read_turns(turns, marker, ignored=()):
+    """The turns of a conversation -> messages, [{"role", "content": parts}]. A turn is {"role", "content"} or {"from",
+    "value"}; its content is a text, or a list of texts and images. In a user's texts markers (a regex) stand for
+    images. Parts become {"type": "text", "text"} or {"type": "image"} and how its image is found: see place_images.
+    Raises BadRow, also for keys with media or context that are not read, unless they are in `ignored`."""
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):  # a list of dicts, too
+        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("no conversation", f"it must be a list of turns, {{role, content}}, and is {turns!r:.100}")
+    messages = []
+    for n, turn in enumerate(turns):
+        if not isinstance(turn, dict) or is_missing([turn.get("role"), turn.get("from")]):
+            raise BadRow("malformed row", f"turn {n} must be {{role, content}} or {{from, value}}: {turn!r:.100}")
+        speaker = the_one_of(turn, ("role", "from"))
+        role = ROLES.get(str(speaker).lower())
+        if role is None:
+            detail = f"turn {n} is by {speaker!r:.100}; known are human or user, gpt or assistant, system"
+            raise BadRow("unknown role", detail)
+        refuse_unread_keys(turn, TURN_KEYS, ignored, f"turn {n}", role)
+        content = the_one_of(turn, ("content", "value"), optional=True)
+        if role == "system" and is_missing(content):
+            continue
+        content = content if isinstance(content, list) else [content]
+        if sum(isinstance(part, str) for part in content) > 1:
+            detail = f"turn {n} has several texts, {content!r:.100}: join them, or make parts {{type, text}} of them"
+            raise BadRow("malformed row", detail)
+        parts = []
+        for part in content:
+            parts += read_part(part, marker if role == "user" else None, ignored, f"turn {n}")
+        if role != "user" and any(part["type"] == "image" for part in parts):
+            raise BadRow(f"image in a turn of the {role}", f"turn {n}: images belong in the user's turns")
+        messages.append({"role": role, "content": parts})
+    return messages
+
+
+def read_part(part, marker, ignored, place):
+    """A text, or one part of a turn -> list of parts, as in read_turns. Raises BadRow."""
+    if not isinstance(part, dict):
+        part = {"type": "text", "text": part}
+    own = {key: part[key] for key in IMAGE_KEYS if not is_missing(part.get(key))}
+    kind = part.get("type") or ("image" if own else "text")
+    if kind in ("image", "image_url", "input_image"):
+        refuse_unread_keys(part, ("type", "index", *IMAGE_KEYS), ignored, place)
+        others = [key for key, value in part.items() if key not in ("type", "index") and not is_missing(value)]
+        if others and not own:
+            raise BadRow("malformed image", f"{place}: {part!r:.100} must have one of {', '.join(IMAGE_KEYS)}")
+        return [{"type": "image", "image": own or None, "index": read_index(part.get("index"), place)}]
+    if kind not in ("text", "input_text", "output_text") or "text" not in part:
+        raise BadRow("unknown part", f"{place} has {part!r:.200}; known are parts of type text and image")
+    refuse_unread_keys(part, ("type", "text"), ignored, place)
+    if marker is None or not isinstance(part["text"], str):
+        return [{"type": "text", "text": part["text"]}]
+    return split_at_markers(part["text"], marker)
+
+
+def read_index(index, place):
+    """The index of an image part -> int or None. Raises BadRow."""
+    try:
+        return None if index is None else int(index)
+    except (TypeError, ValueError) as error:
+        raise BadRow("malformed row", f"{place}: an image has index {index!r:.100}; it must be a number") from error
+
+
+# Columns that change what a row means, in lower case. Those of IMAGE_NAME_COLUMN may only name an image that is read.
+IMAGE_NAME_COLUMN = re.compile(r"(image|img|picture|photo)s?_?(file_?)?(path|file|name|url|base64|bytes)s?|file_?name")
+MEDIA_COLUMN = re.compile(
+    r"(image|img|picture|photo|pic|frame|video|audio)s?(_?\d+|_[a-d])?|(video|audio)_?(path|file|name|url|bytes)s?"
+)
+CONTEXT_COLUMN = re.compile(
+    r"history|sys(tem)?(_prompt|_message)?|tools|functions|contexts?|instructions?|passage|documents?|hints?"
+)
+
+
+def changes_meaning(column, feature):
+    """Whether a column, or a key of a turn, that is not read may hold media or context, by its name or type."""
+    if any(media in repr(feature) for media in ("Image(", "Audio(", "Video(")):
+        return True
+    return any(pattern.fullmatch(column.lower()) for pattern in (IMAGE_NAME_COLUMN, MEDIA_COLUMN, CONTEXT_COLUMN))
+
+
+def refuse_unread_keys(part, known, ignored, place, role=None):
+    """Raises BadRow if a turn, or a part of one, has a value that changes what it means and is not read."""
+    for key, value in part.items():
+        if key in known or key in ignored or is_missing(value):
+            continue
+        is_trained_otherwise = (
+            role == "assistant" and LOSS_KEY.fullmatch(key) and str(value) not in ("1", "True", "1.0")
+        )
+        if changes_meaning(key, None) or UNREAD_KEY.fullmatch(key) or is_trained_otherwise:
+            detail = f"{place} has {key!r}, which is not read: write it in a form that is, or --ignore_columns {key}"
+            raise BadRow("key that is not read", detail)
+
+
+def split_at_markers(text, marker):
+    """A text in which markers (a regex) stand for images -> list of parts. A marker takes one line break beside it
+    with it: LLaVA's data have one between image and question. All other white space stays."""
+    parts = []
+    for piece in re.split(rf"({marker}\r?\n|\r?\n{marker}|{marker})", text):
+        if re.fullmatch(marker, piece.strip("\r\n")):
+            parts.append({"type": "image", "marker": piece.strip("\r\n"), "line_break": "\n" in piece})
+        elif piece.strip() or piece == text:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def show_single_image(messages, images):
+    """If there is one image and no turn shows it, show it before the first question."""
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    is_shown = any(part["type"] == "image" for parts in questions for part in parts)
+    if len(images) == 1 and questions and not is_shown:
+        if all(is_missing(part["text"]) or str(part["text"]).isspace() for part in questions[0]):
+            raise BadRow("empty question", "the first turn of the user says nothing")
+        marker = next(iter(images)) if isinstance(images, dict) else None
+        questions[0].insert(0, {"type": "image", "marker": marker})
+
+
+def count_images(messages, images):
+    """How many images a row has: `images` of its column, and those that parts of its messages bring."""
+    parts = [part for message in messages for part in message["content"] if part.get("image") is not None]
+    return len(images) + len(parts)
+
+
+def place_images(messages, images, folder):
+    """Give each image part its image: its own, or of `images` (a list, or {marker: image}) the next, or the one of its
+    index or marker. Raises BadRow unless each of `images` is used exactly once."""
+    by_key = images if isinstance(images, dict) else dict(enumerate(images))
+    next_index, wanted = itertools.count(), []
+    for part in (part for message in messages for part in message["content"] if part["type"] == "image"):
+        marker, index, own = part.pop("marker", None), part.pop("index", None), part.get("image")
+        if own is None:
+            key = marker
+            if not isinstance(images, dict) and marker in (None, "<image>"):  # another marker is no place in a list
+                key = next(next_index) if index is None else index
+            wanted.append(key)
+            part["image"] = by_key.get(key)
+        else:
+            found = as_image_list(own, folder)
+            if len(found) != 1:
+                raise BadRow("malformed image", f"{own!r:.100} must be one image: a path, its bytes, or base64")
+            part["image"] = found[0]
+    if Counter(wanted) != Counter(list(by_key)):
+        shown, there = f"the turns show {len(wanted)} images {wanted}", f"the row has {len(by_key)} {list(by_key)}"
+        detail = f"{shown}, {there}; each must be shown exactly once, by its <image>"
+        raise BadRow("images do not match", detail)
+
+
+def join_texts(messages, images_first, strip=False):
+    """Join the texts of a turn that are side by side. images_first: move its images in front of its text, as many chat
+    templates do anyway. strip: take white space off both ends of its text. Raises BadRow for what is no text."""
+    for message in messages:
+        parts, texts = [], [part for part in message["content"] if part["type"] == "text"]
+        for text in texts:
+            text["text"] = clean_text(text["text"], NAME_OF_TEXT[message["role"]])
+        # Earlier versions kept the parts apart, and stripped them.
+        is_stripped = strip or all(text["text"] == text["text"].strip() for text in texts)
+        message["differs"] = len(texts) > 1 or not is_stripped
+        for part in message["content"]:
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                both = parts.pop()["text"] + part["text"]
+                part = {"type": "text", "text": unicodedata.normalize("NFC", both)}
+            parts.append(part)
+        images = [part for part in parts if part["type"] == "image"]
+        if images_first and parts[: len(images)] != images:
+            message["notes"] = ["images after a text: they are shown before it"]
+            parts = [*images, {"type": "text", "text": text_without_images(parts)}]
+        for image in images:
+            image.pop("line_break", None)
+        ends = [part for part in parts if part["type"] == "text"] if images_first else parts
+        if strip and texts and ends[0]["type"] == "text":
+            ends[0]["text"] = ends[0]["text"].lstrip()
+        if strip and texts and ends[-1]["type"] == "text":
+            ends[-1]["text"] = ends[-1]["text"].rstrip()
+        message["content"] = parts
+
+
+def text_without_images(parts):
+    """Parts of a turn -> their text, in which an image leaves the line break that its marker took, or a space."""
+    text, gap = "", ""
+    for part in parts:
+        if part["type"] == "image":
+            gap = "\n" if part.get("line_break") else " "
+            continue
+        sides = text[-1:] + part["text"][:1]
+        is_apart = not text or "\n" in sides or (gap == " " and " " in sides)
+        text += part["text"] if is_apart else gap + part["text"]
+    return text.rstrip(" ") if parts[-1]["type"] == "image" else text
+
+
+def clean_text(value, name):
+    """A text of a row in Unicode's form NFC, in which an accented letter is one character however it was typed. An
+    integer answer becomes its digits. Raises BadRow for what is no text; None, or NaN, becomes an empty text."""
+    if is_missing(value):
+        return ""
+    if name == "answer" and type(value) is int:
+        return str(value)
+    if not isinstance(value, str):
+        detail = f"{value!r:.200}; it must be a text, exactly as the model should read or say it"
+        if isinstance(value, float):
+            detail = f"{value!r}: how it was written is lost; read it as text: pandas.read_csv(file, dtype=str)"
+        raise BadRow(f"{name} is not a text", detail)
+    if re.search("[\ud800-\udfff]", value):
+        raise BadRow("invalid Unicode", f"{value.encode('utf-8', 'replace').decode():.100}: half a character; fix it")
+    return unicodedata.normalize("NFC", value)
+
+
+def check_texts(messages, control_tokens, always=False):
+    """Raises BadRow if a turn says nothing, or a text holds a control token, or a placeholder that is not known. A
+    blank text beside an image goes; with `always` it is an error."""
+    for n, message in enumerate(messages):
+        parts = [part for part in message["content"] if part["type"] == "image" or part["text"].strip()]
+        name = NAME_OF_TEXT[message["role"]]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        if not parts or (always and not texts):
+            raise BadRow(f"empty {name}", f"turn {n} holds nothing, or nothing but white space")
+        for text in texts:
+            refuse_control_tokens(text, control_tokens, f"the {name}")
+            found = message["role"] == "user" and PLACEHOLDER_ELSEWHERE.search(text)
+            if found:
+                detail = (
+                    f"{found[0]!r:.100} in the {name} would be read as words: write <image> for an image of the row"
+                )
+                raise BadRow("unknown placeholder", detail)
+        message["content"] = parts
+
+
+def check_order(messages):
+    """Raises BadRow unless user and assistant alternate, after a system turn, if any."""
+    roles = [message["role"] for message in messages]
+    wanted = ["user", "assistant"] * len(roles)
+    if roles[0] == "system":
+        wanted.insert(0, "system")
+    for n, (role, expected) in enumerate(zip(roles, wanted, strict=False)):
+        if role != expected:
+            raise BadRow("order of turns", f"turn {n} must be the {expected}'s, and is the {role}'s")
+
+
+def require_texts(rendered, messages):
+    """Raises BadRow if the text that is tokenized lacks a text of these messages: the chat template left it out."""
+    position = 0
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text":
+                text = part["text"].strip()
+                position = rendered.find(text, position) + len(text)
+                if position < len(text):
+                    detail = f"the chat template leaves out or changes {part['text']!r:.200}, of the {message['role']}"
+                    raise BadRow("text left out", detail)
 
 
 # ---------------------------------------------------------------------------------------------------- texts and labels
@@ -1214,12 +1679,6 @@ def refuse_control_tokens(text, control_tokens, place):
         raise BadRow("control token", detail)
 
 
-def question_turn(question, images):
-    """A question about PIL images -> the user's turn."""
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-
-
 def answer_turn(text):
     """A text -> the assistant's turn."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
@@ -1233,6 +1692,15 @@ def text_of(message):
 def pil_images(messages):
     """The images of a conversation, in their order."""
     return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def load_images(messages, max_aspect_ratio=200):
+    """Messages with images as a row has them -> the same messages, with PIL images. Raises BadRow."""
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = load_image(part["image"], max_aspect_ratio=max_aspect_ratio)
+    return messages
 
 
 def last_answer(messages):
@@ -1308,6 +1776,53 @@ def train_in_float32(model):
             parameter.data = parameter.data.float()
 
 
+def empty_model(settings):
+    """The model without weights (on the meta device), to look at its modules before any are loaded."""
+    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
+        return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def fit_image_tokens(processor, settings):
+    """Make the processor write as many image tokens for an image as the model makes features, by values from its
+    config.json. Raises SystemExit if the numbers differ all the same."""
+    name = settings.model_name_or_path
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
+        return  # an adapter's folder: its processor was made to fit before training
+    model, device = empty_model(settings), torch.device("meta")
+    config = model.config
+    if hasattr(processor, "num_additional_image_tokens"):
+        vision = config.vision_config
+        image = torch.empty(1, 3, vision.image_size, vision.image_size, device=device)
+        num_outputs = model.get_encoder(modality="image")(image).last_hidden_state.shape[1]
+        values = {
+            "patch_size": vision.patch_size,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        }
+        values["num_additional_image_tokens"] = num_outputs - (vision.image_size // vision.patch_size) ** 2
+        for attribute, value in values.items():
+            if getattr(processor, attribute) != value:
+                say(f"{name}: the processor's {attribute} {getattr(processor, attribute)} is {value}, by config.json")
+                setattr(processor, attribute, value)
+    text, content = processor.image_token, [{"type": "image"}, {"type": "text", "text": "x"}]
+    with fail_on_error(f"{name}: its processor's files, or chat template, do not fit its config.json"):
+        if processor.chat_template:
+            text = processor.apply_chat_template([{"role": "user", "content": content}])
+        inputs = dict(processor(text=[text], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt"))
+        num_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+        inputs = {key: value for key, value in inputs.items() if not key.endswith(("_ids", "_mask", "labels"))}
+        if hasattr(config, "perceiver_config"):  # its resampler cannot run without data
+            num_features = config.perceiver_config.resampler_n_latents * inputs["pixel_values"].shape[1]
+        elif inputs.keys() <= {"pixel_values", "image_sizes"}:  # other models need more, and cannot be asked
+            inputs["pixel_values"] = inputs["pixel_values"].to(device)
+            features = model.get_image_features(**inputs).pooler_output
+            num_features = sum(math.prod(feature.shape[:-1]) for feature in features)
+        else:
+            return
+        if num_tokens != num_features:
+            raise ValueError(f"it writes {num_tokens} tokens for an image, of which the model makes {num_features}")
+
+
 def print_parameters(model, parts):
     """Print how many parameters each part of the model has, how many of them are trained, and how many are in 4-bit.
     A weight belongs to the first part that its name contains, or else to the last one."""
@@ -1381,6 +1896,7 @@ def print_plan(trainer, checkpoint):
 
 # Stands in settings.yaml as a comment, since --config takes keys for flags. Earlier versions did not write it.
 ROWS_NOTE = "# Rows in a step: "
+DIGEST_NOTE = "# Rows, by their numbers and lengths: "
 
 
 def write_settings(training):
@@ -1388,6 +1904,8 @@ def write_settings(training):
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = f"# {Path(__file__).name}\n{ROWS_NOTE}{rows_per_step(training)}\n"
+    if hasattr(training, "rows_digest"):  # see require_same_rows
+        text += f"{DIGEST_NOTE}{training.rows_digest}\n"
     text += yaml.safe_dump(training.as_given, sort_keys=False)
     (output_dir / "settings.part").write_text(text, encoding="utf-8")
     os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
@@ -1432,6 +1950,7 @@ def answer_batch(trainer, rows, max_new_tokens):
     answers = []
     for row_ids, over in zip(ids, is_over, strict=True):
         text = collator.processor.tokenizer.decode(row_ids, skip_special_tokens=True).strip()
+        text = unicodedata.normalize("NFC", text)  # as texts of rows are read
         answers.append(Answer(text, num_tokens=int((~over).sum()), ended=bool(over.any())))
     return answers
 
@@ -1491,6 +2010,144 @@ def check_best_model(training, metrics):
         require(training.eval_steps == training.save_steps, message)
 
 
+MEDIA_WORD = re.compile(r"(^|_)(image|img|picture|photo|page|frame|video|audio|media|speech)s?(_|\d|$)")
+MEDIA_FILE = re.compile(r"\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)", re.IGNORECASE)
+
+
+# Columns that are not worth naming.
+HARMLESS_COLUMN = re.compile(
+    r"(\w+_)?(ids?|idx|index|uid|uuid|source|src|split|dataset|ds_name|url|license|meta|metadata|info|tags?|type|task"
+    r"|topic|category|scores?|rating|model|generator|lang|language|date|time|timestamp|width|height|hash|sha\d*|key)"
+    r"|\w+id|score_\w+|unnamed.*|__index_level_\d__"
+)
+
+
+def check_columns(rows, columns, images, name, settings):
+    """Rows without the columns of --ignore_columns. Prints the names of others that are not read (not in `columns`).
+    Raises SystemExit if a row has a value in one that changes what it means, or if texts hold lists or dicts as text.
+    images: the columns that may hold a row's images; beside one, a column like image_path names the same image."""
+    for flag in ("ignore_columns", "text_columns"):
+        for column in getattr(settings, flag) or ():  # ignored may also be a key of turns
+            alike = did_you_mean(column, rows.column_names)
+            require(column in rows.column_names or not alike, f"--{flag} {column}: {name} has no such column{alike}")
+    rows = rows.remove_columns([column for column in settings.ignore_columns or () if column in rows.column_names])
+    images = [column for column in images if column in rows.column_names]
+    named = []
+    for column in rows.column_names:
+        if column in ("id", "row", "folder", *columns):
+            continue
+        is_known = changes_meaning(column, rows.features[column])
+        is_media = not is_known and holds_media(rows, column)
+        if not is_known and not is_media:
+            named += [] if HARMLESS_COLUMN.fullmatch(column.lower()) else [column]
+            continue
+        # A name of the image that is read, such as image_path beside image, is no second image.
+        beside = IMAGE_NAME_COLUMN.fullmatch(column.lower()) or (is_media and not MEDIA_WORD.search(column.lower()))
+        number = first_row_with(rows, column, images if beside else [])
+        if number is not None:
+            problem = f"row {number} has {column!r}, which is not read, but changes what the row means"
+            remedy = f"Move it into the columns that are read ({', '.join(columns)}), or --ignore_columns {column}"
+            fail(f"{name}: {problem}. {remedy}")
+    if named and getattr(settings, "unread_columns", None) != named:  # of two splits, once
+        settings.unread_columns = named
+        say(f"{name}: columns that are not read: {', '.join(named)}")
+    for column in columns:
+        if column in rows.column_names and column not in (*images, *(settings.text_columns or ())):
+            rows = with_names_of_labels(without_nan(rows, column, name), column)
+            refuse_structure_in_text(rows, column, name)
+    return rows
+
+
+def holds_media(rows, column):
+    """Whether some cells of a column, from all over it, are names of media files."""
+    return any(isinstance(cell, str) and MEDIA_FILE.fullmatch(cell) for cell in sampled_cells(rows, column))
+
+
+def first_row_with(rows, column, unless):
+    """The number of the first row with a value in `column` and none in the columns `unless`; None if there is none.
+    Numbers and words for nothing are no media and no context."""
+    for row in rows.select_columns([column, "row", *unless]):
+        value = row[column]
+        is_nothing = is_missing(value) or isinstance(value, (int, float)) or value in ("[]", "{}", "none", *NO_VALUE)
+        if not is_nothing and all(is_missing(row[other]) for other in unless):
+            return row["row"]
+    return None
+
+
+def sampled_cells(rows, column):
+    """At most some 1,000 cells of a column, from all over it."""
+    return rows.select(range(0, len(rows), max(1, len(rows) // 1000)))[column]
+
+
+def without_nan(rows, column, name):
+    """Rows in which the text "nan" is null, if most rows have it: pandas writes missing values like that."""
+    cells = [cell for cell in sampled_cells(rows, column) if cell is not None]
+    num_nan = sum(cell in NO_VALUE for cell in cells)
+    if num_nan * 2 <= len(cells) or not all(isinstance(cell, str) for cell in cells):
+        return rows
+    say(f"{name}: most of {column!r} is the text nan, taken for a missing value (if meant: --text_columns {column})")
+    cells = [None if cell in NO_VALUE else cell for cell in rows[column]]
+    return rows.remove_columns(column).add_column(column, cells)
+
+
+def with_names_of_labels(rows, column):
+    """Rows in which the numbers of a ClassLabel are its names."""
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        return rows
+    names = [None if number is None else feature.names[number] for number in rows[column]]
+    return rows.remove_columns(column).add_column(column, names)
+
+
+def refuse_structure_in_text(rows, column, name):
+    """Stop if nearly all texts of a column are a list, a dict or messages, written as text. Raises SystemExit."""
+    cells = sampled_cells(rows, column)
+    texts = [text.strip() for cell in cells for text in leaf_texts(cell)]
+    texts = [text for text in texts if text not in ("", "[]", "{}", *NO_VALUE)]
+    decoders = Counter(filter(None, map(decoder_of, texts)))
+    if texts and decoders.total() >= 0.95 * len(texts):
+        decoder = decoders.most_common(1)[0][0]
+        remedy = f"With pandas: table[{column!r}] = table[{column!r}].map({decoder}), and write it with to_json"
+        if decoder == "list":
+            remedy += ", in the script that made this text of NumPy's arrays: they cannot be read back"
+        elif not any(isinstance(cell, str) for cell in cells):
+            remedy = f"Decode each text within the lists, with {decoder}"
+        if not re.search(r"""['"](role|from)['"]""", texts[0]):
+            remedy += f". If they are meant as text: --text_columns {column}"
+        fail(f"{name}: the texts of {column!r} hold lists or dicts, such as {texts[0]:.100}. {remedy}")
+
+
+def decoder_of(text):
+    """The Python function that decodes a list of texts, a dict of languages, or messages; None for another text."""
+    if text.startswith("array("):
+        return "list"
+    if not text.startswith(("[", "{", "(")):
+        return None
+    for decoder, decode in (("json.loads", json.loads), ("ast.literal_eval", ast.literal_eval)):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            value = decode(text)
+            if is_structure(value):
+                is_array = decode is ast.literal_eval and repr(value) != text and re.search(r"""['"]\s+['"]""", text)
+                return "list" if is_array else decoder  # ['a' 'b'], a NumPy array, would become ['ab']
+    return None
+
+
+LANGUAGES = {"en", "fr", "de", "es", "it", "pt", "nl", "pl", "ru", "tr", "ar", "hi", "zh", "ja", "ko"}
+
+
+def is_structure(value):
+    """Whether it is a list with texts, a dict of texts by language, a message or an answer as a dict, or some."""
+    if isinstance(value, (list, tuple, set)):
+        is_plain = all(item is None or isinstance(item, (str, int, float)) for item in value)
+        return any(map(is_structure, value)) or (is_plain and any(isinstance(item, str) for item in value))
+    if not isinstance(value, dict):
+        return False
+    is_code = [re.fullmatch(r"[a-z]{2,3}([-_]\w{2,4})?", str(key)) for key in value]
+    is_by_language = all(is_code) and bool(value.keys() & LANGUAGES)
+    is_turn = bool(value.keys() & {"content", "value", "answer", "answer_start"}) or {"type", "text"} <= value.keys()
+    return is_by_language or is_turn
+
+
 def check_lora_targets(settings, adapter, model, untrainable):
     """Stop if a LoRA target is not a linear layer of the model, or cannot be trained. Raises SystemExit.
     adapter: the LoraConfig, or None. model: may be without weights. untrainable: {part of a path: reason}."""
@@ -1512,11 +2169,27 @@ def check_lora_targets(settings, adapter, model, untrainable):
         require(not inside, f"--lora_target_modules: {inside[:1]} is in {part}, {reason}")
 
 
-def empty_model(settings):
-    """The model without weights (on the meta device), to look at its modules before any are loaded."""
-    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-        return transformers.AutoModelForImageTextToText.from_config(config)
+def check_with_dummy_row(collator, row, name):
+    """Stop if a model's processor and chat template cannot make the batch of a row that has nothing wrong. Raises
+    SystemExit: no row of the user's is at fault."""
+    image = Image.new("RGB", (64, 64))
+    try:
+        collator([{**row, "image": image}])
+    except BadRow as error:
+        if error.reason != "too long":
+            fail(f"{name}: its processor or chat template does not fit this recipe, whatever the rows: {error}")
+    except Exception as error:  # templates and processors raise many kinds of exceptions
+        fail(f"{name}: its processor or chat template cannot make a row: {type(error).__name__}: {error}")
+
+
+def where_they_differ(prompt, whole):
+    """How a row's text goes on where it departs from the prompt of inference."""
+    if whole.startswith(prompt):
+        first, last = whole[len(prompt) :][:20], prompt[-20:]
+        return f"its first characters, {first!r}, change the last tokens of the prompt, {last!r}: begin differently"
+    same = len(os.path.commonprefix([prompt, whole]))
+    before, of_prompt, of_row = prompt[max(0, same - 20) : same], prompt[same:][:20], whole[same:][:20]
+    return f"after {before!r} the prompt has {of_prompt!r}, the row {of_row!r}"
 
 
 # --------------------------------------------------------------------------------------------------- only for resuming
@@ -1559,6 +2232,29 @@ def checkpoint_to_resume(training):
     return str(complete[-1]) if complete else None
 
 
+def require_same_rows(training, checkpoint, train_rows, eval_rows):
+    """Stop if the run in output_dir was begun with other rows, by their numbers and lengths. Raises SystemExit.
+    Earlier versions did not write that down: then rows must be read as they read them (see read_differently)."""
+    digest, is_compared = hashlib.sha256(), training.load_best_model_at_end  # by scores on the rows to evaluate on
+    for rows in (train_rows, eval_rows if is_compared else None):
+        if rows is not None:
+            digest.update(json.dumps([rows["row"][:], rows["length"][:]]).encode())
+    training.rows_digest = digest.hexdigest()[:16]
+    if checkpoint is None:
+        return
+    output_dir = Path(training.output_dir)
+    with contextlib.suppress(OSError):
+        old = re.search(f"{DIGEST_NOTE}(\\w+)", (output_dir / "settings.yaml").read_text(encoding="utf-8"))
+        differences = getattr(training, "differences", [])
+        remedy = "choose another --output_dir, or resume it with what it was begun with"
+        if old is None and differences:
+            problem = f"{output_dir} holds a run of an earlier version, which read these rows differently"
+            fail(f"{problem} ({'; '.join(differences)}): {remedy}")
+        if old is not None and old[1] != training.rows_digest:
+            cause = "the data changed, or how much is held out (--max_eval_rows)"
+            fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
+
+
 def is_complete(checkpoint):
     """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
     patterns = ["*.safetensors", "scheduler.pt", "rng_state*", "trainer_state.json"]
@@ -1577,7 +2273,7 @@ def is_complete(checkpoint):
 
 
 def require_same_settings(training):
-    """Stop if output_dir holds another run, or other settings, or other steps on these GPUs. Raises SystemExit."""
+    """Stop if output_dir holds another run, other settings, or another number of rows in a step. Raises SystemExit."""
     output_dir = Path(training.output_dir)
     remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, output_dir)
     try:

@@ -387,7 +387,7 @@ def test_files_as_windows_writes_them(name, case, images, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- columns
-PAGES = {  # columns of a row, flags without their ending _column, what is asked and answered
+PAGES = {  # columns of a row, flags without their ending _column or _columns, what is asked and answered
     "docvqa's": ({"query": "Q", "answers": ["A"]}, {}, "QA"),
     "one answer": ({"question": "Q", "answer": "A"}, {}, "QA"),
     "query before question": ({"query": "Q", "question": "no", "answers": ["A"], "answer": "no"}, {}, "QA"),
@@ -398,7 +398,7 @@ PAGES = {  # columns of a row, flags without their ending _column, what is asked
     ),
     "other names": (
         {"scan": "red.png", "frage": "Q", "antworten": ["A", "B"], "image": "no.png", "query": "no"},
-        {"image": "scan", "question": "frage", "answers": "antworten"},
+        {"image": "scan", "question": "frage", "answers": "antworten", "ignore": "image"},
         "QAB",
     ),
     "names exchanged": (
@@ -409,7 +409,8 @@ PAGES = {  # columns of a row, flags without their ending _column, what is asked
 }
 ANSWERS = {"chosen": "A", "rejected": "B"}
 PAIRS = {
-    "image before images": ({"images": ["no.png"], "question": "Q", **ANSWERS}, {}, "QAB"),
+    "image, not images": ({"images": ["no.png"], "question": "Q", **ANSWERS}, {"ignore": "images"}, "QAB"),
+    "images are missing": ({"images": None, "question": "Q", **ANSWERS}, {}, "QAB"),
     "question before prompt": ({"question": "Q", "prompt": "no", **ANSWERS}, {}, "QAB"),
     "prompt by flag": ({"question": "no", "prompt": "Q", **ANSWERS}, {"question": "prompt"}, "QAB"),
     "other names of a pair": (
@@ -422,7 +423,7 @@ PAIRS = {
             "question": 5,
             "chosen": 5,
         },
-        {"image": "photo", "question": "frage", "chosen": "besser", "rejected": "schlechter"},
+        {"image": "photo", "question": "frage", "chosen": "besser", "rejected": "schlechter", "ignore": "image"},
         "QAB",
     ),
     "names of a pair exchanged": (
@@ -440,7 +441,7 @@ COLUMNS |= {name: ("dpo_idefics2", *columns) for name, columns in PAIRS.items()}
 def test_columns_have_their_names_by_themselves_or_by_flags(case, row, flags, expected, kind, write, images):
     images(1)
     path = write([{"image": "red.png", **row}] * 2, f"rows.{kind}")
-    flags = {f"{name}_column": column for name, column in flags.items()}
+    flags = {f"{name}_columns" if name == "ignore" else f"{name}_column": column for name, column in flags.items()}
     train, _ = case.load_data(dataset_name=path, eval_fraction=0, **flags)
     collator = case.collator(**flags)
     asked, answered = collator.messages_of(train[0])
@@ -453,7 +454,7 @@ def test_columns_have_their_names_by_themselves_or_by_flags(case, row, flags, ex
 
 MINE = {"row": "mine", "folder": "/nowhere", "length": "long", "image_keys": "keys", "problem": "p", "epoch": 7}
 MINE |= {"labels": [3], "input_ids": [1], "completion_mask": 3, "pixel_values": [0.5], "model": None}
-ALSO_MINE = {"idefics2_docvqa": {"answer": {"text": 1}}, "dpo_idefics2": {"prompt": 5, "images": ["x"]}}
+ALSO_MINE = {"idefics2_docvqa": {"answer": {"text": 1}}, "dpo_idefics2": {"prompt": 5, "images": []}}
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])
@@ -711,8 +712,8 @@ SYSTEM = (
 PAGE = "<fake_token_around_image><image> x {}<fake_token_around_image>"
 PLACES = {"<image_00>": "red.png", "<image_01>": "lime.png"}
 MINICPM = (
-    "{system}<|im_start|>user\nIs\n<image_id>0</image_id><image><image> x {image}</image>\nor\n"
-    "<image_id>1</image_id><image><image> x {image}</image>\nlarger?<|im_end|>\n<|im_start|>assistant\n"
+    "{system}<|im_start|>user\nIs \n<image_id>0</image_id><image><image> x {image}</image>\n or \n"
+    "<image_id>1</image_id><image><image> x {image}</image>\n larger?<|im_end|>\n<|im_start|>assistant\n"
     "«Neither.<|im_end|>»\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n{think}«Equal.<|im_end|>»\n"
 )
 COMPARED = talks("Is <image_01> or <image_00> larger?", "Neither.", "And?", "Equal.", image=PLACES)

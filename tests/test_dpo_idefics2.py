@@ -3,6 +3,7 @@ Idefics2's images, and the same run with models of other families."""
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import bitsandbytes
@@ -98,6 +99,7 @@ def test_what_a_template_puts_behind_the_first_end_is_not_learnt(dpo, tmp_path):
     processor = preferences.processor()
     processor.chat_template = idefics2.CHAT_TEMPLATE.replace(END, f"{END}</s>")
     processor.save_pretrained(tmp_path / "model")
+    shutil.copy(dpo.folder / "model" / "config.json", tmp_path / "model")
     collator = dpo.collator(model_name_or_path=tmp_path / "model")
     answers = [row[which] for which in ("chosen", "rejected") for row in ROWS]
     assert learnt(collator(ROWS), collator.processor.tokenizer) == [f" {answer}{END}" for answer in answers]
@@ -117,7 +119,7 @@ def test_an_eos_that_is_not_special_ends_answers(dpo, tiny_llava):
     unmarked = [SimpleNamespace(content=text, special=special) for text, special in {**marked, "</s>": False}.items()]
     tokenizer = SimpleNamespace(added_tokens_decoder=dict(enumerate(unmarked)), eos_token="</s>")
     tokenizer.convert_tokens_to_ids = list
-    settings = SimpleNamespace(image_folder=None, max_length=None)
+    settings = SimpleNamespace(image_folder=None, ignore_columns=None, max_length=None)
     processor = SimpleNamespace(tokenizer=tokenizer, image_token="<image>")
     made = dpo_idefics2.Collator(processor, settings, settings)
     assert made.end_tokens == ["</s>"] and made.control_tokens == collator.control_tokens
@@ -129,7 +131,7 @@ def test_a_row_without_answers_is_a_question(dpo):
         [asked] = collator.messages_of(unanswered)
         assert (asked["role"], dpo_idefics2.text_of(asked)) == ("user", "What?")
         assert asked["content"][0]["image"].size == (112, 56)
-        with pytest.raises(dpo_idefics2.BadRow, match=r"^no answers: .*--chosen_column and --rejected_column"):
+        with pytest.raises(dpo_idefics2.BadRow, match=r"^no answer: .*--chosen_column and --rejected_column"):
             collator([unanswered])
     answered = {**row, "chosen": "a ", "rejected": " b"}
     question, answer = collator.messages_of(answered)
@@ -141,6 +143,7 @@ def test_a_row_without_answers_is_a_question(dpo):
 @pytest.mark.parametrize("given, edge", [(None, 490), (378, 378), (700, 700), (980, 980)])
 def test_longest_edge_of_the_public_model(given, edge, dpo, tmp_path):
     idefics2.processor(preferences.tokenizer(), height=378, width=980).save_pretrained(tmp_path / "model")
+    shutil.copy(dpo.folder / "model" / "config.json", tmp_path / "model")
     for name, size in (("large", (1000, 1000)), ("small", (400, 380)), ("wide", (1000, 600))):
         Image.new("RGB", size, "blue").save(tmp_path / f"{name}.png")
     settings = {} if given is None else {"longest_edge": given}

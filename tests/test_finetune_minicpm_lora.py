@@ -39,7 +39,7 @@ ANSWERS = [["seven"], ["odd!"], ["!!", "six and two!"], ["a", "Überweisung 漢�
 TURNS = [  # their turns up to the last answer, parts divided by |, as one would write them for inference
     ["red.png|Which digit is this?"],
     ["Hi!"],
-    ["Compare|large.png|with|red.png|. Which?", "!!", "And|lime.png|?"],
+    ["Compare |large.png| with |red.png|. Which?", "!!", "And |lime.png|?"],
     ["blue.png|What?", "a", "Even or odd?", "Überweisung 漢字 😀\nनमस्ते", "e"],
     ["Is seven even or odd?"],
 ]
@@ -114,6 +114,42 @@ def prompt_of(batch):
 
 
 # ------------------------------------------------------------------------------------------------- rows and prompts
+THOUGHT, PLAIN = "<think>\nIt has a bar.\n\nSo </think>\n\nseven", talks("<image>\nEven?", "odd")
+
+
+@native
+def test_thoughts_are_trained_if_the_model_is_to_think(family, collator_of):
+    """With a thought the prompt is that of inference with thinking on; without one, that of inference without."""
+    collator = collator_of(family, enable_thinking=True)
+    rows = [talks("Hi", "odd", "<image>\nWhich?", THOUGHT), talks("Which?", "<think>\n\n</think>\n\nseven"), PLAIN]
+    expected = [
+        ["odd<|im_end|>", "It has a bar.\n\nSo\n</think>\n\nseven<|im_end|>"],
+        ["seven<|im_end|>"],
+        ["odd<|im_end|>"],
+    ]
+    assert trained(collator(rows), collator.processor.tokenizer) == expected
+    prompts = [prompt_of(collator([row])) for row in rows]
+    thinking = collator.tokenize([collator.messages_of(rows[0])[:-1]], prompt=True)["input_ids"][0].tolist()
+    assert prompts[0] == thinking and thinking != prompts[2]
+    quick = collator_of(family)
+    assert prompts[2] == quick.tokenize([quick.messages_of(PLAIN)[:1]], prompt=True)["input_ids"][0].tolist()
+    assert same(collator([PLAIN]), quick([PLAIN]))
+
+
+@native
+@pytest.mark.parametrize(
+    "row, settings, problem",
+    [
+        (talks("q", THOUGHT), {}, "thought in an answer: .It has a bar.*--enable_thinking"),
+        (talks("q", THOUGHT, "q", "a"), {"enable_thinking": True}, "thought in an earlier answer: .*a row that ends"),
+        (talks("q", "<think>open"), {"enable_thinking": True}, "control token: <think> in the answer"),
+    ],
+)
+def test_thoughts_that_would_not_be_trained_are_bad(family, collator_of, row, settings, problem):
+    with pytest.raises(finetune_minicpm_lora.BadRow, match=problem):
+        collator_of(family, **settings)([row])
+
+
 @families
 def test_pictures_are_at_their_places_in_a_batch_as_in_a_row(family, collator_of):
     collator = collator_of(family)
@@ -234,23 +270,25 @@ TWICE = {"<image_0>": "red.png", "<image_1>": "red.png"}
 INSTRUCTED = {"image": "blue.png", "conversations": [SYSTEM, *talks("Which?", "a")["conversations"]]}
 PLACES = {  # a row, what is seen of it, its user's turns as text with # for a picture
     "first": (talks("<image>\nWhich?", "a"), "r", ["#\nWhich?"]),
-    "last": (talks("Which? <image>", "a"), "r", ["Which?\n#"]),
-    "inside": (talks("Is <image> odd?", "a"), "r", ["Is\n#\nodd?"]),
+    "last": (talks("Which?\n<image>", "a"), "r", ["Which?\n#"]),
+    "inside": (talks("Is <image> odd?", "a"), "r", ["Is \n#\n odd?"]),
+    "inside, a line each": (talks("Is\n<image>\nodd?", "a"), "r", ["Is\n#\n\nodd?"]),
     "nowhere": (talks("Which?", "a", "And?", "b"), "r", ["#\nWhich?", "And?"]),
     "nowhere, by its name": (talks("Which?", "a", image={"<image_00>": "lime.png"}), "g", ["#\nWhich?"]),
-    "in a later turn": (talks("Hi", "a", "And <image>?", "b"), "r", ["Hi", "And\n#\n?"]),
+    "in a later turn": (talks("Hi", "a", "And <image>?", "b"), "r", ["Hi", "And \n#\n?"]),
     "alone": (talks("<image>", "a"), "r", ["#"]),
     "two the other way round": (talks("<image_01><image_00>Which?", "a", image=TWO), "gr", ["#\n#\nWhich?"]),
-    "the dict the other way round": (talks("<image_00>, <image_01>", "a", image=REVERSED), "rg", ["#\n,\n#"]),
-    "in two turns": (talks("Is <image_01> odd?", "a", "<image_00>", "b", image=TWO), "gr", ["Is\n#\nodd?", "#"]),
-    "another number": (talks("<image_7> or <image_12>", "a", image=NUMBERED), "br", ["#\nor\n#"]),
+    "the dict the other way round": (talks("<image_00>, <image_01>", "a", image=REVERSED), "rg", ["#\n, \n#"]),
+    "in two turns": (talks("Is <image_01> odd?", "a", "<image_00>", "b", image=TWO), "gr", ["Is \n#\n odd?", "#"]),
+    "another number": (talks("<image_7> or <image_12>", "a", image=NUMBERED), "br", ["#\n or \n#"]),
     "with one unnumbered": (talks("<image_1> <image>", "a", image=ONE_UNNUMBERED), "rb", ["#\n#"]),
     "the same file twice": (talks("<image_0>\n<image_1>", "a", image=TWICE), "rr", ["#\n#"]),
     "no picture": (talks("Which?", "a", image=None), "", ["Which?"]),
     "an empty cell": (talks("Which?", "a", image=""), "", ["Which?"]),
     "an empty dict": (talks("Which?", "a", image={}), "", ["Which?"]),
     "with a system turn": (INSTRUCTED, "b", ["#\nWhich?"]),
-    "white space": (talks("\n <image>\r\n\n  Which\n\n digit? \u3000", " \n a b\n "), "r", ["#\nWhich\n\n digit?"]),
+    "white space": (talks("\n <image>\n\n  Which\n\n digit?", "a b"), "r", ["#\n\n  Which\n\n digit?"]),
+    "a line break of Windows": (talks("<image>\r\nWhich?", "a"), "r", ["#\nWhich?"]),
 }
 
 

@@ -44,8 +44,10 @@ MODES = {  # image, format of its file, pixels
     "I;16 of 12 bits": (picture("I;16", 0, 2056, 4095), "png", [BLACK, GREY, WHITE]),
     "I": (picture("I", 0, 128 * 257, 65535), "tiff", [BLACK, GREY, WHITE]),
     "I of 8 bits": (picture("I", 0, 128, 255), "tiff", [BLACK, GREY, WHITE]),
+    "I below 0": (picture("I", -128, 0, 127), "tiff", [BLACK, GREY, WHITE]),
     "I darker than 8 bits": (picture("I", 0, 128), "tiff", [BLACK, GREY]),
     "F": (picture("F", 0.0, 128.5, 255.0), "tiff", [BLACK, GREY, WHITE]),
+    "F below 0": (picture("F", -128.0, 0.0, 127.0), "tiff", [BLACK, GREY, WHITE]),
     "F to 1": (picture("F", 0.0, 128.5 / 255, 1.0), "tiff", [BLACK, GREY, WHITE]),
 }
 

@@ -97,6 +97,17 @@ def real_size(tiny, out, config):
         if path.name not in ("config.json", "model.safetensors"):
             (out / path.name).write_bytes(path.read_bytes())
     old = json.loads((tiny / "model" / "config.json").read_text())
+    if "vision_config" in config and (out / "processor_config.json").exists():  # its images must fit, too
+        processor = json.loads((out / "processor_config.json").read_text())
+        side = config["vision_config"]["image_size"]
+        if "image_seq_len" in processor:
+            processor["image_seq_len"] = 64
+        else:
+            processor["image_processor"] |= {
+                "size": {"shortest_edge": side},
+                "crop_size": {"height": side, "width": side},
+            }
+        (out / "processor_config.json").write_text(json.dumps(processor))
     keep = {name: old[name] for name in ("image_token_id", "image_token_index") if name in old}
     if "vocab_size" in config:  # MiniCPM-V 2.6: its code wants more of the old configuration
         config = {name: value for name, value in old.items() if name != "layer_types"} | config

@@ -54,22 +54,24 @@ TEXTS = ["a", "x\n\ny", "!", "USER", "ASSISTANT:", "« a »", "a  b", "1. one\n2
 
 
 @pytest.fixture(scope="module")
-def chatml(tmp_path_factory):
-    """A folder with the processor of a LLaVA-1.5 whose template ends each turn with the tokenizer's own EOS."""
+def chatml(tiny_llava, tmp_path_factory):
+    """A folder with a LLaVA-1.5, without weights, whose template ends each turn with the tokenizer's own EOS."""
     out, processor = tmp_path_factory.mktemp("chatml"), llava.processor()
     processor.chat_template = CHATML
     processor.tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     processor.tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
     processor.save_pretrained(out / "model")
+    shutil.copy(tiny_llava / "model" / "config.json", out / "model")
     return out
 
 
 @pytest.fixture(scope="module")
-def bos_in_template(tmp_path_factory):
-    """A folder with the processor of a LLaVA-1.5 whose template begins with BOS, and ends no answer."""
+def bos_in_template(tiny_llava, tmp_path_factory):
+    """A folder with a LLaVA-1.5, without weights, whose template begins with BOS, and ends no answer."""
     out, processor = tmp_path_factory.mktemp("bos_in_template"), llava.processor()
     processor.chat_template = "{{ bos_token }}" + llava.CHAT_TEMPLATE
     processor.save_pretrained(out / "model")
+    shutil.copy(tiny_llava / "model" / "config.json", out / "model")
     return out
 
 
@@ -169,11 +171,13 @@ def test_an_answer_may_be_any_text(answer, setup):
 
 @some_setups("idefics2_docvqa", "dpo_idefics2", "finetune_minicpm_lora, 4.6", "finetune_minicpm_lora, 2.6")
 def test_white_space_around_texts_is_not_learnt(setup):
+    """Of MiniCPM-V it stays around questions."""
     tidy, loose = (
-        setup.row([(question, "red.png"), answer])
+        setup.collator([setup.row([(question, "red.png"), answer])])
         for question, answer in (("What?", "47"), ("  What? \r\n", "\n 47\r\n "))
     )
-    assert sequences(setup.collator([loose])) == sequences(setup.collator([tidy]))
+    assert trained(loose, setup.collator.processor.tokenizer) == trained(tidy, setup.collator.processor.tokenizer)
+    assert setup.recipe.name == "finetune_minicpm_lora" or sequences(loose) == sequences(tidy)
 
 
 @some_setups(*[name for name in SETUPS if name.startswith("sft_llava")])

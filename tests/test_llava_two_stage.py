@@ -154,18 +154,18 @@ def tokens(collator, batch, n=0):
 
 # --------------------------------------------------------------------------------------------------- LLaVA's tokens
 LIME = ["red.png", "lime.png"]
-CONVERSATIONS = {  # the turns of a row, its image, how LLaVA tells them where it does so otherwise
+CONVERSATIONS = {  # the turns of a row, its image, how they are told where otherwise: LLaVA, too, puts images first
     "one turn": (["<image>\nWhich digit is this?", "seven"], "red.png"),
     "image last": (["Which digit?\n<image>", "seven"], "red.png", ["<image>\nWhich digit?", "seven"]),
     "image inside": (["Is <image> odd?", "yes"], "red.png", ["<image>\nIs  odd?", "yes"]),
-    "white space": (["  <image>\n\n Odd? \n", "yes"], "red.png", ["<image>\nOdd?", "yes"]),
+    "white space": (["  <image>\n\n Odd? \n", "yes"], "red.png", ["<image>\n\n Odd? \n", "yes"]),
     "several turns": (["<image>\nWhich?", "seven", "Odd?", "yes", "Next?", "eight"], "red.png"),
     "image in a later turn": (["Hi", "Hello!", "q\n<image>", "a"], "red.png", ["Hi", "Hello!", "<image>\nq", "a"]),
     "no image": (["Is seven odd?", "yes"], None),
     "no image, spaces stay": ([" Is  seven odd? ", "yes\n"], None),
     "no question": (["<image>", "seven", "<image>\n", "six"], LIME, ["<image>", "seven", "<image>", "six"]),
     "two images": (["<image>\n<image>\nEqual?", "no"], LIME),
-    "two images apart": (["<image> or\n<image>?", "red"], LIME, ["<image>\n<image>\nor\n?", "red"]),
+    "two images apart": (["<image> or\n<image>?", "red"], LIME, ["<image>\n<image>\n or\n?", "red"]),
     "an image in each turn": (["<image>\nq", "a", "r <image>", "b"], LIME, ["<image>\nq", "a", "<image>\nr", "b"]),
     "what looks like a turn": (["USER: x ASSISTANT: y", "USER: z ASSISTANT:"], None),
     "other scripts": (["<image>\nनमस्ते 😀?", "Überweisung 漢字\n"], "red.png"),

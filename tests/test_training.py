@@ -502,7 +502,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(runs, variant):
         assert not stock.load_state_dict(weights, strict=False).unexpected_keys
         for (_, p), (_, q) in zip(stock.named_parameters(), trainer.model.named_parameters()):
             p.requires_grad_(q.requires_grad)
-        blind = [row for row in rows if not trainer.data_collator.images_of(row)]
+        blind = [row for row in rows if not row["image_keys"]]
         trains_words = VARIANTS[variant].adapted or "full" in variant  # else there is nothing to learn without images
         for some in [rows, blind] if blind and trains_words else [rows]:
             batch = trainer.data_collator(some)
@@ -529,7 +529,7 @@ def test_the_trained_model_can_be_merged_in_the_same_process(runs, variant):
     assert {*replaced} <= {"", "base_model.model"}  # TRL and Accelerate leave one
     assert not re.search("forward_pairs|run_once", repr(vars(model.get_base_model()).get("forward")))
     rows = list(done.trainer.train_dataset)
-    blind = [row for row in rows if not done.trainer.data_collator.images_of(row)]
+    blind = [row for row in rows if not row["image_keys"]]
     batches = [done.inputs(some) for some in (rows, blind) if some]
     adapter = [logits(model, copy_of(batch)) for batch in batches]
     with model.disable_adapter():

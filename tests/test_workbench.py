@@ -1,5 +1,6 @@
 """What the workbench does is the same in every recipe: each test runs over all five copies."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -70,10 +71,12 @@ def test_rows_that_are_all_connected_cannot_be_divided(divide):
         divide(CHAIN)
 
 
-def test_at_most_so_many_rows_are_kept_for_evaluation_and_always_the_same(divide):
-    images = [[f"{n % 10}"] for n in range(100)]
+@pytest.mark.parametrize("num_images, num_trained", [(100, 93), (10, 90)])  # an image's ten rows stay together
+def test_no_more_rows_are_held_out_than_are_scored_and_always_the_same(divide, num_images, num_trained):
+    images = [[f"{n % num_images}"] for n in range(100)]
     train, held_out = divide(images, max_eval_rows=7)
-    assert len(train) == 70 and len(held_out) == 7 and not {n % 10 for n in train} & {n % 10 for n in held_out}
+    assert len(train) == num_trained and len(held_out) == 7
+    assert not {n % num_images for n in train} & {n % num_images for n in held_out}
     assert divide(images, max_eval_rows=7) == (train, held_out) != divide(images, seed=1, max_eval_rows=7)
 
 
@@ -112,6 +115,36 @@ def begun(recipe, tmp_path):
 
     recipe.write_settings(make())
     return make
+
+
+@pytest.mark.parametrize(
+    "begun_with, differences, lengths, refused",
+    [
+        ([3, 4, 5], [], [3, 4, 5], None),
+        ([3, 4, 5], ["whatever"], [3, 4, 5], None),  # it was begun by this version
+        ([3, 4, 5], [], [3, 4, 6], "holds a run on other rows .*--max_eval_rows.*another --output_dir"),
+        ([3, 4, 5], [], [3, 4], "holds a run on other rows"),
+        (None, [], [3, 4, 5], None),  # by an earlier version, which read these rows alike
+        (
+            None,
+            ["a split", "a text"],
+            [3, 4, 5],
+            r"earlier version, which read these rows differently \(a split; a text",
+        ),
+    ],
+)
+def test_a_run_is_resumed_on_the_same_rows_only(recipe, begun, tmp_path, begun_with, differences, lengths, refused):
+    def rows(lengths):
+        return datasets.Dataset.from_dict({"row": list(range(len(lengths))), "length": lengths})
+
+    if begun_with:
+        first = begun()
+        recipe.require_same_rows(first, None, rows(begun_with), None)
+        recipe.write_settings(first)
+    resumed = begun(differences=differences)
+    expected = contextlib.nullcontext() if refused is None else pytest.raises(SystemExit, match=refused)
+    with expected:
+        recipe.require_same_rows(resumed, tmp_path / "checkpoint-1", rows(lengths), rows([9]))
 
 
 GIVEN = {
@@ -346,7 +379,7 @@ def work():  # for several threads
 def collator(rows):
     return {"attention_mask": torch.ones(1, 1 + work())}
 
-collator.image_columns, collator.images_of = ["image"], lambda row: []
+collator.read = lambda row: []
 work()
 for name in sys.argv[2:]:
     recipe = __import__(name)

@@ -177,7 +177,8 @@ def look_at(rows, collator, recipe):
                 ids, trained, real = shape_of(collator([row]))
                 entry |= {"length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum())}
                 entry["images"] = list(sizes)
-                entry["image_keys"] = [recipe.image_key(image) for image in collator.images_of(row)]  # see hold_out
+                images = recipe.pil_images(collator.read(row))
+                entry["image_keys"] = [recipe.image_key(image) for image in images]  # see hold_out
             except recipe.BadRow as e:
                 entry["problem"] = f"{e.reason}: {e.detail}"
                 entry["images"] = list(sizes)
