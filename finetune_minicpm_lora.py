@@ -162,7 +162,7 @@ REFUSED_HERE = """label_smoothing_factor label_names prediction_loss_only use_li
 torch_compile""".split()
 PLACEHOLDER = r"<image(?:_\d+)?>"  # what stands for an image in a user's turn
 TURNS = ["conversations", "messages"]  # columns of a row: the one that has a value is read
-IMAGES = ["image", "images", "file_name"]
+IMAGES = ["image", "images"]  # or file_name
 DUMMY_ROW = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "seven"}]}
 # model_type -> the paths of the model's parts. minicpmv is 2.6: its own code is called in functions that end in _26.
 PARTS_4 = {"vision": "model.vision_tower", "projector": "model.merger", "language": "model.language_model"}
@@ -289,6 +289,8 @@ class Collator:
         for start, message in zip(starts, messages, strict=True):
             if message["role"] == "assistant":
                 first = start + self.header_length(ids[start:], message, is_last=message is messages[-1])
+                if self.turn_end not in ids[first:]:
+                    raise BadRow("no end of the answer", "the chat template does not end it with <|im_end|>")
                 end = ids.index(self.turn_end, first) + 1
                 labels[first:end] = ids[first:end]
         return labels
@@ -301,7 +303,9 @@ class Collator:
         for header in headers:
             if ids[: len(header)] == header:
                 return len(header)
-        raise BadRow("prompt changed", f"{text_of(message)[:40]!r} changes the tokens before it: start it differently")
+        begins, header = (self.processor.tokenizer.decode(some) for some in (ids[: len(headers[0]) + 3], headers[0]))
+        detail = f"the answer begins {begins!r}, and must begin {header!r}; in a row start it differently"
+        raise BadRow("prompt changed", detail)
 
     def tokenize(self, conversations, prompt=False):
         """Lists of messages -> the processor's batch. With `prompt` it ends where the model is to answer."""
@@ -325,10 +329,10 @@ class Collator:
         folder = row.get("folder") or self.folder
         messages = read_turns(the_one_of(row, TURNS), PLACEHOLDER, self.ignored)
         check_order(messages)
-        images = images_by_placeholder(the_one_of(row, IMAGES, optional=True), folder)
+        images = images_by_placeholder(the_one_of(row, IMAGES, optional=True) or row.get("file_name"), folder)
         show_single_image(messages, images)  # as in the official code
-        place_images(messages, images, folder)
         join_texts(messages, images_first=False, strip=True)  # the chat template of 4.6 and 4.7 strips turns, too
+        place_images(messages, images, folder)
         take_thought(messages, self.enable_thinking)
         check_texts(messages, self.control_tokens)
         return messages
@@ -478,9 +482,12 @@ def main(argv=None):
     check(settings, training)
     checkpoint = checkpoint_to_resume(training)
     transformers.set_seed(training.seed)
-    parts = PARTS[load_config(settings).model_type]
+    config = load_config(settings)
+    parts = PARTS[config.model_type]
 
     processor = load_processor(settings)
+    patch, patch_of_model = processor.image_processor.patch_size, config.vision_config.patch_size
+    require(patch == patch_of_model, f"the processor's patch_size is {patch}, that of config.json is {patch_of_model}")
     collator = Collator(processor, settings, training)
     check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
     train_dataset, eval_dataset = load_data(settings, training, collator)
@@ -527,17 +534,18 @@ def read_rows(name, split, settings):
     rows = read_dataset(name, split, settings)
     if rows is None:
         return None
-    rows = check_columns(rows, [*TURNS, *IMAGES], IMAGES, name, settings)
-    return keep_columns(rows, TURNS, IMAGES, name)
+    images = [*IMAGES, "file_name"]
+    rows = check_columns(rows, [*TURNS, *images], images, name, settings)
+    return keep_columns(rows, TURNS, images, name)
 
 
 def images_by_placeholder(value, folder):
     """A row's images -> a list of them, or {placeholder: image} if they are named. Raises BadRow."""
-    if not isinstance(value, dict) or value.keys() & {"bytes", "path", "url"}:
+    if not isinstance(value, dict) or value.keys() & set(IMAGE_KEYS):
         return as_image_list(value, folder)
     images = {}
     for placeholder, image in value.items():
-        if image is None:  # Arrow adds other rows' placeholders
+        if is_missing(image):  # Arrow adds other rows' placeholders
             continue
         found = as_image_list(image, folder)
         if not re.fullmatch(PLACEHOLDER, placeholder) or len(found) != 1:
@@ -957,7 +965,8 @@ def image_key(image):
 def load_image(image, max_aspect_ratio=200):
     """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
     source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
-    source = f"{source:.300}"  # an image written as text would be long
+    if len(source) > 100 and not re.search(r"\.\w{2,5}$", source):  # an image written as text, of no known kind
+        source = f"{source:.60}..."
     try:
         if isinstance(image, dict):
             image = Image.open(io.BytesIO(image["bytes"]))
@@ -987,7 +996,9 @@ def to_rgb(image):
     """A PIL image of any mode -> RGB, upright, on white. Raises ValueError if one of 16 or 32 bits has one value only.
     Grays of 16 and 32 bits are scaled: the brightest becomes white, and black is 0, or the least value if below 0."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # PIL's own conversion would clip them to white
+    if image.mode.startswith("I;"):  # of 16 bits in some byte order: PIL does not know the extrema of all of them
+        image = image.convert("I")
+    if image.mode in ("I", "F"):  # PIL's own conversion would clip them to white
         darkest, brightest = image.getextrema()
         black = min(darkest, 0)
         if not (brightest > black and math.isfinite(brightest - black)):
@@ -1087,11 +1098,8 @@ def check_row(row, collator, cache_key):
 def is_blind(problems, rows, settings):
     """Whether no row of the test split has an answer, as in public benchmarks that keep theirs; if so, says so."""
     was_named = settings.dataset_test_split or settings.eval_dataset_name
-    if (
-        was_named
-        or len(problems) < len(rows)
-        or not {reason for reason, _ in problems.values()} <= {NO_ANSWER, "empty answer"}
-    ):
+    reasons = {reason for reason, _ in problems.values()}
+    if was_named or len(problems) < len(rows) or not reasons <= {NO_ANSWER, "empty answer", "missing column"}:
         return False
     share = f"--eval_fraction {settings.eval_fraction:g} of the training images"
     say(f"the test split has no answers: {share} are held out instead (or name a split: --dataset_test_split)")
@@ -1251,21 +1259,20 @@ def load_splits(name, config, revision):
             splits = datasets.load_from_disk(name)
         else:
             splits = datasets.load_dataset(name, config, revision=revision)
+            if any(set(rows.column_names) <= {"image", "label"} for rows in splits.values()):
+                refuse_rows_left_out(path)
     except (StopIteration, IndexError):
         fail(f"cannot read {name}: it is empty")
     except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         where = "" if path.exists() else " (no such file or folder here, so it was taken for a hub id)"
         fail(f"cannot read {name}{where}: {error.__cause__ or error}")
-    splits = splits if isinstance(splits, dict) else {"train": splits}
-    for rows in splits.values():
-        if set(rows.column_names) <= {"image", "label"}:
-            refuse_rows_left_out(path)
-    return splits
+    return splits if isinstance(splits, dict) else {"train": splits}
 
 
 def refuse_rows_left_out(path):
     """Stop if a folder has files of rows, of which `datasets` read nothing but the images beside them."""
-    files = [file for file in sorted(path.glob("*.json*")) if not file.name.startswith(("metadata.", "dataset_info"))]
+    files = [file for file in sorted(path.glob("*")) if file.suffix.lower() in (".json", ".jsonl")]
+    files = [file for file in files if file.name not in ("metadata.jsonl", "dataset_info.json", "dataset_infos.json")]
     if files:
         fail(
             f"{path} is a folder of images with {files[0].name} beside them: name that file, --dataset_name {files[0]}"
@@ -1342,7 +1349,7 @@ def leaf_texts(cell):
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NAME_OF_TEXT = {"user": "question", "assistant": "answer", "system": "system message"}
 TURN_KEYS = ("role", "from", "content", "value")
-UNREAD_KEY = re.compile(r"text|tool_\w+|function_call|reasoning(_content)?|thinking|bbox")
+UNREAD_KEY = re.compile(r"text|tool_\w+|function_call|reasoning(_content)?|thinking|bbox|media|attachments?|files?")
 LOSS_KEY = re.compile(r"\w*(loss|train|weight|mask)\w*")  # says whether, or how much, a turn is trained
 
 
@@ -1369,8 +1376,11 @@ def read_turns(turns, marker, ignored=()):
     "value"}; its content is a text, or a list of texts and images. In a user's texts markers (a regex) stand for
     images. Parts become {"type": "text", "text"} or {"type": "image"} and how its image is found: see place_images.
     Raises BadRow, also for keys with media or context that are not read, unless they are in `ignored`."""
-    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):  # a list of dicts, too
-        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+    if isinstance(turns, dict) and all(
+        isinstance(values, list) for values in turns.values()
+    ):  # as datasets may have it
+        lengths = {len(values) for values in turns.values()}
+        turns = [{key: turns[key][n] for key in turns} for n in range(min(lengths))] if len(lengths) == 1 else None
     if not isinstance(turns, list) or not turns:
         raise BadRow("no conversation", f"it must be a list of turns, {{role, content}}, and is {turns!r:.100}")
     messages = []
@@ -1423,7 +1433,7 @@ def read_index(index, place):
     """The index of an image part -> int or None. Raises BadRow."""
     try:
         return None if index is None else int(index)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadRow("malformed row", f"{place}: an image has index {index!r:.100}; it must be a number") from error
 
 
@@ -1433,7 +1443,7 @@ MEDIA_COLUMN = re.compile(
     r"(image|img|picture|photo|pic|frame|video|audio)s?(_?\d+|_[a-d])?|(video|audio)_?(path|file|name|url|bytes)s?"
 )
 CONTEXT_COLUMN = re.compile(
-    r"history|sys(tem)?(_prompt|_message)?|tools|functions|contexts?|instructions?|passage|documents?|hints?"
+    r"\w*history|sys|system(_\w+)?|tools?|functions|contexts?|instructions?|passage|documents?|hints?"
 )
 
 
@@ -1449,9 +1459,10 @@ def refuse_unread_keys(part, known, ignored, place, role=None):
     for key, value in part.items():
         if key in known or key in ignored or is_missing(value):
             continue
-        is_trained_otherwise = (
-            role == "assistant" and LOSS_KEY.fullmatch(key) and str(value) not in ("1", "True", "1.0")
-        )
+        as_trained = ("1", "1.0", "True")
+        if re.fullmatch(r"mask(ed)?|(no|ignore)_\w+|un\w+", key):  # that it is not trained
+            as_trained = ("0", "0.0", "False")
+        is_trained_otherwise = role == "assistant" and LOSS_KEY.fullmatch(key) and str(value) not in as_trained
         if changes_meaning(key, None) or UNREAD_KEY.fullmatch(key) or is_trained_otherwise:
             detail = f"{place} has {key!r}, which is not read: write it in a form that is, or --ignore_columns {key}"
             raise BadRow("key that is not read", detail)
@@ -1576,9 +1587,7 @@ def check_texts(messages, control_tokens, always=False):
             refuse_control_tokens(text, control_tokens, f"the {name}")
             found = message["role"] == "user" and PLACEHOLDER_ELSEWHERE.search(text)
             if found:
-                detail = (
-                    f"{found[0]!r:.100} in the {name} would be read as words: write <image> for an image of the row"
-                )
+                detail = f"{found[0]!r:.100} in the {name} would be read as words: write <image> for an image"
                 raise BadRow("unknown placeholder", detail)
         message["content"] = parts
 
@@ -1958,8 +1967,14 @@ def check_best_model(training, metrics):
         require(training.eval_steps == training.save_steps, message)
 
 
-MEDIA_WORD = re.compile(r"(^|_)(image|img|picture|photo|page|frame|video|audio|media|speech)s?(_|\d|$)")
-MEDIA_FILE = re.compile(r"\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg)", re.IGNORECASE)
+# Columns whose values are media, also beside an image that is read: reference_image, image_list.
+SECOND_MEDIA = re.compile(
+    r"\w+_(image|img|picture|photo|frame)s?|(image|img|pic|picture|photo|video|audio)s?_list|media"
+)
+MEDIA_FILE = re.compile(
+    r"\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|hei[cf]|avif|dcm|mp4|avi|mov|mkv|webm|wav|mp3|m4a|flac|ogg)(\?\S*)?",
+    re.IGNORECASE,
+)
 
 
 # Columns that are not worth naming.
@@ -1985,12 +2000,14 @@ def check_columns(rows, columns, images, name, settings):
         if column in ("id", "row", "folder", *columns):
             continue
         is_known = changes_meaning(column, rows.features[column])
-        is_media = not is_known and holds_media(rows, column)
-        if not is_known and not is_media:
+        has_media = not is_known and holds_media(rows, column)
+        if not is_known and not has_media:
             named += [] if HARMLESS_COLUMN.fullmatch(column.lower()) else [column]
             continue
         # A name of the image that is read, such as image_path beside image, is no second image.
-        beside = IMAGE_NAME_COLUMN.fullmatch(column.lower()) or (is_media and not MEDIA_WORD.search(column.lower()))
+        beside = IMAGE_NAME_COLUMN.fullmatch(column.lower()) or (
+            has_media and not SECOND_MEDIA.fullmatch(column.lower())
+        )
         number = first_row_with(rows, column, images if beside else [])
         if number is not None:
             problem = f"row {number} has {column!r}, which is not read, but changes what the row means"
@@ -2000,15 +2017,28 @@ def check_columns(rows, columns, images, name, settings):
         settings.unread_columns = named
         say(f"{name}: columns that are not read: {', '.join(named)}")
     for column in columns:
-        if column in rows.column_names and column not in (*images, *(settings.text_columns or ())):
+        if column not in rows.column_names or column in (settings.text_columns or ()):
+            continue
+        if column not in images:
             rows = with_names_of_labels(without_nan(rows, column, name), column)
+        if not isinstance(rows.features[column], datasets.Image):
             refuse_structure_in_text(rows, column, name)
     return rows
 
 
 def holds_media(rows, column):
-    """Whether some cells of a column, from all over it, are names of media files."""
-    return any(isinstance(cell, str) and MEDIA_FILE.fullmatch(cell) for cell in sampled_cells(rows, column))
+    """Whether most cells of a column, of a sample, are media: bytes, base64, or names of media files."""
+    cells = [cell for cell in sampled_cells(rows, column) if not is_missing(cell)]
+    return 2 * sum(map(is_media, cells)) > len(cells)
+
+
+def is_media(cell):
+    """Whether a cell is bytes, base64, or the name of a media file, or a list or dict that holds such."""
+    if isinstance(cell, (list, dict)):
+        return any(map(is_media, cell.values() if isinstance(cell, dict) else cell))
+    if isinstance(cell, str):
+        return bool(cell.startswith("data:") or MEDIA_FILE.fullmatch(cell) or BASE64_IMAGE.fullmatch(cell))
+    return isinstance(cell, bytes)
 
 
 def first_row_with(rows, column, unless):
@@ -2071,16 +2101,20 @@ def decoder_of(text):
         return "list"
     if not text.startswith(("[", "{", "(")):
         return None
+    # NumPy writes ['a' 'b' None], which would be read as ['ab' ...], or not at all.
+    with_commas = re.sub(r"""(?<=['"}\]])\s+(\.\.\.\s+)?(?=['"{\[]|None|nan)""", ", ", text)
     for decoder, decode in (("json.loads", json.loads), ("ast.literal_eval", ast.literal_eval)):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             value = decode(text)
-            if is_structure(value):
-                is_array = decode is ast.literal_eval and repr(value) != text and re.search(r"""['"]\s+['"]""", text)
-                return "list" if is_array else decoder  # ['a' 'b'], a NumPy array, would become ['ab']
+            if is_structure(value) and (decode is json.loads or with_commas == text or repr(value) == text):
+                return decoder
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        if is_structure(ast.literal_eval(re.sub(r"\bnan\b", "None", with_commas))):
+            return "list"
     return None
 
 
-LANGUAGES = {"en", "fr", "de", "es", "it", "pt", "nl", "pl", "ru", "tr", "ar", "hi", "zh", "ja", "ko"}
+LANGUAGES = set("en fr de es it pt nl pl ru tr ar hi zh ja ko vi th cs sv da fi el he uk ro hu bn fa ms".split())
 
 
 def is_structure(value):
@@ -2091,8 +2125,9 @@ def is_structure(value):
     if not isinstance(value, dict):
         return False
     is_code = [re.fullmatch(r"[a-z]{2,3}([-_]\w{2,4})?", str(key)) for key in value]
-    is_by_language = all(is_code) and bool(value.keys() & LANGUAGES)
-    is_turn = bool(value.keys() & {"content", "value", "answer", "answer_start"}) or {"type", "text"} <= value.keys()
+    is_by_language = all(is_code) and any(re.split("[-_]", str(key))[0] in LANGUAGES for key in value)
+    keys = {"content", "value", "answer", "answer_start", "bytes"}
+    is_turn = bool(value.keys() & keys) or {"type", "text"} <= value.keys()
     return is_by_language or is_turn
 
 
@@ -2124,8 +2159,9 @@ def check_with_dummy_row(collator, row, name):
     try:
         collator([{**row, "image": image}])
     except BadRow as error:
+        problem = str(error).partition("; in a row ")[0]
         if error.reason != "too long":
-            fail(f"{name}: its processor or chat template does not fit this recipe, whatever the rows: {error}")
+            fail(f"{name}: its processor or chat template does not fit this recipe, whatever the rows: {problem}")
     except Exception as error:  # templates and processors raise many kinds of exceptions
         fail(f"{name}: its processor or chat template cannot make a row: {type(error).__name__}: {error}")
 

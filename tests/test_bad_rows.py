@@ -266,7 +266,7 @@ FOR_MINICPM["image in the system turn"] = (
 )
 
 FOR_TWO_STAGE = {
-    "a caption": ({"image": "red.png", "caption": "a seven"}, "no conversation"),
+    "a caption": ({"image": "red.png", "caption": "a seven"}, "missing column"),
     "image in an answer": (said("q", "a <image>", image="red.png"), UNEQUAL.format(0, 1)),
     "image in an answer, too": (said("<image> q", "see <image>", image="red.png"), control("<image>", "the answer")),
 }

@@ -419,7 +419,7 @@ def test_a_header_of_answers_that_is_not_that_of_inference_is_refused(case, writ
     processor.chat_template = processor.tokenizer.chat_template = minicpm.CHAT_TEMPLATE.replace(old, new)
     model = changed(model_of(case), tmp_path / "model", processor.save_pretrained)
     message = case.refusal(case.flags_for(write([talks("q", "seven", image=None)]), model_name_or_path=model))
-    assert re.search("whatever the rows: prompt changed: 'seven' changes the tokens before it", message)
+    assert re.search("whatever the rows: prompt changed: the answer begins .*, and must begin", message)
 
 
 # ----------------------------------------------------------------------------------------------- MiniCPM-V's versions

@@ -756,3 +756,76 @@ def test_a_thought_is_trained_with_enable_thinking(setup):
     earlier = talk(MARKED, "<think>x</think>one", image="red.png")
     earlier["messages"] += talk("And?")["messages"]
     assert "thought in an earlier answer" in setup.refusal([earlier])
+
+
+# ------------------------------------------------------------------------------------------- what real data also have
+MEDIA = {  # a column beside the image, and its value
+    "reference_image": "lime.png",
+    "reference_images": ["lime.png"],
+    "image_list": ["lime.png"],
+    "other_image": {"bytes": None, "path": "lime.png"},
+    "chat_history": [["a", "b"]],
+    "system_instruction": "Be brief.",
+}
+HARMLESS = {"image_source": "coco/1.jpg", "coco_url": "http://a/1.jpg", "image_hash": "a1.png", "file_name": "1.png"}
+
+
+@pytest.mark.parametrize("column", MEDIA)
+def test_a_second_image_or_context_under_any_name_is_refused(setup, column):
+    message = setup.refusal([setup.row(), setup.row(**{column: MEDIA[column]})])
+    assert re.search(f"row 1 has '{column}', which is not read.*--ignore_columns {column}", message)
+
+
+def test_what_is_said_about_the_image_is_harmless(setup):
+    train, _, printed = setup.load([setup.row(**HARMLESS)] * 3)
+    assert len(train) == 3 and setup.is_row(train[0])
+
+
+ARRAYS = [
+    "['a' None]",
+    "['a', nan]",
+    "['a0' 'a1' ... 'a9']",
+    "[{'role': 'user'} {'role': 'assistant', 'content': 'a'}]",
+]
+TEXTS = ["{'vi': 'a'}", '{"zh-CN": "a", "en-US": "b"}', "[\"it's\", ' ']", "array(['a', 'b'], dtype=object)"]
+
+
+@some_setups("idefics2_docvqa")
+@pytest.mark.parametrize("text", ARRAYS + TEXTS)
+def test_arrays_written_as_text_have_a_remedy_of_their_own(setup, text):
+    message = setup.refusal([setup.row() | {"answers": text}] * 20)
+    is_array = text in ARRAYS or text.startswith("array")
+    assert (".map(list)" in message) == is_array and "the texts of 'answers' hold lists or dicts" in message
+
+
+@some_setups("sft_llava", "finetune_minicpm_lora", "llava_two_stage")
+@pytest.mark.parametrize("key, bad, good", [("mask", 1, 0), ("no_loss", True, False), ("loss_mask", 0, 1)])
+def test_a_turn_that_says_it_is_not_trained_is_bad(setup, key, bad, good):
+    def row(value):
+        turns = setup.row()["conversations"]
+        return setup.row(conversations=[turns[0], {**turns[1], key: value}])
+
+    assert f"key that is not read: turn 1 has '{key}'" in setup.bad_row(row(bad))
+    assert setup.is_row(row(good))
+
+
+@some_setups("llava_two_stage", ALIGN)
+def test_a_caption_is_read_in_align_only(setup):
+    row = setup.row()
+    if setup.name == ALIGN:
+        assert "two formats" in setup.bad_row(row | {"conversations": [said("human", "q"), said("gpt", "a")]})
+        _, held_out, printed = setup.load(
+            *[splits(setup, train=["one", "two", "three"], test=[None, None])], eval_fraction=0.4
+        )
+        assert len(held_out) == 1 and "no answers" in printed
+    else:
+        assert setup.is_row(row | {"caption": "a picture"})
+
+
+@some_setups("sft_llava", "finetune_minicpm_lora", "llava_two_stage")
+def test_turns_as_a_dict_of_lists(setup):
+    turns = setup.row()["conversations"]
+    row = setup.row(conversations={key: [turn[key] for turn in turns] for key in turns[0]})
+    assert setup.is_row(row)
+    row["conversations"] = {key: values[: n + 1] for n, (key, values) in enumerate(row["conversations"].items())}
+    assert "no conversation" in setup.bad_row(row)
