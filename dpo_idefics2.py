@@ -91,7 +91,7 @@ class Settings:
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
     dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if any.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, or validation.")
     eval_dataset_name: str | None = HfArg(
         default=None, help="Evaluate on this data set: its test split if there is one, else dataset_train_split."
     )

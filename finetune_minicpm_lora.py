@@ -83,7 +83,7 @@ class Settings:
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
     dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if there is one.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, or validation.")
     eval_dataset_name: str | None = HfArg(default=None, help="To evaluate on.", aliases=["--eval_data_path"])
     image_folder: str | None = HfArg(default=None, help="Folder of the images. Default: that of the .json.")
     eval_fraction: float = HfArg(default=0.02, help="Share of the images held out for evaluation. 0: none.")

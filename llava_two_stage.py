@@ -113,7 +113,7 @@ class Settings:
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
     dataset_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the data set.")
     dataset_train_split: str = HfArg(default="train", help="Split to train on.")
-    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, if there is one.")
+    dataset_test_split: str | None = HfArg(default=None, help="Split to evaluate on. Default: test, or validation.")
     eval_dataset_name: str | None = HfArg(default=None, help="To evaluate on.", aliases=["--eval_data_path"])
     image_folder: str | None = HfArg(default=None, help="Where relative image paths start. Default: beside the .json.")
     eval_fraction: float = HfArg(default=0.001, help="Fraction of the images to hold out for evaluation. 0: none.")
@@ -318,7 +318,7 @@ class Collator:
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            # The prompt at inference, which ends with ASSISTANT:, and all up to this answer's EOS (caption: newline).
+            # The prompt at inference, which ends with ASSISTANT: (or the image), and all up to the EOS (or newline).
             prompt = self.processor.apply_chat_template(messages[:n], add_generation_prompt=True)
             before = self.text_ids(prompt)
             through = self.text_ids(self.processor.apply_chat_template(messages[: n + 1]))
