@@ -1073,7 +1073,7 @@ def check_and_measure_rows(rows, name, collator, settings, training):
     for note, count in Counter(itertools.chain.from_iterable(results["notes"])).items():
         say(f"{name}: {count} rows with {note}")
     if any(results["differs"]):
-        training.differences = [*getattr(training, "differences", []), "Unicode, white space or parts of texts"]
+        read_differently(training, "Unicode, white space or parts of texts")
     rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
@@ -1173,7 +1173,9 @@ def hold_out(rows, settings, training):
             num_rows += num_rows_of[group]
     if is_limited and num_images < goal:
         share = f"less than --eval_fraction {settings.eval_fraction:g} is held out"
-        read_differently(training, f"{share}: --max_eval_rows {settings.max_eval_rows} are all that is scored")
+        note = f"{share}: --max_eval_rows {settings.max_eval_rows} are all that is scored"
+        say(note)
+        read_differently(training, note)
     if not held_out:
         held_out = {min(range(len(groups)), key=lambda group: (len(groups[group]), num_rows_of[group]))}
     is_held_out = [group_of_image[images[0]] in held_out for images in images_of_row]
@@ -1198,14 +1200,15 @@ def read_eval_rows(read_rows, settings, training):
     if rows is not None and settings.dataset_test_split is None:
         earlier = settings.dataset_train_split if settings.eval_dataset_name else "test"
         if rows.split in EVALUATION_SPLITS and rows.split != earlier:
-            read_differently(training, f"evaluation is on the split {rows.split}")
+            note = f"evaluation is on the split {rows.split}"
+            say(note)
+            read_differently(training, note)
     return rows
 
 
-def read_differently(training, note):
-    """Say what is done to rows that earlier versions of this file did not do: see require_same_rows."""
-    training.differences = [*getattr(training, "differences", []), note]
-    say(note)
+def read_differently(training, what):
+    """Note what is done to rows that earlier versions of this file did not do: see require_same_rows."""
+    training.differences = [*getattr(training, "differences", []), what]
 
 
 def read_dataset(name, split, settings):
@@ -1376,9 +1379,8 @@ def read_turns(turns, marker, ignored=()):
     "value"}; its content is a text, or a list of texts and images. In a user's texts markers (a regex) stand for
     images. Parts become {"type": "text", "text"} or {"type": "image"} and how its image is found: see place_images.
     Raises BadRow, also for keys with media or context that are not read, unless they are in `ignored`."""
-    if isinstance(turns, dict) and all(
-        isinstance(values, list) for values in turns.values()
-    ):  # as datasets may have it
+    # datasets may have a list of dicts as a dict of lists.
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         lengths = {len(values) for values in turns.values()}
         turns = [{key: turns[key][n] for key in turns} for n in range(min(lengths))] if len(lengths) == 1 else None
     if not isinstance(turns, list) or not turns:

@@ -932,7 +932,7 @@ def check_and_measure_rows(rows, name, collator, settings, training):
     for note, count in Counter(itertools.chain.from_iterable(results["notes"])).items():
         say(f"{name}: {count} rows with {note}")
     if any(results["differs"]):
-        training.differences = [*getattr(training, "differences", []), "Unicode, white space or parts of texts"]
+        read_differently(training, "Unicode, white space or parts of texts")
     rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
@@ -1032,7 +1032,9 @@ def hold_out(rows, settings, training):
             num_rows += num_rows_of[group]
     if is_limited and num_images < goal:
         share = f"less than --eval_fraction {settings.eval_fraction:g} is held out"
-        read_differently(training, f"{share}: --max_eval_rows {settings.max_eval_rows} are all that is scored")
+        note = f"{share}: --max_eval_rows {settings.max_eval_rows} are all that is scored"
+        say(note)
+        read_differently(training, note)
     if not held_out:
         held_out = {min(range(len(groups)), key=lambda group: (len(groups[group]), num_rows_of[group]))}
     is_held_out = [group_of_image[images[0]] in held_out for images in images_of_row]
@@ -1057,14 +1059,15 @@ def read_eval_rows(read_rows, settings, training):
     if rows is not None and settings.dataset_test_split is None:
         earlier = settings.dataset_train_split if settings.eval_dataset_name else "test"
         if rows.split in EVALUATION_SPLITS and rows.split != earlier:
-            read_differently(training, f"evaluation is on the split {rows.split}")
+            note = f"evaluation is on the split {rows.split}"
+            say(note)
+            read_differently(training, note)
     return rows
 
 
-def read_differently(training, note):
-    """Say what is done to rows that earlier versions of this file did not do: see require_same_rows."""
-    training.differences = [*getattr(training, "differences", []), note]
-    say(note)
+def read_differently(training, what):
+    """Note what is done to rows that earlier versions of this file did not do: see require_same_rows."""
+    training.differences = [*getattr(training, "differences", []), what]
 
 
 def read_dataset(name, split, settings):
@@ -1201,8 +1204,10 @@ def require_columns(rows, columns, name, optional=()):
 def rename_columns(rows, columns):
     """Rows of which only these columns are left, under new names: {new: old}. (`id`, `row`, `folder` stay.)"""
     new_names = {old: new for new, old in columns.items() if old in rows.column_names}
-    also_kept = [column for column in ("id", "row", "folder") if column in rows.column_names]
-    return rows.select_columns([*new_names, *(set(also_kept) - set(new_names))]).rename_columns(new_names)
+    others = ("id", "row", "folder")
+    also_kept = [column for column in others if column in rows.column_names and column not in new_names]
+    # Always in the same order: it is part of the key by which checked rows are cached.
+    return rows.select_columns([*new_names, *also_kept]).rename_columns(new_names)
 
 
 def leaf_texts(cell):
@@ -1257,9 +1262,8 @@ def read_turns(turns, marker, ignored=()):
     "value"}; its content is a text, or a list of texts and images. In a user's texts markers (a regex) stand for
     images. Parts become {"type": "text", "text"} or {"type": "image"} and how its image is found: see place_images.
     Raises BadRow, also for keys with media or context that are not read, unless they are in `ignored`."""
-    if isinstance(turns, dict) and all(
-        isinstance(values, list) for values in turns.values()
-    ):  # as datasets may have it
+    # datasets may have a list of dicts as a dict of lists.
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         lengths = {len(values) for values in turns.values()}
         turns = [{key: turns[key][n] for key in turns} for n in range(min(lengths))] if len(lengths) == 1 else None
     if not isinstance(turns, list) or not turns:
@@ -1606,8 +1610,11 @@ def fit_image_tokens(processor, settings):
     name = settings.model_name_or_path
     if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
         return  # an adapter's folder: its processor was made to fit before training
-    model, device = empty_model(settings), torch.device("meta")
-    config = model.config
+    device = torch.device("meta")
+    with fail_on_error(f"--model_name_or_path {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, revision=settings.model_revision)
+    has_resampler = hasattr(config, "perceiver_config")  # it cannot run without data, and needs no run
+    model = None if has_resampler else empty_model(settings)
     if hasattr(processor, "num_additional_image_tokens"):
         vision = config.vision_config
         image = torch.empty(1, 3, vision.image_size, vision.image_size, device=device)
@@ -1628,7 +1635,7 @@ def fit_image_tokens(processor, settings):
         inputs = dict(processor(text=[text], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt"))
         num_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
         inputs = {key: value for key, value in inputs.items() if not key.endswith(("_ids", "_mask", "labels"))}
-        if hasattr(config, "perceiver_config"):  # its resampler cannot run without data
+        if has_resampler:
             num_features = config.perceiver_config.resampler_n_latents * inputs["pixel_values"].shape[1]
         elif inputs.keys() <= {"pixel_values", "image_sizes"}:  # other models need more, and cannot be asked
             inputs["pixel_values"] = inputs["pixel_values"].to(device)

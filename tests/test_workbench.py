@@ -59,6 +59,14 @@ def test_rows_connected_by_images_stay_on_one_side(divide, seed):
     )  # of ten, a row without images counts as one
 
 
+@pytest.mark.parametrize("name", ["idefics2_docvqa", "dpo_idefics2"])
+def test_renamed_rows_have_the_same_key_in_every_process(name):
+    """The order of their columns is part of the key by which checked rows are cached."""
+    rows = datasets.Dataset.from_dict({column: ["a"] for column in ("folder", "q", "row", "img", "id", "other")})
+    renamed = importlib.import_module(name).rename_columns(rows, {"image": "img", "question": "q", "answers": "none"})
+    assert renamed.column_names == ["image", "question", "id", "row", "folder"]
+
+
 def test_a_group_larger_than_what_is_wanted_is_trained_on(divide):
     images = [["a", "b"] for _ in range(10)] + [[] for _ in range(8)]
     for seed in range(5):
