@@ -1,11 +1,15 @@
 # make demo [RECIPE=sft_llava] [SEED=0]    from a bare clone to a fine-tuned tiny model and what it has learned;
-#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora, llava_two_stage
+#                                          RECIPE: sft_llava, idefics2_docvqa, dpo_idefics2, finetune_minicpm_lora, llava_two_stage;
+#                                          of sft_llava also [MODEL=llava]: qwen3_vl, smolvlm
 # make test                                ruff, the copies of the workbench, and every test
+# make test-newest                         every test, with the newest releases of what the recipes build on
 # make sync                                copy workbench/workbench.py into the recipes
 RECIPE ?= sft_llava
+MODEL ?= llava
 SEED ?= 0
 PYTHON ?= python3
 PY := .venv/bin/python
+NEW := .venv/newest/bin/python
 TINY := build/tiny-$(SEED)
 FORMS := build/forms-$(SEED)
 PAIRS := build/pairs-$(SEED)
@@ -23,7 +27,7 @@ TWO_STAGE := --seed $(SEED) --max_steps 300 --per_device_train_batch_size 32 --g
   --per_device_eval_batch_size 50 --eval_steps 100 --save_steps 100 --activation_checkpointing false --sample_tokens 16 \
   --dataloader_num_workers 1
 
-.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test sync clean
+.PHONY: demo demo-sft_llava demo-idefics2_docvqa demo-dpo_idefics2 demo-finetune_minicpm_lora demo-llava_two_stage test test-newest sync clean
 
 demo: demo-$(RECIPE)
 
@@ -39,9 +43,29 @@ demo: demo-$(RECIPE)
 	.venv/older/bin/python -m pip install -q -r requirements-older.txt
 	touch $@
 
+# Some processors want torchvision. It stands in a folder of its own: everything else is tested without it.
+.venv/vision/done: .venv/done requirements-vision.txt tiny/torchvision_on_cpu.py
+	$(PY) tiny/torchvision_on_cpu.py .venv/vision
+	touch $@
+
+# The processors of other models than LLaVA want torchvision.
+ifneq ($(MODEL),llava)
+TINY := build/$(MODEL)-$(SEED)
+RUN := build/$(RECIPE)-$(MODEL)-$(SEED)
+demo-sft_llava: .venv/vision/done
+demo-sft_llava: private PY := PYTHONPATH=.venv/vision $(PY)
+endif
+
+# The newest releases are tried in an environment of their own. What is pinned comes first, so that nothing else differs.
+.venv/newest/done: requirements.txt requirements-dev.txt requirements-compare.txt
+	$(PYTHON) -m venv .venv/newest
+	$(NEW) -m pip install -q -r requirements-dev.txt
+	$(NEW) -m pip install -q --no-deps -r requirements-compare.txt
+	touch $@
+
 # The best checkpoint is not looked for: it would be chosen by the very pictures that the table is about.
 demo-sft_llava: .venv/done
-	$(PY) -m tiny llava --out $(TINY) --seed $(SEED)
+	$(PY) -m tiny $(MODEL) --out $(TINY) --seed $(SEED)
 	$(PY) sft_llava.py --use_cpu --model_name_or_path $(TINY)/model --dataset_name $(TINY)/data --output_dir $(RUN) \
 	  --seed $(SEED) --max_steps 400 --learning_rate 1e-3 --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
 	  --activation_checkpointing false --load_best_model_at_end false --sample_tokens 8 --dataloader_num_workers 1
@@ -117,11 +141,20 @@ demo-llava_two_stage: .venv/done
 	$(PY) tools/plot_run.py $(RUN)-align $(RUN) --output $(RUN)/curves.png --overwrite --metrics loss
 	@echo "base and fine-tuned side by side, in a browser: $(PY) tools/compare.py $(RUN)    (stage 1: $(RUN)-align)"
 
-test: .venv/done .venv/older/done
+test: .venv/done .venv/older/done .venv/vision/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) workbench/sync.py --check
 	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one
+	PYTHONPATH=$(CURDIR)/.venv/vision $(PY) -m pytest -n 2 --dist loadfile tests/test_families*.py
+
+# torch and bitsandbytes stay as they are: torchvision in .venv/vision goes with this torch, and 4-bit with both.
+test-newest: export HF_DATASETS_CACHE := $(CURDIR)/build/datasets-newest
+test-newest: .venv/newest/done .venv/older/done .venv/vision/done
+	$(NEW) -m pip install -q -U transformers trl peft datasets accelerate $$(grep -E '^(torch|bitsandbytes)==' requirements.txt)
+	$(NEW) -m pip freeze | grep -E '^(transformers|trl|peft|datasets|accelerate|torch|bitsandbytes)=='
+	$(NEW) -m pytest -n 2 --dist loadfile
+	PYTHONPATH=$(CURDIR)/.venv/vision $(NEW) -m pytest -n 2 --dist loadfile tests/test_families*.py
 
 # After a change to workbench/workbench.py: copy what each recipe uses of it under the line in that recipe.
 sync: .venv/done

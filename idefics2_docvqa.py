@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
+#   "torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0", "pillow==13.0.0",
 #   "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0", "rapidfuzz==3.14.6",
 #   "networkx==3.6.1",
 # ]
@@ -610,7 +610,16 @@ def fail_on_source(flag, name, needed=""):
     require_place(f"{flag} {name}", name)
     where = "" if os.path.exists(name) else " (no such folder here, so it was taken for a hub id)"
     with fail_on_error(f"{flag} {name}{where}{needed}"):
-        yield
+        try:
+            yield
+        except (ImportError, OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):  # its text would advise to run that code
+                raise ValueError("it brings code of its own, which this recipe does not run") from error
+            if not isinstance(error, ImportError) and "torchvision" not in str(error):
+                raise
+            packages = "pip install torchvision==0.28.0 num2words==0.5.14"  # the torchvision of torch 2.13.0
+            cause = str(error).strip().split(". ")[0]
+            fail(f"{flag} {name} needs packages that are not installed: {packages} ({cause})")
 
 
 def require_place(flag, name):
@@ -1472,6 +1481,7 @@ def check_texts(messages, control_tokens, always=False):
         parts = [part for part in message["content"] if part["type"] == "image" or part["text"].strip()]
         name = NAME_OF_TEXT[message["role"]]
         texts = [part["text"] for part in parts if part["type"] == "text"]
+        refuse_control_tokens(message.get("reasoning_content", ""), control_tokens, "the thought")
         if not parts or (always and not texts):
             raise BadRow(f"empty {name}", f"turn {n} holds nothing, or nothing but white space")
         for text in texts:
@@ -1509,6 +1519,8 @@ def refuse_control_tokens(text, control_tokens, place):
     typed = [token for token in control_tokens if token in text]
     if typed:
         detail = f"{typed[0]} in {place} is text, but the tokenizer would read it as a control token: remove it"
+        if typed[0] in ("<think>", "</think>"):
+            detail += ", or --enable_thinking true, if it is a thought at the beginning of an answer"
         raise BadRow("control token", detail)
 
 
@@ -1548,7 +1560,7 @@ def mark_trained_tokens(batch, processor, n=0):
     labels = batch["labels"][n][is_token].tolist()
     decode = processor.tokenizer.decode
     kinds = ["untrained" if label == -100 else "trained" for label in labels]
-    kinds = ["image" if token == processor.image_token_id else kind for token, kind in zip(ids, kinds, strict=True)]
+    kinds = ["image" if token in processor.image_token_ids else kind for token, kind in zip(ids, kinds, strict=True)]
     text, start = "", 0
     for kind, run in itertools.groupby(kinds):
         end = start + len(list(run))
@@ -1589,12 +1601,17 @@ def lora_targets(names, language_model, default):
         return default
     is_one_regex = len(names) == 1 and re.search(r"[\\^$*+?|()\[\]{}]", names[0])
     if not is_one_regex:
-        return rf"{re.escape(language_model)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+        return layers_within(language_model, names)
     try:
         re.compile(names[0])
     except re.error as error:
         fail(f"--lora_target_modules {names[0]!r} is not a valid regular expression: {error}")
     return names[0]
+
+
+def layers_within(path, names):
+    """A regex of the full paths of all modules of these names in the module `path`."""
+    return rf"{re.escape(path)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
 
 
 def empty_model(settings):
@@ -1633,14 +1650,19 @@ def fit_image_tokens(processor, settings):
         if processor.chat_template:
             text = processor.apply_chat_template([{"role": "user", "content": content}])
         inputs = dict(processor(text=[text], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt"))
-        num_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+        num_tokens = int((inputs["input_ids"] == config.image_token_id).sum())
         inputs = {key: value for key, value in inputs.items() if not key.endswith(("_ids", "_mask", "labels"))}
         if has_resampler:
             num_features = config.perceiver_config.resampler_n_latents * inputs["pixel_values"].shape[1]
         elif inputs.keys() <= {"pixel_values", "image_sizes"}:  # other models need more, and cannot be asked
             inputs["pixel_values"] = inputs["pixel_values"].to(device)
-            features = model.get_image_features(**inputs).pooler_output
-            num_features = sum(math.prod(feature.shape[:-1]) for feature in features)
+            try:
+                features = model.get_image_features(**inputs).pooler_output
+                num_features = sum(math.prod(feature.shape[:-1]) for feature in features)
+            except Exception as error:
+                if isinstance(error, (ValueError, RuntimeError)) and "meta" not in str(error):
+                    raise
+                return  # the number depends on the values of an image, which are missing
         else:
             return
         if num_tokens != num_features:
@@ -1649,12 +1671,12 @@ def fit_image_tokens(processor, settings):
 
 def print_parameters(model, parts):
     """Print how many parameters each part of the model has, how many of them are trained, and how many are in 4-bit.
-    A weight belongs to the first part that its name contains, or else to the last one."""
+    A weight belongs to the longest part that its name contains, or else to the last one."""
     counts = {part: Counter() for part in parts}
     for name, parameter in model.named_parameters():
         if "original_module." in name:  # PEFT trains a copy of it
             continue
-        count = counts[next((part for part in parts if part in name), parts[-1])]
+        count = counts[max((part for part in parts if part in name), key=len, default=parts[-1])]
         size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
         if type(parameter).__name__ == "Params4bit":
             size *= 2  # a byte holds two

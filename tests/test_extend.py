@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, log
-from recipes import FOLDERS, Recipe
+from recipes import FOLDERS, Recipe, said
 from safetensors.torch import load_file
+
+from tiny import families
 
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 CHANGES = dict(re.findall(r"^## (.*?)\n.*?^```diff\n(.*?)^```$", PAGE, re.M | re.S))  # title -> diff
@@ -29,7 +32,7 @@ def test_every_change_has_a_test():
     tested = [
         name for name in globals() if name.startswith("test_") and "changed" in globals()[name].__code__.co_varnames
     ]
-    assert len(CHANGES) == len(tested) == 6
+    assert len(CHANGES) == len(tested) == 7
 
 
 class Changed(Recipe):
@@ -40,7 +43,7 @@ class Changed(Recipe):
 
 @pytest.fixture
 def changed(request, tmp_path, monkeypatch):
-    """Function: title of a change -> the changed recipe."""
+    """Function: title of a change -> the changed recipe, with the model in `folder` or its usual one."""
 
     def make(title, folder=None):
         name = re.search(r"^--- a/(\w+)\.py$", CHANGES[title], re.M)[1]
@@ -51,7 +54,7 @@ def changed(request, tmp_path, monkeypatch):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
-        recipe = Changed(name, request.getfixturevalue(folder or FOLDERS[name]), tmp_path)
+        recipe = Changed(name, folder or request.getfixturevalue(FOLDERS[name]), tmp_path)
         monkeypatch.setattr(Changed, "module", module)
         return recipe
 
@@ -77,23 +80,50 @@ def test_another_column_format(changed, write, images):
     assert "nowhere.png" in missing
 
 
+def test_a_prompt_template_of_ones_own(changed, tiny_llava, tmp_path, write, images):
+    model, row = tmp_path / "base" / "model", said("<image>\nOdd?", "no", "Sure?", "yes", image=images(1)[0])
+    shutil.copytree(tiny_llava / "model", model)
+    (model / "chat_template.jinja").unlink()  # as a base model
+    own = {"dataset_name": write([row, row]), "image_folder": tmp_path, "eval_strategy": "no", **SHORT}
+    plain = Recipe("sft_llava", model.parent, tmp_path)
+    assert "without a chat template" in plain.refusal(plain.flags(**own))
+    recipe = changed("A prompt template of your own", folder=model.parent)
+    printed = recipe.run(**own)
+    assert "Question: <image> x 16\nOdd?\nAnswer:« no</s>»\nQuestion: Sure?\nAnswer:« yes</s>»" in printed
+    processor = recipe.module.AutoProcessor.from_pretrained(tmp_path / "out")  # what inference loads
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Odd?"}]}]
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True)
+    assert prompt == "Question: <image>\nOdd?\nAnswer:"
+
+
 def test_other_lora_targets(changed):
     recipe = changed("Other LoRA targets")
-    recipe.run(**SHORT)
-    adapter = saved_adapter(recipe.tmp_path / "out")
-    parts = {re.search(r"model\.(vision_tower|language_model)", name)[1] for name in adapter}
-    assert parts == {"vision_tower", "language_model"}
-    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in adapter} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "out_proj",
-    }
-    trained = [
-        name for name, weight in adapter.items() if "vision_tower" in name and "lora_B" in name and weight.any()
-    ]
-    assert trained  # lora_B begins at zero
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj"]
+    recipe.run(**SHORT, lora_vision=True, lora_target_modules=attention)
+    ranks, trained, targets = set(), set(), set()
+    for name, weight in saved_adapter(recipe.tmp_path / "out").items():
+        part = re.search(r"model\.(vision_tower|language_model)", name)[1]
+        targets.add(name.split(".lora_")[0].rsplit(".", 1)[1])
+        if "lora_A" in name:
+            ranks.add((part, len(weight)))
+        elif weight.any():  # lora_B begins at zero
+            trained.add(part)
+    assert ranks == {("vision_tower", 4), ("language_model", 16)}
+    assert trained == {"vision_tower", "language_model"} and targets == set(attention)
+
+
+def test_a_projector_with_another_name(changed, tmp_path, write, images):
+    families.build("ovis2", tmp_path)
+    row = said("<image>\nOdd?", "no", image=images(1)[0])
+    own = {"dataset_name": write([row, row]), "image_folder": tmp_path, "eval_strategy": "no", **SHORT}
+    own |= {"train_projector": True, "learning_rate": 1e-2}
+    plain = Recipe("sft_llava", tmp_path, tmp_path)
+    assert re.search("no projector .* add it to PROJECTORS", plain.refusal(plain.flags(**own)))
+    printed = changed("A projector with another name", folder=tmp_path).run(**own)
+    assert re.search(r"visual_embeddings_table +([\d,]+) of +\1 parameters trained", printed)
+    key = "model.visual_embeddings_table.weight"
+    before = load_file(tmp_path / "model" / "model.safetensors")[key]
+    assert not torch.equal(saved_adapter(tmp_path / "out")[f"base_model.model.{key}"], before)
 
 
 def saved_adapter(folder):
@@ -139,19 +169,3 @@ def test_a_weight_for_each_token(changed):
     targets = batch["labels"][:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(loss, (losses * weights).sum() / count)
-
-
-def test_another_model(changed, write, images):
-    recipe, (red, *_) = changed("Another model", folder="tiny_forms"), images(1)
-    rows = [{"image": red, "conversations": turns("<image>\nWhat is the total?", answer)} for answer in ("47", "12")]
-    out = recipe.run(
-        dataset_name=write(rows), image_folder=recipe.tmp_path, eval_strategy="no", **SHORT | {"load_in_4bit": True}
-    )
-    assert "What is the total?<end_of_utterance>\nAssistant:« 47<end_of_utterance>»" in out
-    assert re.search(r"vision_model +0 of", out) and re.search(r"text_model +[1-9].* [1-9][\d,]* in 4-bit", out)
-    names = saved_adapter(recipe.tmp_path / "out")
-    assert names and all("model.text_model." in name for name in names)
-
-
-def turns(question, answer):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

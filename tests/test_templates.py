@@ -191,7 +191,7 @@ DIFFER = CHANGED + r".*the prompt has '\\n', the row ' \w"  # in the header of a
 END, ANSWER_WITHOUT_END = "<end_of_utterance>", "{% if message['role'] == 'user' %}<end_of_utterance>{% endif %}"
 FAULTS = {  # what is wrong with a chat template: the template, what the message says
     "sft_llava": {
-        "another header": (edited(LLAVA, ("'ASSISTANT:'", "'ASSISTANT:\\n'")), DIFFER),
+        "another header": (edited(LLAVA, ("'ASSISTANT:'", "'ASSISTANT now:'")), CHANGED + ".*the prompt has ' now:'"),
         "no answers": (edited(LLAVA, NO_ANSWERS), "ends no answer"),
         "no questions": (edited(LLAVA, NO_QUESTIONS), "left out|0 <image> tokens"),
         "cut off": (edited(LLAVA, ("content['text'] + ' '", "content['text'][:1] + ' '")), "ends no answer"),

@@ -178,7 +178,7 @@ NO_LAYER, NO_REGEX = "--lora_target_modules {}: no such linear layer", "is not a
 @pytest.mark.parametrize(
     "variant, names, message",
     [
-        ("sft: float", [r".*\.q_proj"], "vision_tower.*q_proj'. is in vision_tower, which runs without a graph"),
+        ("sft: float", [r".*\.q_proj"], "vision_tower.*q_proj'. is in model.vision_tower, which runs without a graph"),
         ("sft: float", [".*lm_head"], "in lm_head, whose weight SFTTrainer's loss uses directly"),
         ("sft: float", ["q_proj", "qproj"], NO_LAYER.format("qproj")),
         ("docvqa: float", ["q_proj", "qq_proj"], NO_LAYER.format("qq_proj")),
@@ -213,7 +213,7 @@ def test_an_adapter_in_a_part_without_a_graph_is_refused_in_an_edited_recipe(run
     everywhere = module.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     monkeypatch.setattr(module, "lora_config", lambda settings: everywhere)
     message = refusal(module.main, runs.argv("sft: float", tmp_path / "out"))
-    assert re.search("vision_tower.*q_proj.* is in vision_tower, which runs without a graph", message)
+    assert re.search("vision_tower.*q_proj.* is in model.vision_tower, which runs without a graph", message)
 
 
 @pytest.mark.parametrize(

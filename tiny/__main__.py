@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ what there is:
               to fine-tune it with: questions about digits that it was never asked. About 2 minutes on one CPU core
               (--base_steps 0: a model with random weights and the same data in a few seconds).
   llava_next  LLaVA-NeXT (llava-v1.6-mistral) with random weights, to test code with. Seconds. No data of its own.
+  qwen3_vl    Qwen3-VL (2.0 M parameters, 56 px), trained and with data as llava. About 3 minutes on one CPU core
+              (--base_steps 0: seconds). Its processor needs torchvision: see tiny/torchvision_on_cpu.py.
+  smolvlm     SmolVLM2 (0.8 M parameters, 56 px), likewise. About 2 minutes.
   idefics2    Idefics2 (1.4 M parameters, pages of 112x56 px), trained here to read forms aloud, printed and with
               handwritten numbers, and questions about forms. About 3 minutes on one CPU core (--base_steps 0:
               seconds).
@@ -35,12 +39,12 @@ what there is:
 what is written into DIR:
   model/                    model and processor, as save_pretrained writes them; of llava_two_stage:
   vision/, language/        tower and image processor, language model and tokenizer
-  data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava), of
+  data/{train,test}.parquet rows in the schema of HuggingFaceH4/llava-instruct-mix-vsft (llava, qwen3_vl, smolvlm), of
                             nielsr/docvqa_1200_examples (idefics2) or of openbmb/RLAIF-V-Dataset (idefics2_dpo);
                             none of MiniCPM-V and llava_two_stage
-  json/{train,test}.json    the same rows in LLaVA's own schema (llava, llava_two_stage), as plain question and answers
-                            (idefics2), as question, chosen and rejected (idefics2_dpo) or in MiniCPM-V's own schema
-                            (minicpmv4_6, minicpmv4_7); the pictures are in json/images/
+  json/{train,test}.json    the same rows in LLaVA's own schema (llava, qwen3_vl, smolvlm, llava_two_stage), as plain
+                            question and answers (idefics2), as question, chosen and rejected (idefics2_dpo) or in
+                            MiniCPM-V's own schema (minicpmv4_6, minicpmv4_7); the pictures are in json/images/
   json/captions{,-test}.json
                             captions in the schema of LLaVA-Pretrain (llava_two_stage)
   amber/                    questions to be answered by yes or no, in AMBER's files (idefics2_dpo)
@@ -53,23 +57,34 @@ A second call with the same arguments returns at once. The same seed gives the s
 
 # steps of the base's own training
 STEPS = {"llava": 1700, "idefics2": 1400, "idefics2_dpo": 1500, "minicpmv4_6": 1000, "minicpmv4_7": 1000}
-STEPS |= {"llava_two_stage": 1500}
+STEPS |= {"llava_two_stage": 1500, "qwen3_vl": 1500, "smolvlm": 1500}
 SOURCES = {"idefics2": ["forms.py", "idefics2.py"], "idefics2_dpo": ["forms.py", "idefics2.py", "preferences.py"]}
 SOURCES |= dict.fromkeys(["minicpmv4_6", "minicpmv4_7"], ["forms.py", "idefics2.py", "llava.py", "minicpm.py"])
 SOURCES |= {"llava_two_stage": ["forms.py", "idefics2.py", "llava.py", "two_stage.py"]}
-FAMILIES = ["llava", "llava_next", "idefics2", "idefics2_dpo", "minicpmv4_6", "minicpmv4_7", "llava_two_stage"]
+LEARNERS = ["qwen3_vl", "smolvlm"]  # of families.py
+SOURCES |= dict.fromkeys(LEARNERS, ["forms.py", "idefics2.py", "llava.py", "families.py"])
+FAMILIES = [
+    "llava",
+    "llava_next",
+    *LEARNERS,
+    "idefics2",
+    "idefics2_dpo",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "llava_two_stage",
+]
 
 
 def recipe(args: argparse.Namespace) -> dict:
     """What a build depends on: arguments, package versions and the sources that make it."""
     own = SOURCES.get(args.family, ["llava.py"])
+    packages = ["torch", "transformers", "tokenizers", "trl", "datasets", "scikit-learn", "pillow", "numpy"]
+    if args.family in LEARNERS:
+        packages.append("torchvision")
     sources = [Path(__file__).with_name(name) for name in ("descent.py", "digits.py", *own)]
     return {
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
-        "versions": {
-            name: version(name)
-            for name in ("torch", "transformers", "tokenizers", "trl", "datasets", "scikit-learn", "pillow", "numpy")
-        },
+        "versions": {name: version(name) for name in packages},
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
 
@@ -114,6 +129,13 @@ def main(argv: list[str] | None = None) -> None:
         report(args.run)
         return
 
+    if args.family in LEARNERS and importlib.util.find_spec("torchvision") is None:
+        sys.exit(
+            f"error: the processor of {args.family} needs torchvision. With a CPU build of torch:\n"
+            "  python tiny/torchvision_on_cpu.py .venv/vision\n"
+            f"  PYTHONPATH=.venv/vision python -m tiny {args.family} ...\n"
+            "With another: pip install -r requirements-vision.txt"
+        )
     wanted, done = recipe(args), args.out / "built.json"
     if done.is_file() and json.loads(done.read_text()) == wanted:
         print(f"{args.out} is built already")
@@ -124,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower at this size
     import torch
 
-    from . import idefics2, llava, minicpm, preferences, two_stage
+    from . import families, idefics2, llava, minicpm, preferences, two_stage
 
     torch.set_num_threads(1)
     work = args.out.with_name(f"{args.out.name}.part-{os.getpid()}")
@@ -134,6 +156,8 @@ def main(argv: list[str] | None = None) -> None:
             llava.build_next(work, args.seed)
         elif args.family.startswith("minicpm"):
             minicpm.build(work, args.seed, args.base_steps, family=args.family)
+        elif args.family in LEARNERS:
+            families.build_learner(work, args.seed, args.base_steps, family=args.family)
         else:
             built = {"llava": llava, "idefics2": idefics2, "idefics2_dpo": preferences, "llava_two_stage": two_stage}
             built[args.family].build(work, args.seed, args.base_steps)

@@ -6,6 +6,7 @@ has only learnt to caption and to count: before fine-tuning it answers no questi
 0.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -221,6 +222,7 @@ def model(tok: LlamaTokenizer, seed: int = 0, family: str = "llava", hidden: int
 # ---------------------------------------------------------------- the base: captions
 
 
+@functools.lru_cache(maxsize=512)  # of all lessons: each is told thousands of times
 def render(proc: LlavaProcessor, n_images: int, prompt: str, said: str) -> tuple[list[int], int]:
     """Token ids of a rendered prompt, then of what is said and EOS; and how many of them are the prompt's."""
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
@@ -235,11 +237,30 @@ def pixels(pictures: torch.Tensor) -> torch.Tensor:
     return ((pictures.float() / 255 - 1) / 0.5)[:, None].expand(-1, 3, -1, -1)
 
 
+def batch(proc: LlavaProcessor, lessons: list[tuple[int, str, str]], pictures: torch.Tensor, answered=True) -> dict:
+    """What LLaVA takes: rows (number of pictures, prompt, what to say) and their pictures, (all, 56, 56) uint8. Labels
+    are what to say and EOS; without `answered`, there are only prompts, of one length."""
+    rows = [render(proc, *lesson) for lesson in lessons]
+    inputs = {"pixel_values": pixels(pictures)}
+    if not answered:
+        prompts = torch.tensor([ids[:n] for ids, n in rows])
+        return inputs | {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    longest = max(len(ids) for ids, _ in rows)
+    padded = [ids + [proc.tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows]
+    masks = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]
+    labels = [[-100] * n + ids[n:] + [-100] * (longest - len(ids)) for ids, n in rows]
+    tensors = {"input_ids": padded, "attention_mask": masks, "labels": labels}
+    return inputs | {name: torch.tensor(values) for name, values in tensors.items()}
+
+
 def train_base(
-    net, proc: LlavaProcessor, seed: int = 0, steps: int = 1700, batch: int = 32, lr: float = 5e-4
+    net, proc, seed: int = 0, steps: int = 1700, batch_size: int = 32, lr: float = 5e-4, make_batch=batch
 ) -> float:
-    """Train all of the model on captions, in place. Every other step shows `batch / 2` pairs of pictures in place of
-    `batch` single ones, and every step has `batch / 8` more rows that count, without a picture.
+    """Train all of a model on captions, in place. Every other step shows `batch_size / 2` pairs of pictures in place
+    of `batch_size` single ones, and every step has `batch_size / 8` more rows that count, without a picture.
+
+    Args:
+        make_batch: what makes the model's inputs, as `batch` does for LLaVA.
 
     Returns: the share of right captions on 100 of the base's pictures, which are kept out of its training.
     """
@@ -247,47 +268,36 @@ def train_base(
     mine = digits.split(seed)["base"]
     mine, kept = mine[:-100], mine[-100:]
     rng = np.random.default_rng([seed, 1])
-    singles = {(a,): [render(proc, 1, *lesson) for lesson in captions(a)] for a in range(10)}
-    pairs = {(a, b): [render(proc, 2, *lesson) for lesson in captions(a, b)] for a in range(10) for b in range(10)}
-    counts = [render(proc, 0, *counting(a)) for a in range(10)]
 
     descend = descent([*net.parameters()], steps, lr)
     net.train()
     bar = tqdm(range(steps), desc="base model, captions", unit="step", disable=not steps)
     for step in bar:
-        lessons = singles if step % 2 else pairs
         n_images = 1 if step % 2 else 2
-        shown = torch.from_numpy(rng.choice(mine.numpy(), (batch // n_images, n_images)))
-        rows = [lessons[tuple(labels)][rng.integers(3)] for labels in truth[shown].tolist()]
-        rows += [counts[a] for a in rng.integers(0, 10, batch // 8)]
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([ids + [proc.tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows])
-        labels = torch.tensor([[-100] * n + ids[n:] + [-100] * (longest - len(ids)) for ids, n in rows])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
-        pictures = pixels(digits.draw(ink[shown.flatten()], rng))
-        loss = net(input_ids=ids, attention_mask=mask, pixel_values=pictures, labels=labels).loss
+        shown = torch.from_numpy(rng.choice(mine.numpy(), (batch_size // n_images, n_images)))
+        lessons = [(n_images, *captions(*labels)[rng.integers(3)]) for labels in truth[shown].tolist()]
+        lessons += [(0, *counting(digit)) for digit in rng.integers(0, 10, batch_size // 8)]
+        pictures = digits.draw(ink[shown.flatten()], rng)
+        loss = net(**make_batch(proc, lessons, pictures)).loss
         descend(loss)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     net.eval()
-    return caption_accuracy(net, proc, kept[:, None])
+    return caption_accuracy(net, proc, kept[:, None], make_batch)
 
 
 @torch.no_grad()
-def caption_accuracy(net, proc: LlavaProcessor, shown: torch.Tensor) -> float:
-    """Share of rows whose greedy caption is right, EOS included. `shown`: scans' numbers, (rows, 1 or 2 pictures)."""
+def caption_accuracy(net, proc, shown: torch.Tensor, make_batch=batch) -> float:
+    """Share of rows whose greedy caption is right, and ends. `shown`: scans' numbers, (rows, 1 or 2 pictures)."""
     ink, truth = digits.load()
-    rows = [render(proc, len(labels), *captions(*labels)[0]) for labels in truth[shown].tolist()]
-    prompt = torch.tensor([ids[:n] for ids, n in rows])
-    said = net.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        pixel_values=pixels(digits.draw(ink[shown.flatten()])),
-        max_new_tokens=max(len(ids) - n for ids, n in rows),
-        do_sample=False,
-    )
-    said = [[i for i in ids if i != proc.tokenizer.pad_token_id] for ids in said[:, prompt.shape[1] :].tolist()]
-    return float(np.mean([ids == want[n:] for ids, (want, n) in zip(said, rows, strict=True)]))
+    lessons = [(len(labels), *captions(*labels)[0]) for labels in truth[shown].tolist()]
+    pictures = digits.draw(ink[shown.flatten()])
+    inputs = make_batch(proc, lessons, pictures, answered=False)
+    told = make_batch(proc, lessons, pictures)["labels"]
+    wanted = [labels[labels != -100].tolist() for labels in told]
+    said = net.generate(**inputs, max_new_tokens=max(map(len, wanted)), do_sample=False)
+    said = said[:, inputs["input_ids"].shape[1] :].tolist()
+    return float(np.mean([ids[: len(want)] == want for ids, want in zip(said, wanted, strict=True)]))
 
 
 # ---------------------------------------------------------------- the data for fine-tuning

@@ -46,6 +46,7 @@ from tools.runs import (  # noqa: E402
     forget_projector,
     generation_options,
     load,
+    load_collator,
     load_model,
     load_recipe,
     own_rows,
@@ -161,7 +162,7 @@ def load_run(path, name, label, recipe_path, recipe_flags):
             "--model_name_or_path BASE"
         )
     processor.tokenizer.padding_side = "left"
-    collator = recipe.Collator(processor, settings, training)
+    collator = load_collator(recipe, processor, settings, training)
     return Run(name, str(path), label, recipe, settings, training, collator, not is_adapter)
 
 
@@ -212,8 +213,11 @@ def examples(run, most):
         cause = str(e.code).removeprefix("error: ")
         print(f"note: no examples of {run.label}, its data cannot be read: {cause}", file=sys.stderr)
         return []
-    found = []
+    found, numbers = [], set()
     for row in rows:
+        if row["row"] in numbers:  # of some models a row comes once for each of its answers
+            continue
+        numbers.add(row["row"])
         with contextlib.suppress(run.recipe.BadRow):
             found += example_of(run, row)
         if len(found) == most:

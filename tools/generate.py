@@ -14,9 +14,11 @@ RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model)
 it, or any model that a recipe can load. A row of several turns gives one prediction for each: asked with the right
 answers to the turns before it. Every other flag is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows
 skip, ...). A line of the output has: row, id, turn, images (how many), question, reference (a list where several
-answers are accepted, null where the row has none), prediction.
+answers are accepted, null where the row has none), prediction; of a run with --enable_thinking also thought, what the
+model said before its answer (all of it, where --max_new_tokens were too few for an answer).
 """
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -28,7 +30,7 @@ import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail, flag_parser, parse_beside_recipe, start  # noqa: E402
@@ -37,6 +39,7 @@ from tools.runs import (  # noqa: E402
     generation_options,
     given_settings,
     load,
+    load_collator,
     load_model,
     load_recipe,
     own_rows,
@@ -44,9 +47,12 @@ from tools.runs import (  # noqa: E402
     rows_of,
     user_turn,
 )
+from workbench.workbench import question_turn  # noqa: E402
 
-# Image tokens that a model makes of one picture at most, of those that the recipes train: LLaVA-NeXT's five views.
-MOST_IMAGE_TOKENS = 5 * 576 + 100
+# Image tokens of one picture at most, by kind of processor: LLaVA-NeXT's five views. Others may make any number.
+MOST_IMAGE_TOKENS = dict.fromkeys(
+    "LlavaProcessor LlavaNextProcessor Idefics2Processor PaliGemmaProcessor MiniCPMVProcessor".split(), 5 * 576 + 100
+)
 # Flags that answers depend on.
 ANSWER_FLAGS = ("base_only", "append", "batch_size", "max_new_tokens", "temperature")
 
@@ -135,13 +141,16 @@ def add_text(text, message):
 
 def questions_of(recipe, collator, row, append=None):
     """A row, and a text to add to every question -> [(messages up to a question, turn, question, reference)]: one for
-    each turn of the assistant, and one more, without a reference, where the last turn is the user's. Raises the
-    recipe's BadRow."""
+    each turn of the assistant, and one more, without a reference, where the last turn is the user's. Of a row that
+    the recipe made for its last answer only, that is the one. Raises the recipe's BadRow."""
     messages = [add_text(append, message) for message in collator.messages_of(row)]
     texts = [recipe.text_of(message) for message in messages]
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    has_one_answer = getattr(collator, "one_answer", False) and row.get("answer") is not None
     questions = []
     for turn, n in enumerate(turns):
+        if n < len(messages) - 1 and has_one_answer:
+            continue  # another row is for it
         question = texts[n - 1] if n else ""
         questions.append((messages[:n], turn, question, messages[n].get("references", texts[n])))
     if messages and messages[-1]["role"] == "user":
@@ -156,19 +165,25 @@ def count_images(messages):
 
 def longest_input(settings):
     """How many tokens a model reads with its answer, by its configuration; infinity where that does not say."""
-    config = {}
     name = settings.model_name_or_path or ""  # parts that are yet to be joined have none
-    with contextlib.suppress(OSError, ValueError):  # load_model has a message for that
-        config = PreTrainedConfig.get_config_dict(name, revision=settings.model_revision)[0]
-    return (config.get("text_config") or config).get("max_position_embeddings") or math.inf
+    revision, most = settings.model_revision, None
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+    except (OSError, ValueError):  # load_model has a message for that, but MiniCPM-V 2.6 has code of its own
+        with contextlib.suppress(OSError, ValueError):
+            most = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("max_position_embeddings")
+    return most or math.inf
 
 
 def too_long(collator, messages, most):
     """What is wrong with a conversation that leaves no room for an answer; None where it does. Pictures are prepared
     only where it could be too long."""
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    letters = 200 + sum(len(text.encode()) for text in texts)  # at least as many as tokens, the template's too
-    if letters + MOST_IMAGE_TOKENS * count_images(messages) < most:
+    tokens = 200 + sum(len(text.encode()) for text in texts)  # at most, the template's too
+    if count_images(messages):
+        tokens += MOST_IMAGE_TOKENS.get(type(collator.processor).__name__, math.inf) * count_images(messages)
+    if tokens < most or most == math.inf:
         return None
     count = collator.tokenize([messages], prompt=True)["input_ids"].shape[1]
     if count < most:
@@ -303,6 +318,7 @@ def without_prediction(text):
     try:
         line = json.loads(text)
         line.pop("prediction")
+        line.pop("thought", None)
     except (ValueError, AttributeError, KeyError, TypeError):
         return None
     return line
@@ -341,12 +357,34 @@ def unanswered(path, questions, batch_size):
 
 
 def answer(model, collator, conversations, args):
-    """Conversations -> their answers as text; each ends at a stop token, or after max_new_tokens."""
+    """Conversations -> {"prediction"} of each, of a model that thinks also {"thought"}: texts that end at a stop token
+    or after max_new_tokens."""
     batch = collator.tokenize(conversations, prompt=True).to(model.device)
     with answering(model):
         ids = model.generate(**batch, **generation_options(collator, args))
-    answers = ids[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in collator.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    answers = ids[:, batch["input_ids"].shape[1] :].tolist()
+    if getattr(collator, "enable_thinking", False):
+        return [split_thought(collator, ids) for ids in answers]
+    texts = collator.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [{"prediction": text.strip()} for text in texts]
+
+
+def split_thought(collator, ids):
+    """The tokens of a thought and an answer -> {"prediction", "thought"}, one of them empty where there is none. What
+    the chat template writes before and after a thought tells them apart."""
+    render, decode = collator.processor.apply_chat_template, collator.processor.tokenizer.decode
+    question = question_turn("question", images=[])
+    said = {"role": "assistant", "content": [{"type": "text", "text": "(said)"}], "reasoning_content": "(thought)"}
+    prompt = render([question], add_generation_prompt=True)
+    begin, _, rest = render([question, said]).removeprefix(prompt).partition("(thought)")
+    begin, end = begin.strip(), rest.partition("(said)")[0].strip()  # begin is empty where the prompt has it
+
+    ids = list(itertools.takewhile(lambda token: token not in collator.stop_ids, ids))
+    if not decode(ids).strip().startswith(begin):
+        return {"prediction": decode(ids, skip_special_tokens=True).strip(), "thought": ""}
+    length = 1 + bisect.bisect_left(range(len(ids)), True, key=lambda n: end in decode(ids[: n + 1]))
+    thought = decode(ids[:length]).strip().removeprefix(begin).removesuffix(end).strip()
+    return {"prediction": decode(ids[length:], skip_special_tokens=True).strip(), "thought": thought}
 
 
 def ask_all(model, recipe, collator, questions, args, file, bar, count):
@@ -355,10 +393,10 @@ def ask_all(model, recipe, collator, questions, args, file, bar, count):
     try:
         while batch := list(itertools.islice(questions, args.batch_size)):
             answers = answer(model, collator, [question.messages for question in batch], args)
-            for question, prediction in zip(batch, answers):
-                text = json.dumps({**question.line, "prediction": prediction}, ensure_ascii=False)
+            for question, said in zip(batch, answers):
+                text = json.dumps(question.line | said, ensure_ascii=False)
                 if args.question is not None and not args.output:
-                    text = prediction
+                    text = "\n\n".join(filter(None, (said.get("thought"), said["prediction"])))
                 print(text, file=file, flush=True)
                 count += 1
             bar.update(batch[-1].rows_done - bar.n)
@@ -390,7 +428,7 @@ def main(argv=None):
     recipe = load_recipe(args.recipe, args.run)
     is_adapter, processor, settings, training = load(recipe, args.run, recipe_flags, args.base_only)
     processor.tokenizer.padding_side = "left"
-    collator = recipe.Collator(processor, settings, training)
+    collator = load_collator(recipe, processor, settings, training)
     check_typed_text(args, collator)
     if args.question is not None:
         questions, num_rows = iter([question_typed(args, recipe, collator, settings)]), 1

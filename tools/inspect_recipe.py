@@ -308,11 +308,13 @@ def about_data(looked, limit):
 def sequences_of(batch, processor):
     """A batch of one row -> [{kind: text | trained | image, text, tokens}] for each of its sequences: DPO has two."""
     decode = processor.tokenizer.decode
+    # several where rows of a picture end with a token of their own; MiniCPM-V 2.6's processor names one
+    of_images = {*(getattr(processor, "image_token_ids", None) or [processor.image_token_id])}
     sequences = []
     for ids, is_trained, is_real in zip(*shape_of(batch)):
         ids, is_trained = ids[is_real].tolist(), is_trained[is_real].tolist()
         kinds = ["trained" if trained else "text" for trained in is_trained]
-        kinds = ["image" if token == processor.image_token_id else kind for token, kind in zip(ids, kinds)]
+        kinds = ["image" if token in of_images else kind for token, kind in zip(ids, kinds)]
         pieces, start = [], 0
         for kind, run in itertools.groupby(kinds):
             end = start + len(list(run))
@@ -411,6 +413,7 @@ KINDS = {
     "vision tower": r"vision|visual|vpm",
     "projector": r"projector|connector|merger|resampler|abstractor|aligner",
     "language model": r"language|text_model|llm|lm_head|decoder|embed_tokens",
+    "LM head": r"$.",  # by name it belongs to the language model
 }
 
 
@@ -421,12 +424,29 @@ def plain_name(name):
     return name.removeprefix("base_model.model.")
 
 
-def kind_of(name):
+def kind_by_name(name):
     """The plain name of a weight -> vision tower, projector or language model (to which lm_head belongs), else where
     it is."""
     path = name.split(".")
-    top = path[1] if path[0] == "model" and len(path) > 2 else path[0]
+    top = path[1] if path[0] == "model" and len(path) > 1 else path[0]
     return next((kind for kind, words in KINDS.items() if re.search(words, top)), top)
+
+
+def kinds_of(recipe, settings):
+    """A function: the name of a weight -> the part of the model that it is in. sft_llava.py asks the model for its
+    parts; of other recipes' models they are known by name."""
+    places = {}
+    if hasattr(recipe, "find_parts"):
+        parts = recipe.find_parts(settings, recipe.PROJECTORS)
+        places = {parts.vision: "vision tower", parts.decoder: "language model", parts.head: "LM head"}
+        places |= dict.fromkeys(parts.projectors, "projector")  # perhaps inside the tower
+
+    def kind_of(name):
+        name = plain_name(name)
+        inside = [path for path in places if name.startswith(f"{path}.")]
+        return places[max(inside, key=len)] if inside else kind_by_name(name)
+
+    return kind_of
 
 
 def is_nf4(p):
@@ -439,13 +459,13 @@ def bytes_of(p):
     return p.numel() * (NF4 if is_nf4(p) else p.element_size())
 
 
-def about_parameters(model):
+def about_parameters(model, kind_of):
     """A model without content, adapters in it -> one entry for each part: all parameters, trained ones, 4-bit ones, of
-    how many the weights are adapters; bytes of what is frozen and of what is trained."""
+    how many the weights are adapters; bytes of what is frozen and of what is trained. kind_of: see kinds_of."""
     columns = ("total", "trainable", "adapters", "four_bit", "frozen_bytes", "trained_bytes")
     parts = {}
     for name, p in model.named_parameters():
-        part = parts.setdefault(kind_of(plain_name(name)), dict.fromkeys(columns, 0))
+        part = parts.setdefault(kind_of(name), dict.fromkeys(columns, 0))
         part["total"] += p.numel()
         if is_nf4(p):
             part["four_bit"] += p.numel()
@@ -555,7 +575,13 @@ def without_content(func, args, kwargs):
         return owners[id(x)] if id(x) in owners else Hollow(x)  # what was changed in place is the tensor that it was
 
     args, kwargs = tree_map(to_meta, (args, kwargs))
-    return tree_map(from_meta, func(*args, **kwargs))
+    run = grouped_mm_on_meta if func is ATEN._grouped_mm.default else func
+    return tree_map(from_meta, run(*args, **kwargs))
+
+
+def grouped_mm_on_meta(x, weights, *args, **kwargs):
+    """The product of a mixture of experts, for any type: on the meta device there is one for bf16 only."""
+    return ATEN._grouped_mm.default(x.bfloat16(), weights.bfloat16(), *args, **kwargs).to(x.dtype)
 
 
 def tensors(tree):
@@ -800,7 +826,7 @@ def largest_batches(card, fixed, activations, batch):
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
-def learning_rates(trainer):
+def learning_rates(trainer, kind_of):
     """{part: the rate that its weights are trained at}, out of the trainer's own optimizer; {} where that wants a GPU
     even to be made."""
     names, found = {id(p): name for name, p in trainer.model.named_parameters()}, {}
@@ -811,7 +837,7 @@ def learning_rates(trainer):
     for group in groups:
         for p in group["params"]:
             name = names[id(p)]
-            what = f"{kind_of(plain_name(name))}, {'adapters' if 'lora_' in name else 'in full'}"
+            what = f"{kind_of(name)}, {'adapters' if 'lora_' in name else 'in full'}"
             found[what] = max(found.get(what, 0), group["lr"])
     return found
 
@@ -855,7 +881,7 @@ def evaluation_steps(training, steps, a_pass):
     return every, count + 1 if training.eval_on_start else count
 
 
-def about_plan(trainer, settings, data, train, held_out, gpus):
+def about_plan(trainer, kind_of, settings, data, train, held_out, gpus):
     """-> the report's section on steps."""
     training = trainer.args
     rows, scored, is_sampled = count_rows(data, train, held_out, settings)
@@ -873,7 +899,7 @@ def about_plan(trainer, settings, data, train, held_out, gpus):
         "epochs": steps / a_pass,
         "evaluations": evaluations,
         "warmup_steps": training.get_warmup_steps(steps),
-        "learning_rates": learning_rates(trainer),
+        "learning_rates": learning_rates(trainer, kind_of),
         "gpus": gpus,
         "would_stop": any(stopping_reasons(part, settings) for part in data),
         "sampled": is_sampled,
@@ -1012,8 +1038,9 @@ def inspect(recipe, args, recipe_flags):
         fail(
             f"{args.recipe} cannot make its trainer of these settings: {type(e).__name__}: {' '.join(str(e).split())}"
         )
-    report["parts"] = about_parameters(trainer.model)
-    report["plan"] = plan = about_plan(trainer, settings, report["data"], train, held_out, args.gpus)
+    kind_of = kinds_of(recipe, settings)
+    report["parts"] = about_parameters(trainer.model, kind_of)
+    report["plan"] = plan = about_plan(trainer, kind_of, settings, report["data"], train, held_out, args.gpus)
     lengths = train["length"]
     longest = sorted(range(len(train)), key=lambda n: -lengths[n])[: training.per_device_train_batch_size]
     report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)

@@ -29,22 +29,24 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.utils._pytree import tree_map_only
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail, flag_parser, parse_beside_recipe, start  # noqa: E402
-from tools.runs import four_bit_flag, home, load, load_recipe, put_on, rows_of, user_turn  # noqa: E402
+from tools.runs import (  # noqa: E402
+    four_bit_flag,
+    home,
+    load,
+    load_collator,
+    load_recipe,
+    put_on,
+    rows_of,
+    user_turn,
+)
 
 # How far apart logits may be on average, in their own standard deviations. In 16 bits the adapter's product is no
 # longer rounded by itself, layer by layer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# The names that published LLaVAs and PaliGemmas have, and vLLM reads. Transformers' own of today lack vision_model.
-PUBLISHED = {
-    "model.vision_tower": "vision_tower.vision_model",
-    "model.language_model": "language_model.model",
-    "lm_head": "language_model.lm_head",
-    "model.multi_modal_projector": "multi_modal_projector",
-    "model.image_newline": "image_newline",
-}
 
 
 def parse(argv=None):
@@ -161,14 +163,6 @@ def compare(ours, theirs, dtype):
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
-def published_weights(model):
-    """The weights of a LLaVA or PaliGemma by their published names, tied ones once."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    prefix = re.compile(f"^({'|'.join(map(re.escape, PUBLISHED))})")
-    weights = {name: value for name, value in model.state_dict().items() if name not in tied}
-    return {prefix.sub(lambda match: PUBLISHED[match[0]], name): value for name, value in weights.items()}
-
-
 def copy_code(base, revision, folder):
     """All code of a base model that brings its own, by names that mean the files of this folder."""
     if not Path(base).is_dir():
@@ -215,10 +209,15 @@ def add_rope_of_transformers_4(config):
     Without rope_theta it takes its default, 10000 for most, whatever rope_parameters say.
     """
     rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # else there are several, one for each kind of layer
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if config.get("model_type") == "gemma3_text":  # it has one for each kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        own_keys = ("rope_theta", "partial_rotary_factor")  # in 4.57 these stand beside rope_scaling
+        config |= {name: rope[name] for name in own_keys if name in rope}
+        scaling = {name: value for name, value in rope.items() if name not in own_keys}
+        if scaling.keys() - {"rope_type"} or scaling.get("rope_type", "default") != "default":
+            config["rope_scaling"] = scaling
     for part in config.values():
         if isinstance(part, dict):
             add_rope_of_transformers_4(part)
@@ -235,10 +234,10 @@ def make_readable_by_transformers_4(folder, tokenizer):
 
 def save(model, processor, args, settings, folder):
     """The merged model, its processor and what tools/generate.py reads, into a folder."""
-    if getattr(model.config, "model_type", None) in ("llava", "llava_next", "paligemma"):
-        model.save_pretrained(folder, state_dict=published_weights(model), save_original_format=False)
-    else:
-        model.save_pretrained(folder)
+    # The names that published models have, and vLLM reads, whatever those of the base are: Transformers' own of today
+    # lack the vision_model of CLIP and SigLIP.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     make_readable_by_transformers_4(folder, processor.tokenizer)
     base, revision = settings.model_name_or_path, settings.model_revision
@@ -254,13 +253,18 @@ def save(model, processor, args, settings, folder):
 
 def end_answers_where_the_run_does(model, collator):
     """Into the model's generation config: the tokens that end an answer, where one is not the tokenizer's EOS."""
-    if hasattr(model, "generation_config"):
-        own = model.generation_config.eos_token_id
-        if own is None:
-            own = []
-        elif not isinstance(own, list):
-            own = [own]
-        model.generation_config.eos_token_id = list(dict.fromkeys([*own, *collator.stop_ids]))
+    if not hasattr(model, "generation_config"):
+        return
+    config = model.generation_config
+    own = config.eos_token_id
+    if own is None:
+        own = []
+    elif not isinstance(own, list):
+        own = [own]
+    config.eos_token_id = list(dict.fromkeys([*own, *collator.stop_ids]))
+    if not config.do_sample:  # Vicuna's has a temperature all the same, with which Transformers would save nothing
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
 
 
 # --------------------------------------------------------------------------------------------------------------- merge
@@ -321,7 +325,7 @@ def main(argv=None):
     args, recipe_flags = parse(argv)
     recipe = load_recipe(args.recipe, args.run)
     processor, settings, training = load_run(recipe, args.run, recipe_flags)
-    collator = recipe.Collator(processor, settings, training)
+    collator = load_collator(recipe, processor, settings, training)
     messages, prompt, source = example(recipe, collator, settings)
     base, batch = settings.model_name_or_path, inputs(collator, messages, prompt)
     model = load_base(recipe, settings, training)

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail  # noqa: E402
@@ -152,6 +153,10 @@ def load(recipe, run, flags, base_only=False):
     settings.model_name_or_path = base
     if is_adapter:
         check_kind(run, settings, trained_on, processor)
+        is_given = "enable_thinking" in given_settings(flags, training)
+        if is_given and "enable_thinking" in processor.chat_template:  # perhaps not as the run was trained
+            choice = str(settings.enable_thinking).lower()
+            processor.chat_template = recipe.SET_THINKING.replace("CHOICE", choice) + processor.chat_template
     return is_adapter, processor, settings, training
 
 
@@ -250,16 +255,35 @@ def load_processor(recipe, run, settings):
 
 def check_kind(run, settings, trained_on, processor):
     """Raises SystemExit where the base model is of another kind than the run's processor."""
-    base, found = settings.model_name_or_path, type(processor).__name__
+    base, revision, found = settings.model_name_or_path, settings.model_revision, type(processor).__name__
     kind = None
     with contextlib.suppress(OSError, ValueError):  # load_model has a message for that
-        config = PreTrainedConfig.get_config_dict(base, revision=settings.model_revision)[0]
-        kind = config.get("model_type")
-    if kind and PROCESSOR_MAPPING_NAMES.get(kind, found) != found:
+        kind = PreTrainedConfig.get_config_dict(base, revision=revision)[0].get("model_type")
+    is_another = kind and PROCESSOR_MAPPING_NAMES.get(kind, found) != found
+    if is_another and found not in processors_named_by(base, revision):  # Pixtral is a llava with its own processor
         fail(
             f"the adapter in {run}, trained on {trained_on}, does not fit {base}: "
             f"that is a {kind}, and the run has a {found}"
         )
+
+
+def processors_named_by(model, revision):
+    """The classes of processors that a model's own files name."""
+    found = set()
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            path = cached_file(model, name, revision=revision)
+            found.add(json.loads(Path(path).read_text(encoding="utf-8")).get("processor_class"))
+    return found
+
+
+def load_collator(recipe, processor, settings, training):
+    """The recipe's Collator, which reads from the model that settings.model_name_or_path names where its answers end.
+    Raises SystemExit."""
+    try:
+        return recipe.Collator(processor, settings, training)
+    except (OSError, ValueError) as e:
+        fail(cannot_load(settings, e))
 
 
 def load_model(recipe, settings, training):
@@ -267,7 +291,13 @@ def load_model(recipe, settings, training):
     try:
         return recipe.load_model(settings, training).eval()
     except (OSError, ValueError, SafetensorError) as e:
-        fail(f"cannot load {base_name(settings)} (another place: --model_name_or_path): {e}")
+        fail(cannot_load(settings, e))
+
+
+def cannot_load(settings, error):
+    """The message for a model that is not where it should be."""
+    cause = " ".join(str(error).split())
+    return f"cannot load {base_name(settings)} (another place: --model_name_or_path): {cause}"
 
 
 def put_on(model, run, base, name="default"):
