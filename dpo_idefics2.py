@@ -762,7 +762,7 @@ def fail_on_source(flag, name, needed=""):
         except (ImportError, OSError, ValueError) as error:
             if "trust_remote_code" in str(error):  # its text would advise to run that code
                 raise ValueError("it brings code of its own, which this recipe does not run") from error
-            if not isinstance(error, ImportError) and "torchvision" not in str(error):
+            if not re.search("torchvision|num2words", str(error), re.IGNORECASE):
                 raise
             packages = "pip install torchvision==0.28.0 num2words==0.5.14"  # the torchvision of torch 2.13.0
             cause = str(error).strip().split(". ")[0]

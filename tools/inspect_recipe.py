@@ -424,27 +424,32 @@ def plain_name(name):
     return name.removeprefix("base_model.model.")
 
 
+def place_of(name):
+    """The plain name of a weight -> the name of what in the model it belongs to."""
+    path = name.split(".")
+    return path[1] if path[0] == "model" and len(path) > 1 else path[0]
+
+
 def kind_by_name(name):
     """The plain name of a weight -> vision tower, projector or language model (to which lm_head belongs), else where
     it is."""
-    path = name.split(".")
-    top = path[1] if path[0] == "model" and len(path) > 1 else path[0]
-    return next((kind for kind, words in KINDS.items() if re.search(words, top)), top)
+    place = place_of(name)
+    return next((kind for kind, words in KINDS.items() if re.search(words, place)), place)
 
 
 def kinds_of(recipe, settings):
     """A function: the name of a weight -> the part of the model that it is in. sft_llava.py asks the model for its
     parts; of other recipes' models they are known by name."""
-    places = {}
-    if hasattr(recipe, "find_parts"):
-        parts = recipe.find_parts(settings, recipe.PROJECTORS)
-        places = {parts.vision: "vision tower", parts.decoder: "language model", parts.head: "LM head"}
-        places |= dict.fromkeys(parts.projectors, "projector")  # perhaps inside the tower
+    if not hasattr(recipe, "find_parts"):
+        return lambda name: kind_by_name(plain_name(name))
+    parts = recipe.find_parts(settings, recipe.PROJECTORS)
+    kinds = {parts.vision: "vision tower", parts.decoder: "language model", parts.head: "LM head"}
+    kinds |= dict.fromkeys(parts.projectors, "projector")  # perhaps inside the tower
 
     def kind_of(name):
         name = plain_name(name)
-        inside = [path for path in places if name.startswith(f"{path}.")]
-        return places[max(inside, key=len)] if inside else kind_by_name(name)
+        inside = [path for path in kinds if name.startswith(f"{path}.")]
+        return kinds[max(inside, key=len)] if inside else place_of(name)
 
     return kind_of
 
