@@ -1851,25 +1851,27 @@ def empty_model(settings):
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
+def is_adapter_folder(name):
+    """Whether a name is a folder with a processor, but without a model, as that of an adapter."""
+    return os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json"))
+
+
 def fit_image_tokens(processor, settings):
     """Make the processor write as many image tokens for an image as the model makes features, by values from its
     config.json. Raises SystemExit if the numbers differ all the same."""
     name = settings.model_name_or_path
-    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
-        return  # an adapter's folder: its processor was made to fit before training
+    if is_adapter_folder(name):
+        return  # its processor was made to fit before training
     device = torch.device("meta")
-    with fail_on_error(f"--model_name_or_path {name}"):
-        config = transformers.AutoConfig.from_pretrained(name, revision=settings.model_revision)
+    model = empty_model(settings)
+    config = model.config
     has_resampler = hasattr(config, "perceiver_config")  # it cannot run without data, and needs no run
-    model = None if has_resampler else empty_model(settings)
     if hasattr(processor, "num_additional_image_tokens"):
         vision = config.vision_config
         image = torch.empty(1, 3, vision.image_size, vision.image_size, device=device)
         num_outputs = model.get_encoder(modality="image")(image).last_hidden_state.shape[1]
-        values = {
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        }
+        values = {"patch_size": vision.patch_size}
+        values["vision_feature_select_strategy"] = config.vision_feature_select_strategy
         values["num_additional_image_tokens"] = num_outputs - (vision.image_size // vision.patch_size) ** 2
         for attribute, value in values.items():
             if getattr(processor, attribute) != value:

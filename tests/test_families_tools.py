@@ -472,16 +472,6 @@ def inspect(trained, capsys):
     return make
 
 
-@pytest.fixture
-def uncounted(monkeypatch):
-    """Activations are not counted, which is what takes the time."""
-
-    def sizes(trainer, rows, batch):
-        return dict.fromkeys((True, False), (batch * 10**9, 10**9))
-
-    monkeypatch.setattr(inspect_recipe, "measure", sizes)
-
-
 @pytest.mark.parametrize("name", marked([name for name in TRAINED if name != "glm4v_moe"]))
 def test_parameters_are_counted_by_part(name, inspect, uncounted, built):
     """What is in which part, by the recipe's own find_parts; all of it, and once."""

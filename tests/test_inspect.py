@@ -72,16 +72,6 @@ def llava(tiny_llava, tmp_path, inspect):
     return make
 
 
-@pytest.fixture
-def uncounted(monkeypatch):
-    """Activations are not counted, which is what takes the time."""
-
-    def sizes(trainer, rows, batch):
-        return dict.fromkeys((True, False), (batch * 10**9, 10**9))
-
-    monkeypatch.setattr(inspect_recipe, "measure", sizes)
-
-
 def show(llava, *own, **settings):
     """Run it without --json; what it prints is captured by capsys."""
     inspect_recipe.main([sft_llava.__file__, "--no-color", *own, *llava.case.flags(**settings)])

@@ -154,9 +154,8 @@ def load(recipe, run, flags, base_only=False):
     if is_adapter:
         check_kind(run, settings, trained_on, processor)
         is_given = "enable_thinking" in given_settings(flags, training)
-        if is_given and "enable_thinking" in processor.chat_template:  # perhaps not as the run was trained
-            choice = str(settings.enable_thinking).lower()
-            processor.chat_template = recipe.SET_THINKING.replace("CHOICE", choice) + processor.chat_template
+        if is_given and hasattr(recipe, "set_thinking"):  # perhaps not as the run was trained
+            recipe.set_thinking(processor, settings.enable_thinking)
     return is_adapter, processor, settings, training
 
 
