@@ -203,6 +203,15 @@ def test_without_a_data_set_the_rows_that_the_run_held_out(run, ask):
     assert ask(run.out / "checkpoint-2") == answers
 
 
+@pytest.mark.parametrize("choice", [True, False])
+def test_minicpm_thinks_before_its_answer_if_asked_to(trained, ask, calls, choice):
+    """It is told so with each prompt, whatever the saved template says."""
+    run = trained("finetune_minicpm_lora")
+    ask(run.out, "--question", "Which digit?", "--enable_thinking", str(choice).lower())
+    prompt = run.reader.processor.tokenizer.decode(calls[-1][0]["input_ids"][0])
+    assert prompt.endswith("<think>\n" if choice else "<think>\n\n</think>\n\n")
+
+
 def test_one_question_is_asked_as_the_rows_are(run, ask, calls, capsys):
     """After a system message, too; it ends at the recipe's stop tokens. Without --output its answer is printed."""
     answers = ask(run.out, *run.test_data, "--batch_size", 1)
