@@ -51,6 +51,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_type_hints
+from unittest.mock import patch
 from urllib.parse import unquote, urlparse
 
 import datasets
@@ -59,6 +60,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel
@@ -119,8 +121,11 @@ class Training(DPOConfig):
     output_dir: str = HfArg(default="idefics2-dpo", help="Adapter, processor, settings, samples, logs, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data. max_steps, if given, wins.")
-    per_device_train_batch_size: int = HfArg(default=2, help="In pairs. Raise it first where memory is left.")
-    gradient_accumulation_steps: int = HfArg(default=32, help="Effective batch = this x per-device batch x GPUs.")
+    per_device_train_batch_size: str = HfArg(
+        default="auto", help="Pairs at once. auto: what fits the GPU; on a CPU 2."
+    )
+    rows_per_step: int | None = HfArg(default=None, help="Pairs of a step, on all GPUs. Default: 64 a GPU.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes up rows_per_step.")
     loss_type: list[str] = HfArg(default_factory=lambda: ["sigmoid"], help="sigmoid is DPO; several: sigmoid sft.")
     beta: float = HfArg(default=0.1, help="Strength of the pull towards the reference.")
     learning_rate: float = HfArg(default=5e-5, help="Lower it if rewards rise while answers in samples.md decay.")
@@ -136,13 +141,16 @@ class Training(DPOConfig):
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
     # evaluation
-    per_device_eval_batch_size: int = HfArg(default=4, help="Pairs that are evaluated, or answered, at once.")
+    per_device_eval_batch_size: str = HfArg(
+        default="auto", help="Pairs evaluated, or answered, at once. auto; on a CPU 4."
+    )
     eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
     eval_steps: float = HfArg(default=50, help="Steps between evaluations. The last step is evaluated, too.")
     load_best_model_at_end: bool = HfArg(default=False, help="Result: lowest eval_loss. false: last weights.")
 
     def __post_init__(self):
         pick_precision(self)
+        pick_batch(self, batch=2, accumulation=32, eval_batch=4)
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
@@ -209,6 +217,7 @@ class Collator:
         self.control_tokens = {*special_tokens(tokenizer), tokenizer.eos_token, processor.image_token}
         self.end_tokens = [end for end in ("<end_of_utterance>", tokenizer.eos_token) if end in self.control_tokens]
         self.stop_ids = tokenizer.convert_tokens_to_ids(self.end_tokens)  # where generation ends
+        self.shares_prompts = False  # SharedPromptDPOTrainer may set it
 
     def __call__(self, rows):
         conversations, chosen_ids, rejected_ids = zip(*[self.encode(row) for row in rows], strict=True)
@@ -225,6 +234,8 @@ class Collator:
             masks.append(torch.tensor([0] * len(prompt) + [1] * len(answer)))
         batch = dict(self.processor.tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt"))
         batch["completion_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        if self.shares_prompts:
+            batch["pairs"] = pack_pairs(**batch, pad_token_id=self.processor.tokenizer.pad_token_id)
         if "token_type_ids" in prompts:  # PaliGemma: 0 in the prompt, which sees all of itself, and 1 in the answer
             batch["token_type_ids"] = batch["completion_mask"].clone()  # another meaning, but the same values
         if "mm_token_type_ids" in prompts:  # 1 on image tokens
@@ -396,6 +407,12 @@ def check_adapter(settings, training, adapter):
         fail(f"--max_length {training.max_length}: {problem}: --max_length {window}, or --shared_prompt false")
 
 
+def loss_counts(batch):
+    """What losses of a batch are means of: how many pairs it has, how many tokens of chosen answers. (2,)"""
+    chosen = batch["completion_mask"].chunk(2)[0][:, 1:]
+    return torch.stack([torch.ones_like(chosen[:, 0]).sum(), chosen.sum()])
+
+
 class Trainer(DPOTrainer):
     """DPOTrainer's loss, optimizer and loop. Adapters are float32, and held-out prompts are answered."""
 
@@ -404,6 +421,27 @@ class Trainer(DPOTrainer):
         train_in_float32(self.model)  # DPOTrainer made them bf16
         self.settings = settings
         self.answers_before = {}  # {evaluated dataset: list of Answer}, by the base model
+        self.step_counts = None  # loss_counts of the whole step
+
+    def get_batch_samples(self, *args):
+        """The batches of a step, which are counted here."""
+        batches, num_items = super().get_batch_samples(*args)
+        counts = self.accelerator.gather(sum(loss_counts(batch) for batch in batches))
+        self.step_counts = counts.view(-1, 2).sum(dim=0)  # of all processes
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """DPOTrainer's, in which each pair of a step counts alike, and for sft each chosen token, whatever the batches
+        are. (It takes the mean of each batch, and then the mean of these.)"""
+        weights, batches = self.loss_weights, self.current_gradient_accumulation_steps * self.args.world_size
+        if self.step_counts is not None:
+            by_pairs, by_tokens = batches * loss_counts(inputs) / self.step_counts
+            scales = [by_tokens if loss == "sft" else by_pairs for loss in self.loss_types]
+            self.loss_weights = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.loss_weights = weights
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """DPOTrainer's, then answers to the first held-out prompts."""
@@ -496,6 +534,7 @@ class SharedPromptDPOTrainer(Trainer):
             say(f"path: stock DPOTrainer, since {self.why_not_shared}")
             return
         say("path: shared prompts, each pair one sequence with its image once")
+        self.data_collator.shares_prompts = True
         forwards = ReplacedForwards()
         model = self.model.get_base_model()
         forwards.replace(model, functools.partial(self.forward_pairs, model.forward))
@@ -526,29 +565,39 @@ class SharedPromptDPOTrainer(Trainer):
 
     def forward_pairs(self, forward, *args, **inputs):
         """Stands in for the model's `forward`, to which TRL added a fused head: log-probabilities instead of logits.
-        In: DPOTrainer's batch, input_ids, attention_mask, labels (2B, L), images (2B, ...). Out: (2B, L - 1)."""
+        In: DPOTrainer's batch, input_ids, attention_mask, labels (2B, L), images (2B, ...), and its `pairs`, packed.
+        Out: (2B, L - 1)."""
         if not inputs.pop("fused_lm_head", False):  # TRL sets it to compute the loss; without it, this is generation
             return forward(*args, **inputs)
-        ids, mask, labels = (inputs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
-        pairs = pack_pairs(ids, mask, labels, self._tokenizer.pad_token_id)
+        ids, mask, labels, packed = (
+            inputs.pop(name, None) for name in ("input_ids", "attention_mask", "labels", "pairs")
+        )
+        if packed is None:  # the batch of another collator
+            packed = pack_pairs(ids, mask, labels != -100, self._tokenizer.pad_token_id)
+        pairs = SimpleNamespace(**packed)
         inputs.pop("token_type_ids", None)  # PaliGemma would make a mask of them
         for name, value in list(inputs.items()):
             if isinstance(value, torch.Tensor):
                 inputs[name] = value[: len(value) // 2]  # the images of the chosen rows, which the others repeat
-        inputs |= {"input_ids": pairs.ids, "position_ids": pairs.position, "shift_labels": pairs.predicts}
-        output = forward(*args, attention_mask=attention_of(pairs, self.model), fused_lm_head=True, **inputs)
+        inputs |= {"input_ids": pairs.ids, "position_ids": pairs.position, "shift_labels": pairs.targets[None]}
+        mask, model = attention_of(pairs, self.model), self.model.get_base_model()
+        with scored_at(model, pairs.predicted_from):
+            output = forward(*args, attention_mask=mask, fused_lm_head=True, **inputs)
         for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
             values = getattr(output, name)
             if values is not None:
-                setattr(output, name, unpack(values, pairs, labels))
+                setattr(output, name, unpack(values, pairs, labels[:, 1:].shape))
         return output
 
 
-def pack_pairs(input_ids, attention_mask, labels, pad_token_id):
+def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     """DPOTrainer's batch, all (2B, L), chosen rows first, padded on any side -> B pairs, each one sequence of S tokens
-    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), predicts, all (B, S)."""
+    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), all (B, S); and the N
+    tokens of the loss: targets, and where they stand, flattened: predicted in (2B, L - 1), predicted_from in (B, S).
+    Made in the collator, on the CPU: on a GPU the host would have to wait for sizes that depend on content."""
     num_pairs, real = len(input_ids) // 2, attention_mask.bool()
-    is_answer, predicts = labels != -100, next_tokens(labels)
+    is_answer = completion_mask.bool()
+    predicts = next_tokens(input_ids.masked_fill(~is_answer, -100))
     last_of_prompt = (predicts != -100) & ~is_answer
     part = (last_of_prompt | is_answer).long()  # 0: prompt, 1: chosen
     part[num_pairs:] *= 2  # 2: rejected
@@ -565,15 +614,20 @@ def pack_pairs(input_ids, attention_mask, labels, pad_token_id):
     def pack(values):  # (2B, L) -> (B, S): the kept tokens move to the left, in their order
         return side_by_side(values).gather(1, order)
 
-    is_kept = pack(keep)
-    return SimpleNamespace(
-        ids=pack(input_ids).masked_fill(~is_kept, pad_token_id),  # a short row ends with tokens that are not kept
-        real=is_kept,
-        position=pack(real.cumsum(dim=1) - 1),
-        part=pack(part),
-        in_prompt=pack(real & ~is_answer),
-        predicts=pack(predicts),
-    )
+    is_kept, part, predicts = pack(keep), pack(part), pack(predicts)
+    of_chosen, of_rejected = ((predicts != -100) & (part == n) for n in (1, 2))
+    predicted_from = torch.cat([which.flatten().nonzero() for which in (of_chosen, of_rejected)]).squeeze(1)
+    return {
+        "ids": pack(input_ids).masked_fill(~is_kept, pad_token_id),  # a short row ends with tokens that are not kept
+        "real": is_kept,
+        "position": pack(real.cumsum(dim=1) - 1),
+        "part": part,
+        "in_prompt": pack(real & ~is_answer),
+        # In the same order: those of all chosen rows, then those of all rejected ones.
+        "predicted_from": predicted_from,
+        "targets": predicts.flatten()[predicted_from],
+        "predicted": is_answer[:, 1:].flatten().nonzero().squeeze(1),
+    }
 
 
 def attention_of(pairs, model):
@@ -591,14 +645,9 @@ def attention_of(pairs, model):
     return mask[:, None]
 
 
-def unpack(values, pairs, labels):
-    """Values of packed pairs (B, S) -> those of DPOTrainer's batch (2B, L - 1), with its labels (2B, L): 0 where
-    nothing is predicted. Both have the predicted tokens in the same order: all chosen rows, then all rejected ones."""
-    is_predicting = pairs.predicts != -100
-    of_chosen = values[is_predicting & (pairs.part == 1)]  # one dimension
-    of_rejected = values[is_predicting & (pairs.part == 2)]
-    is_predicted = labels[:, 1:] != -100
-    return values.new_zeros(is_predicted.shape).masked_scatter(is_predicted, torch.cat([of_chosen, of_rejected]))
+def unpack(values, pairs, shape):
+    """Values of the tokens of the loss (1, N) -> those of DPOTrainer's batch, (2B, L - 1), 0 everywhere else."""
+    return values.new_zeros(shape).flatten().index_copy(0, pairs.predicted, values[0]).view(shape)
 
 
 def obstacle_to_sharing(model, ref_model=None):
@@ -811,6 +860,9 @@ def parse_arguments(parser, refused, argv=None):
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    for name in BATCH_SIZES:  # a number is stored as one
+        if str(as_given[name]).isdigit():
+            training.as_given[name] = int(as_given[name])
     training.typed, training.second_names = typed, second_names
     return settings, training
 
@@ -902,6 +954,39 @@ def weight_dtype(training):
     if training.fp16:
         return torch.float16
     return torch.float32
+
+
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def pick_batch(training, batch, accumulation, eval_batch):
+    """Batch sizes as given -> numbers. Raises ValueError.
+    auto is the given default, and in training.auto_batch: fill_card may change it; auto:4 is what it chose before.
+    Accumulation makes up the rest of --rows_per_step; without that a step of one process is batch x accumulation."""
+    if training.accelerator_config is None:
+        training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    training.auto_batch = set()
+    for name, default in zip(BATCH_SIZES, (batch, eval_batch), strict=True):
+        found = re.fullmatch(r"(auto)?:?(\d*)", str(getattr(training, name)))
+        if not found or not any(found.groups()):
+            raise ValueError(f"--{name} {getattr(training, name)}: it must be a number, or auto")
+        setattr(training, name, int(found[2] or default))
+        is_number = found[1] is None or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
+        training.auto_batch |= set() if is_number else {name}
+    rows, at_once = training.rows_per_step, training.per_device_train_batch_size
+    if BATCH_SIZES[0] in training.auto_batch:
+        rows = rows or batch * accumulation * processes
+        at_once = math.gcd(at_once, rows // processes) or 1
+        training.per_device_train_batch_size = at_once
+    if rows is None:
+        training.gradient_accumulation_steps = training.gradient_accumulation_steps or accumulation
+        return
+    steps, rest = divmod(rows, max(1, at_once * processes))
+    if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
+        here = f"{at_once} at once in {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: not to be had by {here} and --gradient_accumulation_steps")
+    training.gradient_accumulation_steps = steps
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -1882,6 +1967,7 @@ def print_parameters(model, parts):
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
+    fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     if args.process_index == 0:
         write_settings(args)
@@ -2349,6 +2435,7 @@ def require_same_settings(training):
         problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
+    adopt_batch(training, old, int(old_rows[1]))
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
@@ -2366,6 +2453,23 @@ def require_same_settings(training):
     if len(lines) > 10:
         lines[10:] = [f"  and {len(lines) - 10} more"]
     require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
+
+
+def adopt_batch(training, old, old_rows):
+    """Where a batch size is auto, take that of the run to resume, from its settings and its rows in a step."""
+    new, were_auto = training.as_given, set(training.auto_batch)
+    for name in were_auto:
+        kind, _, number = str(old.get(name) or "auto").rpartition(":")  # None: an earlier llava_two_stage.py's default
+        if number.isdigit():
+            new[name] = old[name]
+            setattr(training, name, int(number))
+            training.auto_batch -= set() if kind else {name}
+    share, rest = divmod(old_rows, training.world_size)
+    if BATCH_SIZES[0] in were_auto and new["rows_per_step"] is None and rest == 0:
+        training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
+        training.gradient_accumulation_steps = share // training.per_device_train_batch_size
+        if BATCH_SIZES[0] not in training.auto_batch:
+            new["gradient_accumulation_steps"] = training.gradient_accumulation_steps
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -2388,15 +2492,134 @@ class ReplacedForwards(transformers.TrainerCallback):
     """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
 
     def __init__(self):
-        self.modules = []
+        self.replaced = contextlib.ExitStack()
 
     def replace(self, module, forward):
-        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
-        self.modules.append(module)
+        forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.replaced.enter_context(patch.object(module, "forward", forward))
 
     def on_train_end(self, args, state, control, **kwargs):
-        for module in self.modules:
-            vars(module).pop("forward", None)  # from here on the forward of its class again
+        self.replaced.close()
+
+
+def gpu_memory(device):
+    """Bytes of a GPU: (free, all). None on a CPU."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def fill_card(trainer):
+    """Choose the batch sizes that are auto: the largest with which the longest rows take less than 90 % of the GPU's
+    free memory. A step keeps its rows, by accumulation. On a CPU, and with DeepSpeed, the recipe's defaults stay."""
+    args, accelerator = trainer.args, trainer.accelerator
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled:
+        args.as_given |= {name: getattr(args, name) for name in args.auto_batch}
+        if BATCH_SIZES[0] in args.auto_batch:
+            args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        return
+    jobs = [
+        (train_once, trainer.train_dataset, [n for n in range(1, share + 1) if share % n == 0]),
+        (evaluate_once, trainer.eval_dataset, [1, 2, 4, 8, 16, 32, 64]),
+    ]
+    with contextlib.ExitStack() as stack:
+        # The random numbers of a run are the same with auto and with the number that it finds.
+        stack.enter_context(torch.random.fork_rng([args.device] if args.device.type == "cuda" else []))
+        stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
+        for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
+            stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
+            if name in args.auto_batch and rows is not None:
+                before = args.as_given[name].partition(":")[2]
+                size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
+                setattr(args, name, size)
+                args.as_given[name] = f"auto:{size}"
+                reason = f"{before}, as when this run began, does not fit" if before not in ("", str(size)) else "auto"
+                say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
+    if hasattr(trainer, "_metrics"):  # what TRL would log
+        trainer._total_train_tokens = 0
+        for metrics in trainer._metrics.values():
+            metrics.clear()
+
+
+def largest_batch(trainer, run, dataset, sizes, before):
+    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes, with
+    AdamW's states. before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
+    model, device = trainer.model, trainer.args.device
+    lengths = dataset.with_format(None)["length"][:]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    states = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    torch.cuda.empty_cache()
+    free, whole = gpu_memory(device)
+
+    def peak_of(size):
+        """Bytes that are taken at most, on any process's GPU; infinite if `size` rows do not fit."""
+        torch.cuda.empty_cache()
+        peak = math.inf
+        try:
+            run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            peak = whole - gpu_memory(device)[0] + states
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+        model.zero_grad()
+        return max(gather_object([peak]))
+
+    limit = whole - 0.1 * free
+    if before:
+        sizes, limit = [size for size in sizes if size <= before], sys.float_info.max
+    elif len(sizes) > 1:
+        one, two = peak_of(1), peak_of(2)
+        sizes = [size for size in sizes if one + (size - 1) * max(two - one, 1) <= limit] or [1]
+    for size in reversed(sizes):
+        peak = peak_of(size)
+        if peak <= limit:
+            break
+    remedy = "4 bits, --activation_checkpointing, shorter rows, smaller images or another optimizer (--optim) help"
+    require(peak < math.inf, f"not even one row at once fits this GPU: {remedy}")
+    return size, peak
+
+
+def train_once(trainer, rows):
+    """Forward and backward of one batch, as in training."""
+    trainer.current_gradient_accumulation_steps, args = 1, trainer.args
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    trainer.training_step(trainer.model, batch, count)
+
+
+def evaluate_once(trainer, rows):
+    """One batch of an evaluation, and the first two tokens of its answers."""
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
+    answer_batch(trainer, rows, max_new_tokens=2)
+
+
+@contextlib.contextmanager
+def scored_at(model, trained_at, with_mask=True):
+    """Optional, for speed, with TRL's trainers: within the `with` block TRL's head gets the hidden states of these
+    positions only, (1, N, H) instead of (B, L, H). It would find them itself, by a mask, for which the host waits.
+    with_mask false: no mask, which a batch that is padded on the right does not need (see losses_as_logits)."""
+
+    def without_mask(module, args, inputs):
+        return args, inputs if with_mask else {**inputs, "attention_mask": None}
+
+    def select(module, args, output):
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, trained_at)[None]
+        return output
+
+    with contextlib.ExitStack() as stack:
+        for hook in (
+            model.base_model.register_forward_pre_hook(without_mask, with_kwargs=True),
+            model.base_model.register_forward_hook(select),
+        ):
+            stack.callback(hook.remove)
+        # TRL asks this, too, before it looks for a mask. Its kernels do not ask here.
+        stack.enter_context(patch("trl.trainer.utils._use_triton", lambda device: False, create=True))
+        yield
 
 
 if __name__ == "__main__":

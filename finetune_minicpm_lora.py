@@ -28,6 +28,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -56,6 +57,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -65,9 +67,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
 from transformers.video_processing_utils import VideoProcessorMixin
+from transformers.vision_utils import get_vision_nearest_position_ids
 
 
 @dataclass
@@ -124,8 +128,9 @@ class Training(transformers.TrainingArguments):
     output_dir: str = HfArg(default="minicpm-lora", help="Adapter, processor, settings, samples, logs, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
-    per_device_train_batch_size: int = HfArg(default=1, help="Raise it first where memory is left.")
-    gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
+    per_device_train_batch_size: str = HfArg(default="auto", help="Rows at once. auto: what fits the GPU; on a CPU 1.")
+    rows_per_step: int | None = HfArg(default=None, help="Rows of a step, on all GPUs. Default: 8 a GPU.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes up rows_per_step.")
     learning_rate: float = HfArg(default=1e-4, help="The language model's: 1e-4 for LoRA, 1e-5 in full.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
     warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a share of the run.")
@@ -143,13 +148,16 @@ class Training(transformers.TrainingArguments):
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
     # evaluation
-    per_device_eval_batch_size: int = HfArg(default=1, help="Rows that are evaluated, or answered, at once.")
+    per_device_eval_batch_size: str = HfArg(
+        default="auto", help="Rows evaluated, or answered, at once. auto; on a CPU 1."
+    )
     eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
     eval_steps: float = HfArg(default=100, help="Steps between evaluations. The last step is evaluated, too.")
     load_best_model_at_end: bool = HfArg(default=True, help="Result: lowest eval_loss. false: last weights.")
 
     def __post_init__(self):
         pick_precision(self)
+        pick_batch(self, batch=1, accumulation=8, eval_batch=1)
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -233,7 +241,7 @@ def load_data(settings, training, collator):
 
 
 class Collator:
-    """Rows -> a batch, padded on the left: input_ids, attention_mask, labels (B, L), and the processor's image inputs.
+    """Rows -> a batch, padded on the right: input_ids, attention_mask, labels (B, L), and what the images are made of.
     labels are the input_ids of the answers, each with its <|im_end|>, and -100 elsewhere: on prompts, the empty think
     block before the last answer (4.6, 4.7), the newline after <|im_end|>, image tokens, padding. Raises BadRow."""
 
@@ -258,6 +266,7 @@ class Collator:
             question_ids = self.tokenize([messages])["input_ids"][0]
             prompt_ids = self.tokenize([messages], prompt=True)["input_ids"][0]
         self.inference_header = prompt_ids[len(question_ids) :].tolist()
+        self.keeps_sizes = False  # see slices_by_size
         self.enable_thinking = settings.enable_thinking
 
     def __call__(self, rows):
@@ -268,9 +277,12 @@ class Collator:
             is_token = batch["attention_mask"][n].bool()
             ids = batch["input_ids"][n, is_token].tolist()
             batch["labels"][n, is_token] = torch.tensor(self.label(ids, messages))
+        batch.update(where_trained(batch["labels"]))
+        if self.keeps_sizes and "target_sizes" in batch:
+            batch["target_sizes"] = batch["target_sizes"].numpy()  # tensors would go to the GPU
         if self.is_26:  # its forward() takes all other inputs in a dict
-            mask, labels = batch.pop("attention_mask"), batch.pop("labels")
-            batch = {"data": dict(batch), "attention_mask": mask, "labels": labels}
+            others = {name: batch.pop(name) for name in ("attention_mask", "labels", "trained_at", "targets")}
+            batch = {"data": dict(batch), **others}
         return batch
 
     def label(self, ids, messages):
@@ -316,7 +328,8 @@ class Collator:
         for text, messages in zip(texts, conversations, strict=True):
             require_texts(text, messages)
         images = [image for messages in conversations for image in pil_images(messages)] or None
-        return self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        side = "left" if prompt else "right"
+        return self.processor(text=texts, images=images, padding=True, padding_side=side, return_tensors="pt")
 
     def messages_of(self, row):
         """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
@@ -432,7 +445,7 @@ class Trainer(transformers.Trainer):
         self.parts = parts
         self.learning_rates = learning_rates(settings, args)
         args.label_names = ["labels"]  # the forward() of 2.6 does not name them: eval_loss would silently be missing
-        super().__init__(args=args, **kwargs)
+        super().__init__(args=args, compute_loss_func=mean_of_losses, **kwargs)
         for name, parameter in self.model.named_parameters():
             if self.rate_of(name) == 0:  # --lora_bias all makes biases of frozen parts trainable
                 parameter.requires_grad = False
@@ -440,18 +453,16 @@ class Trainer(transformers.Trainer):
         if not settings.use_lora and not settings.tune_llm:
             self.model.enable_input_require_grads()  # else backward() fails in a step of rows without images
         self.lm_head = self.model.get_output_embeddings()
+        slices = slices_by_size(self.model, self.data_collator)  # in 2.6 it finds nothing to replace
         tower = [weight for name, weight in self.model.named_parameters() if is_inside(name, parts["vision"])]
         if not any(weight.requires_grad for weight in tower):
             self.add_callback(FrozenWithoutGraph(self.model, parts["vision"]))
+        self.add_callback(slices)  # after FrozenWithoutGraph, which wraps one of its forwards and gives it back first
         self.add_callback(AnswerSamples(self, settings.sample_rows, settings.sample_tokens))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Optional, for speed and memory: logits only where the next token is trained. The loss stays the same: a sum
-        over trained tokens, divided by num_items_in_batch, the trained tokens of the whole step on all GPUs."""
-        next_labels = next_tokens(inputs["labels"])
-        is_trained = next_labels != -100
-        inputs = {**inputs, "shift_labels": next_labels[is_trained]}  # the model's loss takes these instead of labels
-        with logits_only_at(is_trained, self.lm_head):
+        """The trained tokens' losses, their sum divided by num_items_in_batch: how many the step has on all GPUs."""
+        with losses_as_logits(self.lm_head, inputs) as inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, *args, **kwargs):
@@ -484,6 +495,7 @@ def main(argv=None):
     transformers.set_seed(training.seed)
     config = load_config(settings)
     parts = PARTS[config.model_type]
+    print_kernels(config, training.device)
 
     processor = load_processor(settings)
     patch, patch_of_model = processor.image_processor.patch_size, config.vision_config.patch_size
@@ -617,7 +629,7 @@ def require_same_adapter(path, saved, wanted):
 
 
 def tokenize_26(processor, conversations, prompt, max_slices):
-    """Lists of messages -> a batch padded on the left, as the generate() of repaired_26 takes it."""
+    """Lists of messages -> a batch. A prompt is padded on the left, as the generate() of repaired_26 takes it."""
     rows = []
     for messages in conversations:
         turns = []
@@ -629,8 +641,8 @@ def tokenize_26(processor, conversations, prompt, max_slices):
         # Row by row: its processor pads several rows, and takes every token 0, which is "!", for padding.
         rows.append(processor([text], [pil_images(messages)], max_slice_nums=max_slices, use_image_id=True))
     ids = {"input_ids": [row["input_ids"][0].tolist() for row in rows]}
-    batch = processor.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
-    padding = (batch["attention_mask"] == 0).sum(dim=1).tolist()
+    batch = processor.tokenizer.pad(ids, padding_side="left" if prompt else "right", return_tensors="pt")
+    padding = batch["attention_mask"].argmax(dim=1).tolist()  # on the left
     batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     batch["pixel_values"] = [row["pixel_values"][0] for row in rows]
     batch["tgt_sizes"] = [row["tgt_sizes"][0] for row in rows]
@@ -684,6 +696,78 @@ def repaired_26(hub_class, tokenizer):
             return torch.cat([input_ids, answers.masked_fill(is_padding, stop_ids[1])], dim=1)
 
     return MiniCPMV
+
+
+# ----------------------------------------------------------------------------- optional, for speed: slices of one size
+
+
+def slices_by_size(model, collator):
+    """Optional, for speed, 4.6 and 4.7: vision tower and projector take all slices of one size in one batch, until the
+    callback that this returns ends it. The library takes slice after slice, and in the tower window after window, and
+    for each waits for the GPU. The result is the same; to turn this off, delete the line that adds the callback."""
+    replaced = ReplacedForwards()
+    for module in model.modules():  # of a part that is trained in full PEFT keeps two
+        if type(module).__name__ in ("MiniCPMV4_6VisionModel", "MiniCPMV4_7VisionModel"):
+            replaced.replace(module, functools.partial(encode_slices, module))
+        if type(module).__name__ in ("MiniCPMV4_6Merger", "MiniCPMV4_7Merger"):
+            replaced.replace(module, functools.partial(project_slices, module.forward))
+    if not collator.is_26:  # which has none of these modules
+        replaced.replaced.enter_context(patch.object(collator, "keeps_sizes", True))
+    return replaced
+
+
+def encode_slices(tower, pixel_values, target_sizes, use_vit_merger=True):
+    """The vision tower's forward. pixel_values: (1, 3, P, P x patches), the patches (P x P pixels) of all slices.
+    target_sizes: (slices, 2), their height and width in patches. last_hidden_state: (1, patches, D), with
+    use_vit_merger (16x) a quarter of the patches: it merges windows of 2 x 2 after one of the layers."""
+
+    def encode(pixels, height, width):  # (N, 3, P, P x patches) -> (N, patches, D)
+        size, side = torch.tensor([[height, width]]), tower.embeddings.num_patches_per_side
+        positions = get_vision_nearest_position_ids(size, side).to(pixels.device, non_blocking=True)
+        hidden = tower.embeddings(pixels, position_ids=positions)
+        for number, layer in enumerate(tower.encoder.layers):
+            hidden = layer(hidden, None, cu_seqlens=torch.tensor([0, hidden.shape[1]]), max_seqlen=None)
+            if use_vit_merger and number == tower.config.insert_layer_id:
+                hidden = merge_windows(tower.vit_merger, hidden, height, width)
+        return tower.post_layernorm(hidden)
+
+    sizes = target_sizes.tolist()
+    widths = [height * width * tower.config.patch_size for height, width in sizes]
+    features = for_each_size(encode, pixel_values[0].split(widths, dim=-1), sizes)
+    return BaseModelOutputWithPooling(last_hidden_state=torch.cat(features)[None])
+
+
+def merge_windows(merger, hidden, height, width):
+    """The forward of the tower's vit_merger: (N, patches, D) -> (N, patches / 4, D)."""
+    windows = hidden.unflatten(1, (height // 2, 2, width // 2, 2)).transpose(2, 3).flatten(0, 2).flatten(1, 2)
+    attended, _ = merger.self_attn(merger.layer_norm1(windows), cu_seqlens=torch.tensor([0, 4]), max_seqlen=None)
+    windows = windows + attended  # (all windows, 4, D)
+    features = merger.linear_1(merger.pre_norm(windows.flatten(1)))
+    merged = merger.linear_2(merger.act(features)) + windows.mean(dim=1)
+    return merged.unflatten(0, (len(hidden), -1))
+
+
+def project_slices(forward, hidden_states, target_sizes):
+    """The projector's forward: hidden_states (1, patches, D) -> for each slice (tokens, width of the language model).
+    It is given slices of one size as one high slice: no window of 2 x 2 patches is in two of them."""
+
+    def project(slices, height, width):
+        return forward(slices.flatten(0, 1)[None], [(len(slices) * height, width)])[0].chunk(len(slices))
+
+    sizes = target_sizes.tolist()
+    return for_each_size(project, hidden_states[0].split([height * width for height, width in sizes]), sizes)
+
+
+def for_each_size(function, slices, sizes):
+    """function(slices of one size in one batch, height, width) for each size -> its results in the slices' order."""
+    numbers_of_size = defaultdict(list)
+    for number, size in enumerate(sizes):
+        numbers_of_size[tuple(size)].append(number)
+    results = {}
+    for (height, width), numbers in numbers_of_size.items():
+        batch = torch.stack([slices[number] for number in numbers])
+        results.update(zip(numbers, function(batch, height, width), strict=True))
+    return [results[number] for number in range(len(slices))]
 
 
 # =====================================================================================================================
@@ -805,6 +889,9 @@ def parse_arguments(parser, refused, argv=None):
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    for name in BATCH_SIZES:  # a number is stored as one
+        if str(as_given[name]).isdigit():
+            training.as_given[name] = int(as_given[name])
     training.typed, training.second_names = typed, second_names
     return settings, training
 
@@ -896,6 +983,39 @@ def weight_dtype(training):
     if training.fp16:
         return torch.float16
     return torch.float32
+
+
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def pick_batch(training, batch, accumulation, eval_batch):
+    """Batch sizes as given -> numbers. Raises ValueError.
+    auto is the given default, and in training.auto_batch: fill_card may change it; auto:4 is what it chose before.
+    Accumulation makes up the rest of --rows_per_step; without that a step of one process is batch x accumulation."""
+    if training.accelerator_config is None:
+        training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    training.auto_batch = set()
+    for name, default in zip(BATCH_SIZES, (batch, eval_batch), strict=True):
+        found = re.fullmatch(r"(auto)?:?(\d*)", str(getattr(training, name)))
+        if not found or not any(found.groups()):
+            raise ValueError(f"--{name} {getattr(training, name)}: it must be a number, or auto")
+        setattr(training, name, int(found[2] or default))
+        is_number = found[1] is None or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
+        training.auto_batch |= set() if is_number else {name}
+    rows, at_once = training.rows_per_step, training.per_device_train_batch_size
+    if BATCH_SIZES[0] in training.auto_batch:
+        rows = rows or batch * accumulation * processes
+        at_once = math.gcd(at_once, rows // processes) or 1
+        training.per_device_train_batch_size = at_once
+    if rows is None:
+        training.gradient_accumulation_steps = training.gradient_accumulation_steps or accumulation
+        return
+    steps, rest = divmod(rows, max(1, at_once * processes))
+    if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
+        here = f"{at_once} at once in {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: not to be had by {here} and --gradient_accumulation_steps")
+    training.gradient_accumulation_steps = steps
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -1781,6 +1901,30 @@ def print_parameters(model, parts):
             say(f"{line}, {count['in 4-bit']:>14,} in 4-bit")
 
 
+KERNELS = [  # what a model has, how its configuration shows it, the module with kernels for it, their package
+    ("linear attention", ["linear_conv_kernel_dim"], "fla.ops.gated_delta_rule", "fla-core==0.6.0"),
+    ("short convolutions", ["linear_conv_kernel_dim", "conv_L_cache"], "causal_conv1d", "causal-conv1d==1.7.0"),
+]
+
+
+def print_kernels(config, device):
+    """Say whether linear attention (Qwen3.5, MiniCPM-V 4.6) and short convolutions (these, LFM2) run on kernels made
+    for them. Transformers takes what it can import. Raises SystemExit on a CPU, where the kernels would not run."""
+    on_cpu = device.type == "cpu"
+    for what, signs, module, package in KERNELS:
+        if not any(hasattr(config.get_text_config(), sign) for sign in signs):
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception:  # Transformers, too, takes whatever is raised for "not installed"
+            remedy = f", slower than kernels: pip install --no-build-isolation {package}"
+            say(f"{what}: PyTorch" if on_cpu else f"{what}: PyTorch{remedy}")
+            continue
+        remedy = f"pip uninstall {package.partition('==')[0]}"
+        require(not on_cpu, f"{what} would run on kernels of {package}, which need a GPU; on a CPU: {remedy}")
+        say(f"{what}: kernels of {package.partition('==')[0]}")
+
+
 def optimizer_by_part(trainer, rate_of, logged_rate):
     """The optimizer of --optim, with a learning rate for each weight: `rate_of(name)`. Biases and norms do not decay.
     Weights with `logged_rate` come first: the first group's rate is the one that is logged."""
@@ -1805,6 +1949,7 @@ def optimizer_by_part(trainer, rate_of, logged_rate):
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
+    fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     if args.process_index == 0:
         write_settings(args)
@@ -2280,6 +2425,7 @@ def require_same_settings(training):
         problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
+    adopt_batch(training, old, int(old_rows[1]))
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
@@ -2297,6 +2443,23 @@ def require_same_settings(training):
     if len(lines) > 10:
         lines[10:] = [f"  and {len(lines) - 10} more"]
     require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
+
+
+def adopt_batch(training, old, old_rows):
+    """Where a batch size is auto, take that of the run to resume, from its settings and its rows in a step."""
+    new, were_auto = training.as_given, set(training.auto_batch)
+    for name in were_auto:
+        kind, _, number = str(old.get(name) or "auto").rpartition(":")  # None: an earlier llava_two_stage.py's default
+        if number.isdigit():
+            new[name] = old[name]
+            setattr(training, name, int(number))
+            training.auto_batch -= set() if kind else {name}
+    share, rest = divmod(old_rows, training.world_size)
+    if BATCH_SIZES[0] in were_auto and new["rows_per_step"] is None and rest == 0:
+        training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
+        training.gradient_accumulation_steps = share // training.per_device_train_batch_size
+        if BATCH_SIZES[0] not in training.auto_batch:
+            new["gradient_accumulation_steps"] = training.gradient_accumulation_steps
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -2319,15 +2482,14 @@ class ReplacedForwards(transformers.TrainerCallback):
     """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
 
     def __init__(self):
-        self.modules = []
+        self.replaced = contextlib.ExitStack()
 
     def replace(self, module, forward):
-        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
-        self.modules.append(module)
+        forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.replaced.enter_context(patch.object(module, "forward", forward))
 
     def on_train_end(self, args, state, control, **kwargs):
-        for module in self.modules:
-            vars(module).pop("forward", None)  # from here on the forward of its class again
+        self.replaced.close()
 
 
 class FrozenWithoutGraph(ReplacedForwards):
@@ -2345,19 +2507,142 @@ class FrozenWithoutGraph(ReplacedForwards):
                 self.replace(module, torch.no_grad()(module.forward))
 
 
+LOGITS = 2**26  # as many at once: in float32 0.27 GB
+
+
+def where_trained(labels):
+    """labels (B, L) -> where in the flattened batch the next token is trained, and which one it is, both (N,). Made in
+    collators, on the CPU: on a GPU the host would have to wait to learn how many there are."""
+    next_labels = next_tokens(labels).flatten()
+    trained_at = (next_labels != -100).nonzero().squeeze(1)
+    return {"trained_at": trained_at, "targets": next_labels[trained_at]}
+
+
+def gpu_memory(device):
+    """Bytes of a GPU: (free, all). None on a CPU."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def fill_card(trainer):
+    """Choose the batch sizes that are auto: the largest with which the longest rows take less than 90 % of the GPU's
+    free memory. A step keeps its rows, by accumulation. On a CPU, and with DeepSpeed, the recipe's defaults stay."""
+    args, accelerator = trainer.args, trainer.accelerator
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled:
+        args.as_given |= {name: getattr(args, name) for name in args.auto_batch}
+        if BATCH_SIZES[0] in args.auto_batch:
+            args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        return
+    jobs = [
+        (train_once, trainer.train_dataset, [n for n in range(1, share + 1) if share % n == 0]),
+        (evaluate_once, trainer.eval_dataset, [1, 2, 4, 8, 16, 32, 64]),
+    ]
+    with contextlib.ExitStack() as stack:
+        # The random numbers of a run are the same with auto and with the number that it finds.
+        stack.enter_context(torch.random.fork_rng([args.device] if args.device.type == "cuda" else []))
+        stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
+        for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
+            stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
+            if name in args.auto_batch and rows is not None:
+                before = args.as_given[name].partition(":")[2]
+                size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
+                setattr(args, name, size)
+                args.as_given[name] = f"auto:{size}"
+                reason = f"{before}, as when this run began, does not fit" if before not in ("", str(size)) else "auto"
+                say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
+    if hasattr(trainer, "_metrics"):  # what TRL would log
+        trainer._total_train_tokens = 0
+        for metrics in trainer._metrics.values():
+            metrics.clear()
+
+
+def largest_batch(trainer, run, dataset, sizes, before):
+    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes, with
+    AdamW's states. before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
+    model, device = trainer.model, trainer.args.device
+    lengths = dataset.with_format(None)["length"][:]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    states = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    torch.cuda.empty_cache()
+    free, whole = gpu_memory(device)
+
+    def peak_of(size):
+        """Bytes that are taken at most, on any process's GPU; infinite if `size` rows do not fit."""
+        torch.cuda.empty_cache()
+        peak = math.inf
+        try:
+            run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            peak = whole - gpu_memory(device)[0] + states
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+        model.zero_grad()
+        return max(gather_object([peak]))
+
+    limit = whole - 0.1 * free
+    if before:
+        sizes, limit = [size for size in sizes if size <= before], sys.float_info.max
+    elif len(sizes) > 1:
+        one, two = peak_of(1), peak_of(2)
+        sizes = [size for size in sizes if one + (size - 1) * max(two - one, 1) <= limit] or [1]
+    for size in reversed(sizes):
+        peak = peak_of(size)
+        if peak <= limit:
+            break
+    remedy = "4 bits, --activation_checkpointing, shorter rows, smaller images or another optimizer (--optim) help"
+    require(peak < math.inf, f"not even one row at once fits this GPU: {remedy}")
+    return size, peak
+
+
+def train_once(trainer, rows):
+    """Forward and backward of one batch, as in training."""
+    trainer.current_gradient_accumulation_steps, args = 1, trainer.args
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    trainer.training_step(trainer.model, batch, count)
+
+
+def evaluate_once(trainer, rows):
+    """One batch of an evaluation, and the first two tokens of its answers."""
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
+    answer_batch(trainer, rows, max_new_tokens=2)
+
+
 @contextlib.contextmanager
-def logits_only_at(positions, lm_head):
-    """Optional, for speed: within the `with` block lm_head scores only these positions. It needs shift_labels of them.
-    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+def losses_as_logits(lm_head, inputs):
+    """Optional, for speed and memory: within the `with` block the model's logits are the losses (N,) of its trained
+    tokens: lm_head scores no others, and these in parts, so that only LOGITS exist at once.
+    Takes a collator's batch, with what where_trained returns, and yields the model's inputs: without the mask, which a
+    batch that is padded on the right does not need, so that the fastest kernel of attention can run.
+    The loss is then mean_of_losses, as Trainer's compute_loss_func."""
+    trained_at, targets, forward = inputs["trained_at"], inputs["targets"], lm_head.forward
+    at_once = LOGITS // max(1, lm_head.weight.shape[0])  # under ZeRO-3 its shape is 0
 
-    def select(module, inputs):
-        return inputs[0][positions]
+    def losses(hidden, targets):
+        return torch.nn.functional.cross_entropy(forward(hidden).float(), targets, reduction="none")
 
-    hook = lm_head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def score(hidden):
+        hidden = hidden.flatten(0, 1).index_select(0, trained_at)
+        if len(hidden) <= at_once:
+            return losses(hidden, targets)
+        parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([torch.utils.checkpoint.checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+    with patch.object(lm_head, "forward", score):
+        own = {name: inputs[name] for name in inputs if name not in ("attention_mask", "trained_at", "targets")}
+        yield {**own, "use_cache": False}  # Trainer says so too, but not in the text model's own configuration
+
+
+def mean_of_losses(outputs, labels, num_items_in_batch=None):
+    """The trained tokens' losses: their sum, divided by how many there are in the whole step, or in this batch."""
+    losses = outputs.logits  # see losses_as_logits
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
+from unittest.mock import patch
 from urllib.parse import unquote, urlparse
 
 import datasets
@@ -58,6 +59,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, get_peft_model
@@ -124,8 +126,9 @@ class Training(TrainingArguments):
     output_dir: str = HfArg(default="idefics2-docvqa", help="Adapter, processor, settings, samples, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the data. max_steps, if given, wins.")
-    per_device_train_batch_size: int = HfArg(default=2, help="Raise it first where memory is left.")
-    gradient_accumulation_steps: int = HfArg(default=8, help="Effective batch = this x per-device batch x GPUs.")
+    per_device_train_batch_size: str = HfArg(default="auto", help="Rows at once. auto: what fits the GPU; on a CPU 2.")
+    rows_per_step: int | None = HfArg(default=None, help="Rows of a step, on all GPUs. Default: 16 a GPU.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes up rows_per_step.")
     learning_rate: float = HfArg(default=1e-4, help="1e-4 suits LoRA on short answers.")
     warmup_steps: float = HfArg(default=0.1, help="Steps, or below 1 a share of the run.")
     weight_decay: float = HfArg(default=0.01, help="AdamW's weight decay on the adapters.")
@@ -141,7 +144,9 @@ class Training(TrainingArguments):
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
     # evaluation
-    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
+    per_device_eval_batch_size: str = HfArg(
+        default="auto", help="Rows evaluated, or answered, at once. auto; on a CPU 4."
+    )
     eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
     eval_steps: float = HfArg(default=25, help="Steps between evaluations. The last step is evaluated, too.")
     load_best_model_at_end: bool = HfArg(default=True, help="Result: the best checkpoint. false: last weights.")
@@ -149,6 +154,7 @@ class Training(TrainingArguments):
 
     def __post_init__(self):
         pick_precision(self)
+        pick_batch(self, batch=2, accumulation=8, eval_batch=4)
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
@@ -228,9 +234,10 @@ class Collator:
     def __call__(self, rows):
         examples = [self.encode(row) for row in rows]
         pages, input_ids, labels = zip(*examples, strict=True)
-        batch = self.processor.tokenizer.pad({"input_ids": list(input_ids)}, return_tensors="pt")
-        padding_side = self.processor.tokenizer.padding_side
-        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100, padding_side=padding_side)
+        ids = {"input_ids": list(input_ids)}
+        batch = self.processor.tokenizer.pad(ids, padding_side="right", return_tensors="pt")
+        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+        batch.update(where_trained(batch["labels"]))
         batch.update(self.processor.image_processor(list(pages), return_tensors="pt"))
         return batch
 
@@ -403,7 +410,7 @@ class Trainer(transformers.Trainer):
     """transformers' Trainer: its loss, optimizer and loop. An evaluation answers the held-out questions, too."""
 
     def __init__(self, settings, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(compute_loss_func=mean_of_losses, **kwargs)
         self.settings = settings
         # Optional, for speed: with checkpointing this saves half the work of a step. The result is the same.
         self.add_callback(FrozenWithoutGraph(self.model, "vision_model"))
@@ -435,12 +442,8 @@ class Trainer(transformers.Trainer):
         append_samples(self.args.output_dir, title, ["page", "question", "answered", "accepted", "ANLS"], samples)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Optional: the stock loss, with logits only where a token is trained. It saves 1 % of the work and, for two
-        rows of 1,024 tokens, 0.26 GB. To do without it, delete this method."""
-        next_labels = next_tokens(inputs["labels"])
-        is_trained = next_labels != -100
-        inputs = {**inputs, "shift_labels": next_labels[is_trained]}  # the model's loss takes these instead of labels
-        with logits_only_at(is_trained, self.model.get_output_embeddings()):
+        """The mean of the trained tokens' losses in the whole step, as in the stock Trainer."""
+        with losses_as_logits(self.model.get_output_embeddings(), inputs) as inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -664,6 +667,9 @@ def parse_arguments(parser, refused, argv=None):
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    for name in BATCH_SIZES:  # a number is stored as one
+        if str(as_given[name]).isdigit():
+            training.as_given[name] = int(as_given[name])
     training.typed, training.second_names = typed, second_names
     return settings, training
 
@@ -755,6 +761,39 @@ def weight_dtype(training):
     if training.fp16:
         return torch.float16
     return torch.float32
+
+
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def pick_batch(training, batch, accumulation, eval_batch):
+    """Batch sizes as given -> numbers. Raises ValueError.
+    auto is the given default, and in training.auto_batch: fill_card may change it; auto:4 is what it chose before.
+    Accumulation makes up the rest of --rows_per_step; without that a step of one process is batch x accumulation."""
+    if training.accelerator_config is None:
+        training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    training.auto_batch = set()
+    for name, default in zip(BATCH_SIZES, (batch, eval_batch), strict=True):
+        found = re.fullmatch(r"(auto)?:?(\d*)", str(getattr(training, name)))
+        if not found or not any(found.groups()):
+            raise ValueError(f"--{name} {getattr(training, name)}: it must be a number, or auto")
+        setattr(training, name, int(found[2] or default))
+        is_number = found[1] is None or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
+        training.auto_batch |= set() if is_number else {name}
+    rows, at_once = training.rows_per_step, training.per_device_train_batch_size
+    if BATCH_SIZES[0] in training.auto_batch:
+        rows = rows or batch * accumulation * processes
+        at_once = math.gcd(at_once, rows // processes) or 1
+        training.per_device_train_batch_size = at_once
+    if rows is None:
+        training.gradient_accumulation_steps = training.gradient_accumulation_steps or accumulation
+        return
+    steps, rest = divmod(rows, max(1, at_once * processes))
+    if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
+        here = f"{at_once} at once in {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: not to be had by {here} and --gradient_accumulation_steps")
+    training.gradient_accumulation_steps = steps
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -1698,6 +1737,7 @@ def print_parameters(model, parts):
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
+    fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     if args.process_index == 0:
         write_settings(args)
@@ -2165,6 +2205,7 @@ def require_same_settings(training):
         problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
+    adopt_batch(training, old, int(old_rows[1]))
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
@@ -2182,6 +2223,23 @@ def require_same_settings(training):
     if len(lines) > 10:
         lines[10:] = [f"  and {len(lines) - 10} more"]
     require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
+
+
+def adopt_batch(training, old, old_rows):
+    """Where a batch size is auto, take that of the run to resume, from its settings and its rows in a step."""
+    new, were_auto = training.as_given, set(training.auto_batch)
+    for name in were_auto:
+        kind, _, number = str(old.get(name) or "auto").rpartition(":")  # None: an earlier llava_two_stage.py's default
+        if number.isdigit():
+            new[name] = old[name]
+            setattr(training, name, int(number))
+            training.auto_batch -= set() if kind else {name}
+    share, rest = divmod(old_rows, training.world_size)
+    if BATCH_SIZES[0] in were_auto and new["rows_per_step"] is None and rest == 0:
+        training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
+        training.gradient_accumulation_steps = share // training.per_device_train_batch_size
+        if BATCH_SIZES[0] not in training.auto_batch:
+            new["gradient_accumulation_steps"] = training.gradient_accumulation_steps
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -2204,15 +2262,14 @@ class ReplacedForwards(transformers.TrainerCallback):
     """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
 
     def __init__(self):
-        self.modules = []
+        self.replaced = contextlib.ExitStack()
 
     def replace(self, module, forward):
-        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
-        self.modules.append(module)
+        forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.replaced.enter_context(patch.object(module, "forward", forward))
 
     def on_train_end(self, args, state, control, **kwargs):
-        for module in self.modules:
-            vars(module).pop("forward", None)  # from here on the forward of its class again
+        self.replaced.close()
 
 
 class FrozenWithoutGraph(ReplacedForwards):
@@ -2230,19 +2287,142 @@ class FrozenWithoutGraph(ReplacedForwards):
                 self.replace(module, torch.no_grad()(module.forward))
 
 
+LOGITS = 2**26  # as many at once: in float32 0.27 GB
+
+
+def where_trained(labels):
+    """labels (B, L) -> where in the flattened batch the next token is trained, and which one it is, both (N,). Made in
+    collators, on the CPU: on a GPU the host would have to wait to learn how many there are."""
+    next_labels = next_tokens(labels).flatten()
+    trained_at = (next_labels != -100).nonzero().squeeze(1)
+    return {"trained_at": trained_at, "targets": next_labels[trained_at]}
+
+
+def gpu_memory(device):
+    """Bytes of a GPU: (free, all). None on a CPU."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def fill_card(trainer):
+    """Choose the batch sizes that are auto: the largest with which the longest rows take less than 90 % of the GPU's
+    free memory. A step keeps its rows, by accumulation. On a CPU, and with DeepSpeed, the recipe's defaults stay."""
+    args, accelerator = trainer.args, trainer.accelerator
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled:
+        args.as_given |= {name: getattr(args, name) for name in args.auto_batch}
+        if BATCH_SIZES[0] in args.auto_batch:
+            args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        return
+    jobs = [
+        (train_once, trainer.train_dataset, [n for n in range(1, share + 1) if share % n == 0]),
+        (evaluate_once, trainer.eval_dataset, [1, 2, 4, 8, 16, 32, 64]),
+    ]
+    with contextlib.ExitStack() as stack:
+        # The random numbers of a run are the same with auto and with the number that it finds.
+        stack.enter_context(torch.random.fork_rng([args.device] if args.device.type == "cuda" else []))
+        stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
+        for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
+            stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
+            if name in args.auto_batch and rows is not None:
+                before = args.as_given[name].partition(":")[2]
+                size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
+                setattr(args, name, size)
+                args.as_given[name] = f"auto:{size}"
+                reason = f"{before}, as when this run began, does not fit" if before not in ("", str(size)) else "auto"
+                say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
+    if hasattr(trainer, "_metrics"):  # what TRL would log
+        trainer._total_train_tokens = 0
+        for metrics in trainer._metrics.values():
+            metrics.clear()
+
+
+def largest_batch(trainer, run, dataset, sizes, before):
+    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes, with
+    AdamW's states. before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
+    model, device = trainer.model, trainer.args.device
+    lengths = dataset.with_format(None)["length"][:]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    states = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    torch.cuda.empty_cache()
+    free, whole = gpu_memory(device)
+
+    def peak_of(size):
+        """Bytes that are taken at most, on any process's GPU; infinite if `size` rows do not fit."""
+        torch.cuda.empty_cache()
+        peak = math.inf
+        try:
+            run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            peak = whole - gpu_memory(device)[0] + states
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+        model.zero_grad()
+        return max(gather_object([peak]))
+
+    limit = whole - 0.1 * free
+    if before:
+        sizes, limit = [size for size in sizes if size <= before], sys.float_info.max
+    elif len(sizes) > 1:
+        one, two = peak_of(1), peak_of(2)
+        sizes = [size for size in sizes if one + (size - 1) * max(two - one, 1) <= limit] or [1]
+    for size in reversed(sizes):
+        peak = peak_of(size)
+        if peak <= limit:
+            break
+    remedy = "4 bits, --activation_checkpointing, shorter rows, smaller images or another optimizer (--optim) help"
+    require(peak < math.inf, f"not even one row at once fits this GPU: {remedy}")
+    return size, peak
+
+
+def train_once(trainer, rows):
+    """Forward and backward of one batch, as in training."""
+    trainer.current_gradient_accumulation_steps, args = 1, trainer.args
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    trainer.training_step(trainer.model, batch, count)
+
+
+def evaluate_once(trainer, rows):
+    """One batch of an evaluation, and the first two tokens of its answers."""
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
+    answer_batch(trainer, rows, max_new_tokens=2)
+
+
 @contextlib.contextmanager
-def logits_only_at(positions, lm_head):
-    """Optional, for speed: within the `with` block lm_head scores only these positions. It needs shift_labels of them.
-    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+def losses_as_logits(lm_head, inputs):
+    """Optional, for speed and memory: within the `with` block the model's logits are the losses (N,) of its trained
+    tokens: lm_head scores no others, and these in parts, so that only LOGITS exist at once.
+    Takes a collator's batch, with what where_trained returns, and yields the model's inputs: without the mask, which a
+    batch that is padded on the right does not need, so that the fastest kernel of attention can run.
+    The loss is then mean_of_losses, as Trainer's compute_loss_func."""
+    trained_at, targets, forward = inputs["trained_at"], inputs["targets"], lm_head.forward
+    at_once = LOGITS // max(1, lm_head.weight.shape[0])  # under ZeRO-3 its shape is 0
 
-    def select(module, inputs):
-        return inputs[0][positions]
+    def losses(hidden, targets):
+        return torch.nn.functional.cross_entropy(forward(hidden).float(), targets, reduction="none")
 
-    hook = lm_head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def score(hidden):
+        hidden = hidden.flatten(0, 1).index_select(0, trained_at)
+        if len(hidden) <= at_once:
+            return losses(hidden, targets)
+        parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([torch.utils.checkpoint.checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+    with patch.object(lm_head, "forward", score):
+        own = {name: inputs[name] for name in inputs if name not in ("attention_mask", "trained_at", "targets")}
+        yield {**own, "use_cache": False}  # Trainer says so too, but not in the text model's own configuration
+
+
+def mean_of_losses(outputs, labels, num_items_in_batch=None):
+    """The trained tokens' losses: their sum, divided by how many there are in the whole step, or in this batch."""
+    losses = outputs.logits  # see losses_as_logits
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -79,7 +80,6 @@ DEFAULTS = {
     "image_aspect_ratio": {"align": "square", "instruct": "pad"},
     "projector_learning_rate": {"align": 1e-3, "instruct": 2e-5},
     "learning_rate": {"align": 0.0, "instruct": 2e-5},
-    "per_device_train_batch_size": {"align": 8, "instruct": 4},
 }
 ROWS_PER_STEP = {"align": 256, "instruct": 128}
 
@@ -138,8 +138,11 @@ class Training(transformers.TrainingArguments):
     output_dir: str | None = HfArg(default=None, help="Model or adapter, processor, settings, samples, checkpoints.")
     resume_from_checkpoint: str = HfArg(default="auto", help="auto: the newest one. false: a new run. Or a folder.")
     num_train_epochs: float = HfArg(default=1.0, help="Passes over the data. max_steps, if given, wins.")
-    per_device_train_batch_size: int | None = HfArg(default=None, help="Default: 8 in align, 4 in instruct.")
-    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: a step has 256 rows, instruct 128.")
+    per_device_train_batch_size: str = HfArg(
+        default="auto", help="Rows at once. auto: what fits the GPU; else 8, then 4."
+    )
+    rows_per_step: int | None = HfArg(default=None, help="Rows of a step. Default: 256, instruct 128.")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="Default: what makes up rows_per_step.")
     learning_rate: float | None = HfArg(default=None, help="Language model's: 2e-5, adapters 2e-4, frozen in align.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Shape of the learning rates over the run.")
     warmup_steps: float = HfArg(default=0.03, help="Steps, or below 1 a fraction of the run.")
@@ -154,12 +157,15 @@ class Training(transformers.TrainingArguments):
     activation_checkpointing: bool = HfArg(default=True, help="New name of gradient_checkpointing: less memory.")
     bf16: bool | None = HfArg(default=None, help="Default: where the GPU has it, else fp16.")
     # evaluation
-    per_device_eval_batch_size: int = HfArg(default=4, help="Rows that are evaluated, or answered, at once.")
+    per_device_eval_batch_size: str = HfArg(
+        default="auto", help="Rows evaluated, or answered, at once. auto; on a CPU 4."
+    )
     eval_strategy: str = HfArg(default="steps", help="When to evaluate: steps, epoch, no.")
     eval_steps: float = HfArg(default=500, help="Steps between evaluations. The last step is evaluated, too.")
 
     def __post_init__(self):
         pick_precision(self)
+        pick_batch(self, batch=(self.rows_per_step or 128) // 32, accumulation=32, eval_batch=4)
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
@@ -185,12 +191,9 @@ def fill_defaults(given):
         defaults["model_name_or_path"] = DEFAULTS["output_dir"]["align"]
     filled = given | {name: value for name, value in defaults.items() if given[name] is None}
     if filled["gradient_accumulation_steps"] is None:
-        processes, step = int(os.environ.get("WORLD_SIZE", "1")), ROWS_PER_STEP[stage]
-        rows = filled["per_device_train_batch_size"] * processes
-        require(
-            rows and step % rows == 0, f"{step} rows in a step, {rows} at once: give --gradient_accumulation_steps"
-        )
-        filled["gradient_accumulation_steps"] = step // rows
+        filled["rows_per_step"] = filled["rows_per_step"] or ROWS_PER_STEP[stage]
+    elif filled["per_device_train_batch_size"] in ("auto", None):
+        filled["per_device_train_batch_size"] = str(ROWS_PER_STEP[stage] // 32)
     return filled
 
 
@@ -278,7 +281,7 @@ def load_data(settings, training, collator):
 
 
 class Collator:
-    """Rows -> a batch: input_ids, attention_mask, labels (B, L), padded on the left; pixel_values (images, 3, H, W)
+    """Rows -> a batch: input_ids, attention_mask, labels (B, L), padded on the right; pixel_values (images, 3, H, W)
     if there are images. labels: the input_ids of captions and answers, -100 on everything else. Raises BadRow."""
 
     def __init__(self, processor, settings, training):
@@ -305,6 +308,7 @@ class Collator:
                 detail = f"{is_real.sum()} tokens, {(ids == self.processor.image_token_id).sum()} of them of images"
                 raise BadRow("too long", f"{detail}; --model_max_length is {self.max_length}")
         batch["labels"] = labels_from_masks(batch, masks, self.processor.image_token_id)
+        batch.update(where_trained(batch["labels"]))
         return batch
 
     def trained_mask(self, messages):
@@ -340,7 +344,7 @@ class Collator:
             "tokenize": True,
             "return_dict": True,
             "return_tensors": "pt",
-            "processor_kwargs": {"padding": True},
+            "processor_kwargs": {"padding": True, "padding_side": "left" if prompt else "right"},
         }
         return self.processor.apply_chat_template(conversations, add_generation_prompt=prompt, **options)
 
@@ -422,7 +426,8 @@ class Trainer(transformers.Trainer):
     """Trainer with a learning rate for each part, steps of similar rows, and answers to held-out rows."""
 
     def __init__(self, settings, **kwargs):
-        super().__init__(**kwargs)
+        loss = None if kwargs["args"].use_liger_kernel else mean_of_losses
+        super().__init__(compute_loss_func=loss, **kwargs)
         self.settings = settings
         self.rates = learning_rates(settings, self.args)
         self.llava = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -441,12 +446,11 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy of the trained tokens, each predicted from all before it. In training it is their sum, divided
         by num_items_in_batch, the number of trained tokens in the whole step; in evaluation it is their mean."""
-        targets = next_tokens(inputs["labels"])
-        is_trained = targets != -100
-        # Optional, for speed: scores only where a token is trained. To undo, delete logits_only_at and `[is_trained]`.
-        # Given shift_labels, Transformers' loss compares them to the scores as they are, and ignores labels.
-        inputs = {**inputs, "shift_labels": targets[is_trained], "use_cache": False}
-        with blank_image(self.llava, inputs), logits_only_at(is_trained, self.llava.lm_head):
+        if self.args.use_liger_kernel:  # its forward computes the loss, out of labels
+            inputs = {name: inputs[name] for name in inputs if name not in ("trained_at", "targets")}
+            with blank_image(self.llava, inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with losses_as_logits(self.llava.lm_head, inputs) as inputs, blank_image(self.llava, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def rate_of(self, name):
@@ -587,7 +591,7 @@ def check_caption(messages):
 
 
 # TrainingArguments' flags that this recipe does not use, besides REFUSED_EVERYWHERE.
-REFUSED_HERE = """label_smoothing_factor label_names prediction_loss_only use_liger_kernel train_sampling_strategy
+REFUSED_HERE = """label_smoothing_factor label_names prediction_loss_only train_sampling_strategy
 neftune_noise_alpha torch_compile auto_find_batch_size accelerator_config optim_target_modules""".split()
 
 
@@ -852,6 +856,9 @@ def parse_arguments(parser, refused, argv=None):
         fail(error)
     not_stored = ("hub_token", "resume_from_checkpoint")  # --config settings.yaml is to resume from the newest one
     training.as_given = {name: value for name, value in as_given.items() if name not in not_stored}
+    for name in BATCH_SIZES:  # a number is stored as one
+        if str(as_given[name]).isdigit():
+            training.as_given[name] = int(as_given[name])
     training.typed, training.second_names = typed, second_names
     return settings, training
 
@@ -943,6 +950,39 @@ def weight_dtype(training):
     if training.fp16:
         return torch.float16
     return torch.float32
+
+
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def pick_batch(training, batch, accumulation, eval_batch):
+    """Batch sizes as given -> numbers. Raises ValueError.
+    auto is the given default, and in training.auto_batch: fill_card may change it; auto:4 is what it chose before.
+    Accumulation makes up the rest of --rows_per_step; without that a step of one process is batch x accumulation."""
+    if training.accelerator_config is None:
+        training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    training.auto_batch = set()
+    for name, default in zip(BATCH_SIZES, (batch, eval_batch), strict=True):
+        found = re.fullmatch(r"(auto)?:?(\d*)", str(getattr(training, name)))
+        if not found or not any(found.groups()):
+            raise ValueError(f"--{name} {getattr(training, name)}: it must be a number, or auto")
+        setattr(training, name, int(found[2] or default))
+        is_number = found[1] is None or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
+        training.auto_batch |= set() if is_number else {name}
+    rows, at_once = training.rows_per_step, training.per_device_train_batch_size
+    if BATCH_SIZES[0] in training.auto_batch:
+        rows = rows or batch * accumulation * processes
+        at_once = math.gcd(at_once, rows // processes) or 1
+        training.per_device_train_batch_size = at_once
+    if rows is None:
+        training.gradient_accumulation_steps = training.gradient_accumulation_steps or accumulation
+        return
+    steps, rest = divmod(rows, max(1, at_once * processes))
+    if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
+        here = f"{at_once} at once in {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: not to be had by {here} and --gradient_accumulation_steps")
+    training.gradient_accumulation_steps = steps
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -1946,6 +1986,7 @@ def optimizer_by_part(trainer, rate_of, logged_rate):
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
+    fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     if args.process_index == 0:
         write_settings(args)
@@ -2433,6 +2474,7 @@ def require_same_settings(training):
         problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
+    adopt_batch(training, old, int(old_rows[1]))
     may_differ = list(MAY_CHANGE_ON_RESUME)
     # How checkpoints are evaluated may only change if they are not compared with each other.
     if not training.load_best_model_at_end:
@@ -2450,6 +2492,23 @@ def require_same_settings(training):
     if len(lines) > 10:
         lines[10:] = [f"  and {len(lines) - 10} more"]
     require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
+
+
+def adopt_batch(training, old, old_rows):
+    """Where a batch size is auto, take that of the run to resume, from its settings and its rows in a step."""
+    new, were_auto = training.as_given, set(training.auto_batch)
+    for name in were_auto:
+        kind, _, number = str(old.get(name) or "auto").rpartition(":")  # None: an earlier llava_two_stage.py's default
+        if number.isdigit():
+            new[name] = old[name]
+            setattr(training, name, int(number))
+            training.auto_batch -= set() if kind else {name}
+    share, rest = divmod(old_rows, training.world_size)
+    if BATCH_SIZES[0] in were_auto and new["rows_per_step"] is None and rest == 0:
+        training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
+        training.gradient_accumulation_steps = share // training.per_device_train_batch_size
+        if BATCH_SIZES[0] not in training.auto_batch:
+            new["gradient_accumulation_steps"] = training.gradient_accumulation_steps
 
 
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
@@ -2472,15 +2531,14 @@ class ReplacedForwards(transformers.TrainerCallback):
     """Gives modules another forward until training ends, then their own again, so that the model can be merged."""
 
     def __init__(self):
-        self.modules = []
+        self.replaced = contextlib.ExitStack()
 
     def replace(self, module, forward):
-        module.forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
-        self.modules.append(module)
+        forward = functools.wraps(module.forward)(forward)  # generate() reads the names of its arguments
+        self.replaced.enter_context(patch.object(module, "forward", forward))
 
     def on_train_end(self, args, state, control, **kwargs):
-        for module in self.modules:
-            vars(module).pop("forward", None)  # from here on the forward of its class again
+        self.replaced.close()
 
 
 class FrozenWithoutGraph(ReplacedForwards):
@@ -2498,19 +2556,142 @@ class FrozenWithoutGraph(ReplacedForwards):
                 self.replace(module, torch.no_grad()(module.forward))
 
 
+LOGITS = 2**26  # as many at once: in float32 0.27 GB
+
+
+def where_trained(labels):
+    """labels (B, L) -> where in the flattened batch the next token is trained, and which one it is, both (N,). Made in
+    collators, on the CPU: on a GPU the host would have to wait to learn how many there are."""
+    next_labels = next_tokens(labels).flatten()
+    trained_at = (next_labels != -100).nonzero().squeeze(1)
+    return {"trained_at": trained_at, "targets": next_labels[trained_at]}
+
+
+def gpu_memory(device):
+    """Bytes of a GPU: (free, all). None on a CPU."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def fill_card(trainer):
+    """Choose the batch sizes that are auto: the largest with which the longest rows take less than 90 % of the GPU's
+    free memory. A step keeps its rows, by accumulation. On a CPU, and with DeepSpeed, the recipe's defaults stay."""
+    args, accelerator = trainer.args, trainer.accelerator
+    share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled:
+        args.as_given |= {name: getattr(args, name) for name in args.auto_batch}
+        if BATCH_SIZES[0] in args.auto_batch:
+            args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        return
+    jobs = [
+        (train_once, trainer.train_dataset, [n for n in range(1, share + 1) if share % n == 0]),
+        (evaluate_once, trainer.eval_dataset, [1, 2, 4, 8, 16, 32, 64]),
+    ]
+    with contextlib.ExitStack() as stack:
+        # The random numbers of a run are the same with auto and with the number that it finds.
+        stack.enter_context(torch.random.fork_rng([args.device] if args.device.type == "cuda" else []))
+        stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
+        for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
+            stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
+            if name in args.auto_batch and rows is not None:
+                before = args.as_given[name].partition(":")[2]
+                size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
+                setattr(args, name, size)
+                args.as_given[name] = f"auto:{size}"
+                reason = f"{before}, as when this run began, does not fit" if before not in ("", str(size)) else "auto"
+                say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
+    if hasattr(trainer, "_metrics"):  # what TRL would log
+        trainer._total_train_tokens = 0
+        for metrics in trainer._metrics.values():
+            metrics.clear()
+
+
+def largest_batch(trainer, run, dataset, sizes, before):
+    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes, with
+    AdamW's states. before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
+    model, device = trainer.model, trainer.args.device
+    lengths = dataset.with_format(None)["length"][:]
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    states = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    torch.cuda.empty_cache()
+    free, whole = gpu_memory(device)
+
+    def peak_of(size):
+        """Bytes that are taken at most, on any process's GPU; infinite if `size` rows do not fit."""
+        torch.cuda.empty_cache()
+        peak = math.inf
+        try:
+            run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            peak = whole - gpu_memory(device)[0] + states
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+        model.zero_grad()
+        return max(gather_object([peak]))
+
+    limit = whole - 0.1 * free
+    if before:
+        sizes, limit = [size for size in sizes if size <= before], sys.float_info.max
+    elif len(sizes) > 1:
+        one, two = peak_of(1), peak_of(2)
+        sizes = [size for size in sizes if one + (size - 1) * max(two - one, 1) <= limit] or [1]
+    for size in reversed(sizes):
+        peak = peak_of(size)
+        if peak <= limit:
+            break
+    remedy = "4 bits, --activation_checkpointing, shorter rows, smaller images or another optimizer (--optim) help"
+    require(peak < math.inf, f"not even one row at once fits this GPU: {remedy}")
+    return size, peak
+
+
+def train_once(trainer, rows):
+    """Forward and backward of one batch, as in training."""
+    trainer.current_gradient_accumulation_steps, args = 1, trainer.args
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
+    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    trainer.training_step(trainer.model, batch, count)
+
+
+def evaluate_once(trainer, rows):
+    """One batch of an evaluation, and the first two tokens of its answers."""
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
+    answer_batch(trainer, rows, max_new_tokens=2)
+
+
 @contextlib.contextmanager
-def logits_only_at(positions, lm_head):
-    """Optional, for speed: within the `with` block lm_head scores only these positions. It needs shift_labels of them.
-    positions: (B, L) bool. Logits become (trained positions, vocabulary) instead of (B, L, vocabulary)."""
+def losses_as_logits(lm_head, inputs):
+    """Optional, for speed and memory: within the `with` block the model's logits are the losses (N,) of its trained
+    tokens: lm_head scores no others, and these in parts, so that only LOGITS exist at once.
+    Takes a collator's batch, with what where_trained returns, and yields the model's inputs: without the mask, which a
+    batch that is padded on the right does not need, so that the fastest kernel of attention can run.
+    The loss is then mean_of_losses, as Trainer's compute_loss_func."""
+    trained_at, targets, forward = inputs["trained_at"], inputs["targets"], lm_head.forward
+    at_once = LOGITS // max(1, lm_head.weight.shape[0])  # under ZeRO-3 its shape is 0
 
-    def select(module, inputs):
-        return inputs[0][positions]
+    def losses(hidden, targets):
+        return torch.nn.functional.cross_entropy(forward(hidden).float(), targets, reduction="none")
 
-    hook = lm_head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def score(hidden):
+        hidden = hidden.flatten(0, 1).index_select(0, trained_at)
+        if len(hidden) <= at_once:
+            return losses(hidden, targets)
+        parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([torch.utils.checkpoint.checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+    with patch.object(lm_head, "forward", score):
+        own = {name: inputs[name] for name in inputs if name not in ("attention_mask", "trained_at", "targets")}
+        yield {**own, "use_cache": False}  # Trainer says so too, but not in the text model's own configuration
+
+
+def mean_of_losses(outputs, labels, num_items_in_batch=None):
+    """The trained tokens' losses: their sum, divided by how many there are in the whole step, or in this batch."""
+    losses = outputs.logits  # see losses_as_logits
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
 
 
 class ByModalityAndLength(torch.utils.data.Sampler):

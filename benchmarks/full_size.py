@@ -13,6 +13,8 @@ as many parameters as the published one has, and on rows read from disk: a JPEG 
 wall clock of a device that is synchronized after each. The stock side is what a user would run instead, on the same
 base, LoRA, flags and rows: TRL's SFTTrainer and DPOTrainer with their own collators, transformers.Trainer with the
 recipe's. Runs of the two alternate; a time is the median of all steps of all runs, the first steps of each left out.
+Batch "auto" is the recipe without a word about its batch: the step that it ships, accumulated from the batches that
+fit, half as many of these steps.
 
   s/step, rows/s, tokens/s   a row of DPO is a pair, its tokens those of both sequences, images included
   MFU        model FLOP/s (forward and backward, no recomputation) by the GPU's peak: a table of dense 16-bit peaks, or
@@ -20,6 +22,8 @@ recipe's. Runs of the two alternate; a time is the median of all steps of all ru
              with the number of tokens; inside kernels of Triton nothing is counted
   peak GB    most that PyTorch's allocator had given out, and had reserved, from loading to the last step; 10^9 bytes
   waits      share of the time in which the GPU waited for the loader
+  idle       share of the time in which the GPU ran no kernel and copied nothing, for whatever reason: what kernels
+             take is recorded for one forward and backward pass before the measured steps, by tokens as FLOPs are
   fits       largest batch measured (+: or more) whose peak is below a card's size, beside what CUDA and others took
              outside of PyTorch; (n) only if the allocator needs no more than it gives out, without its reserve here
 
@@ -124,6 +128,7 @@ PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+OF_RECIPES = ("trained_at", "targets", "pairs")  # in a batch, for a recipe's own trainer
 CARDS = (16, 24, 40, 80)
 GB = 1e9
 SPARE = 3e9  # bytes on the disk beside the weights: rows, their cache, logs
@@ -153,18 +158,24 @@ class Finished(Exception):
 
 
 class Watch(transformers.TrainerCallback):
-    """Clocks a Trainer's steps and its waits for the loader, and counts the tokens and, in the last step of the
-    warm-up, the FLOPs."""
+    """Clocks a Trainer's steps and its waits for the loader, and counts the tokens and, in the first batch of the last
+    step of the warm-up, the FLOPs and, with `profiled`, the time of the GPU's kernels."""
 
-    def __init__(self, warm_up, cuda):
-        self.warm_up, self.cuda = warm_up, cuda
+    def __init__(self, warm_up, cuda, profiled=False):
+        self.warm_up, self.cuda, self.profiled = warm_up, cuda, profiled
         self.ends, self.waits, self.tokens = [], [], []
         self.counter, self.recomputed = None, 0
         self.flops = self.uncounted = self.checkpointed = None
+        self.batch = self.rows = self.tokens_counted = self.kernel_seconds = None
+        self.has_tried = False  # batches, before the training
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Remember whether activations are checkpointed."""
+        """Remember whether activations are checkpointed, and the batch, which the recipe may have chosen."""
         self.checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        self.batch = args.per_device_train_batch_size
+        self.rows = self.batch * args.gradient_accumulation_steps
+        if self.cuda and self.has_tried:  # what was tried is not the run
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, *args, **kwargs):
         """Remember when a step has ended."""
@@ -177,13 +188,14 @@ class Watch(transformers.TrainerCallback):
         raise Finished
 
     def batches(self, loader):
-        """The loader's batches; how long it took to get each is remembered."""
+        """The loader's batches for one step; how long it took to get them is remembered."""
+        self.waits.append(0.0)
         while True:
             start = time.perf_counter()
             batch = next(loader, None)
             if batch is None:
                 return
-            self.waits.append(time.perf_counter() - start)
+            self.waits[-1] += time.perf_counter() - start
             yield batch
 
     @contextlib.contextmanager
@@ -197,11 +209,37 @@ class Watch(transformers.TrainerCallback):
             if counter:
                 self.recomputed += counter.get_total_flops() - before
 
+    @contextlib.contextmanager
+    def profiling(self):
+        """Put around a forward and backward pass: how long the GPU's kernels run in it is remembered."""
+        if not (self.cuda and self.profiled):
+            yield
+            return
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            yield
+            torch.cuda.synchronize()
+        if self.uncounted is None:  # else the pass has run twice
+            self.kernel_seconds = busy_seconds(profile.profiler.kineto_results.events())
+
     def step(self, compute, inputs):
-        """compute(inputs); its tokens, and of the last step of the warm-up its FLOPs, are remembered."""
-        self.tokens.append(inputs["attention_mask"].sum())
-        if len(self.ends) != self.warm_up - 1:
+        """compute(inputs); its tokens, and of one batch what it costs, are remembered."""
+        if self.checkpointed is None:  # not in training: the recipe tries a batch to choose its own
+            self.has_tried = True
             return compute(inputs)
+        tokens = inputs["attention_mask"].sum()
+        is_first = len(self.tokens) == len(self.ends)  # of several batches that make a step
+        if is_first:
+            self.tokens.append(0)
+        self.tokens[-1] = self.tokens[-1] + tokens
+        if len(self.ends) != self.warm_up - 1 or not is_first:
+            return compute(inputs)
+        self.tokens_counted = tokens
+        with self.profiling():
+            return self.count(compute, inputs)
+
+    def count(self, compute, inputs):
+        """compute(inputs); its FLOPs are remembered."""
         try:
             with counter() as self.counter:
                 loss = compute(dict(inputs))
@@ -221,11 +259,29 @@ class Watch(transformers.TrainerCallback):
         seconds = [end - start for start, end in itertools.pairwise(self.ends)][self.warm_up - 1 :]
         tokens, measured = [int(n) for n in self.tokens], slice(self.warm_up, len(self.ends))
         return {
+            "batch": self.batch,
+            "rows": self.rows,
             "seconds": seconds,
             "waits": self.waits[measured],
             "tokens": tokens[measured],
-            "tokens_counted": tokens[self.warm_up - 1],
+            "tokens_counted": int(self.tokens_counted),
+            "kernel_seconds": self.kernel_seconds,
         }
+
+
+def busy_seconds(events):
+    """The profiler's events -> seconds in which a GPU computed or copied, counted once where it did several things at
+    a time; None where nothing was recorded, which a machine may forbid."""
+    spans = []
+    for event in events:
+        on_gpu = event.device_type() == torch.autograd.DeviceType.CUDA
+        if on_gpu and not event.is_user_annotation():  # a span that somebody named, with its pauses
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    busy = until = 0
+    for begin, end in sorted(spans):
+        busy += max(0, end - max(begin, until))
+        until = max(until, end)
+    return busy / 1e9 if spans else None
 
 
 @contextlib.contextmanager
@@ -246,6 +302,8 @@ def watching(watch):
         return train(self, *args, **kwargs)
 
     def watched_batches(self, loader, *args, **kwargs):
+        if watch.checkpointed is None:  # not in training
+            return get_batch_samples(self, loader, *args, **kwargs)
         return get_batch_samples(self, watch.batches(loader), *args, **kwargs)
 
     def watched_step(self, model, inputs, *args, **kwargs):
@@ -302,8 +360,16 @@ def stock(recipe, flags, path):
             model = recipe.add_adapter(model, settings, adapter)
         elif adapter is not None:
             model = get_peft_model(model, adapter)
-        trainer = transformers.Trainer(model, training, collator, rows)
+        trainer = transformers.Trainer(model, training, functools.partial(stock_batch, collator), rows)
     trainer.train()
+
+
+def stock_batch(collator, rows):
+    """A batch of a recipe's collator without what only the recipe's own trainer reads."""
+    batch = collator(rows)
+    for name in OF_RECIPES:
+        batch.pop(name, None)
+    return batch
 
 
 def ran_out(error):
@@ -321,9 +387,7 @@ def flags_of(cell, job, path, out):
         "model_name_or_path": Path(job["weights"]) / run.model,
         "dataset_name": path,
         "output_dir": out,
-        "max_steps": job["warm_up"] + job["steps"],
-        "per_device_train_batch_size": cell["batch"],
-        "gradient_accumulation_steps": 1,
+        "max_steps": sum(lengths(cell, job)),
         "dataloader_num_workers": cell["workers"],
         "activation_checkpointing": cell["checkpointing"],
         "seed": job["seed"],
@@ -333,9 +397,28 @@ def flags_of(cell, job, path, out):
         **run.flags,
         **run.precisions[cell["bits"]],
     }
+    if cell["batch"] != "auto":
+        flags |= {"per_device_train_batch_size": cell["batch"], "gradient_accumulation_steps": 1}
     if not job["cuda"]:
         flags["use_cpu"] = True
     return as_flags(flags)
+
+
+def lengths(cell, job):
+    """(steps of the warm-up, measured steps) of a run: fewer where one is made of many batches."""
+    if cell["batch"] == "auto":
+        return 1, max(1, job["steps"] // 2)
+    return job["warm_up"], job["steps"]
+
+
+def rows_needed(cell, job, path):
+    """How many rows a configuration goes through, and two batches more."""
+    rows = cell["batch"]
+    if rows == "auto":
+        recipe = importlib.import_module(RUNS[cell["run"]].recipe)
+        training = recipe.parse(flags_of(cell, job, path, path))[1]
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return (sum(lengths(cell, job)) + 2) * rows
 
 
 def run_and_see(train, cell, watch):
@@ -357,7 +440,8 @@ def run_and_see(train, cell, watch):
 
 def one_run(side, cell, job, path, loaded):
     """One run of one side -> {"status": "ok", "out of memory" or "failed: why", ...}."""
-    recipe, watch = importlib.import_module(RUNS[cell["run"]].recipe), Watch(job["warm_up"], job["cuda"])
+    recipe = importlib.import_module(RUNS[cell["run"]].recipe)
+    watch = Watch(lengths(cell, job)[0], job["cuda"], cell.get("profiled", False))
     tidy(job["cuda"])
     with tempfile.TemporaryDirectory(dir=job["scratch"]) as out, open(job["log"], "a") as log:
         flags = flags_of(cell, job, path, Path(out) / "run")
@@ -379,8 +463,8 @@ def one_run(side, cell, job, path, loaded):
 
 def measure(cell, job, path, loaded):
     """A configuration, all of its runs -> the configuration with what was found, {"recipe": {...}, "stock": {...}}."""
-    found = {}
-    for n in range(job["rounds"] if len(cell["sides"]) > 1 else 1):
+    found, rounds = {}, job["rounds"] if len(cell["sides"]) > 1 else 1
+    for n in range(rounds):
         order = (
             cell["sides"] if n % 2 == 0 else cell["sides"][::-1]
         )  # else the second one would always find warm caches
@@ -388,11 +472,12 @@ def measure(cell, job, path, loaded):
             before = found.get(side)
             if before and before["status"] != "ok":
                 continue
-            one = one_run(side, cell, job, path, loaded)
+            # last, for a GPU that was profiled may be slower; then both sides alike, before their measured steps
+            one = one_run(side, {**cell, "profiled": n == rounds - 1}, job, path, loaded)
             found[side] = joined(before, one) if before and one["status"] == "ok" else one
     for one in found.values():
         if one["status"] == "ok":
-            one |= rates(one, cell["batch"])
+            one |= rates(one)
     return {**cell, "status": found["recipe"]["status"], "outside": loaded.get("outside"), **found}
 
 
@@ -404,11 +489,13 @@ def joined(before, one):
     return one
 
 
-def rates(one, batch):
+def rates(one):
     """What follows from the figures of all steps."""
     median = statistics.median(one["seconds"])
     tokens = statistics.mean(one["tokens"]) / median
-    found = {"median": median, "rows_per_second": batch / median, "tokens_per_second": tokens}
+    found = {"median": median, "rows_per_second": one["rows"] / median, "tokens_per_second": tokens, "idle": None}
+    if one["kernel_seconds"] is not None:
+        found["idle"] = max(0.0, 1 - one["kernel_seconds"] / one["tokens_counted"] * tokens)
     found["waiting"] = sum(one["waits"]) / sum(one["seconds"])
     if one["flops"]:
         found["flops_per_second"] = {kind: n / one["tokens_counted"] * tokens for kind, n in one["flops"].items()}
@@ -467,12 +554,13 @@ def work(job):
     weights = Path(job["weights"]) / run.model
     make_weights(run.model, job["small"], weights, cuda)
     tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
-    count = (job["warm_up"] + job["steps"] + 2) * max(cell["batch"] for cell in cells)
-    path = make_rows(run.recipe, count, tokenizer, Path(job["scratch"]) / "rows", job["seed"])
+    folder = Path(job["scratch"]) / "rows"
+    count = max(rows_needed(cell, job, folder) for cell in cells)
+    path = make_rows(run.recipe, count, tokenizer, folder, job["seed"])
     loaded, too_large, took = {}, {}, 0
     for cell in cells:
-        kind = (cell["checkpointing"], cell["workers"])
-        if cell["batch"] > too_large.get(kind, cell["batch"]):
+        kind = (cell["checkpointing"], cell["workers"], cell["batch"] == "auto")
+        if cell["batch"] != "auto" and cell["batch"] > too_large.get(kind, cell["batch"]):
             yield {**cell, "status": f"not run: a batch of {too_large[kind]} did not fit"}
         elif job["until"] and job["until"] - time.time() < took:
             yield {**cell, "status": "not run: time is up"}
@@ -539,34 +627,38 @@ def last_words(log):
 
 
 def plan(args):
-    """-> lists of configurations, each list of one recipe and precision: first every recipe as it is shipped, with all
-    numbers of workers; then its other batches, then without checkpointing; then all of that in the other precision."""
+    """-> lists of configurations, each list of one recipe and precision: first every recipe with its own batch as a
+    number beside the stock side, as it is shipped, and with other numbers of workers; then its other batches, then
+    without checkpointing; then all of that in the other precision. Recipes in the order in which they are named."""
     first, second, third = [], [], []
-    for name, run in RUNS.items():
-        if run.recipe not in args.recipes:
-            continue
+    wanted = [item for item in RUNS.items() if item[1].recipe in args.recipes]
+    for name, run in sorted(wanted, key=lambda item: args.recipes.index(item[1].recipe)):
         for bits in run.precisions:
-            if args.bits not in ("both", bits):
+            own = next(iter(run.precisions))
+            if args.bits != "both" and bits != (own if args.bits == "own" else args.bits):
                 continue
             cells = configurations(args, name, bits)
-            if bits != next(iter(run.precisions)):
+            if bits != own:
                 third.append(cells)
                 continue
             other_workers = [{**cells[0], "workers": n, "sides": ["recipe"]} for n in args.workers[1:]]
-            first.append([cells[0], *other_workers])
-            second.append(cells[1:])
+            shipped = [cell for cell in cells[1:2] if cell["batch"] == "auto"]  # in one process with the first
+            first.append([cells[0], *shipped, *other_workers])
+            second.append(cells[1 + len(shipped) :])
     return [cells for cells in first + second + third if cells]
 
 
 def configurations(args, name, bits):
     """All configurations of a run in one precision, those with checkpointing and the recipe's own batch first."""
     own = RUNS[name].batch
-    batches = args.batch_sizes or sorted({own, 1, 2, 4, 8})
+    batches = args.batch_sizes or ["own", "auto", 1, 2, 4, 8]
+    batches = list(dict.fromkeys(own if batch == "own" else batch for batch in batches))
     main = own if own in batches else batches[0]
     cells = []
     for checkpointing in on_or_off(args.checkpointing):
         for batch in (main, *(other for other in batches if other != main)):
             with_stock = args.stock == "all" or (args.stock == "default" and batch == main)
+            with_stock = with_stock and batch != "auto"  # which the stock side does not know
             cell = {"run": name, "bits": bits, "checkpointing": checkpointing, "batch": batch}
             sides = ["recipe", "stock"] if with_stock else ["recipe"]
             cells.append({**cell, "workers": args.workers[0], "sides": sides})
@@ -586,7 +678,7 @@ def fits(results, memory):
     card, had no room for."""
     peaks_of, out = {}, set()
     for one in results:
-        if "recipe" not in one:
+        if "recipe" not in one or one["batch"] == "auto":
             continue
         key, mine = (one["run"], one["bits"], one["checkpointing"]), one["recipe"]
         if mine["status"] == "out of memory":
@@ -620,7 +712,7 @@ def largest_batch(peaks_of, size, may_be_more):
 
 
 COLUMNS = ["recipe", "bits", "ckpt", "batch", "workers", "s/step", "rows/s", "tokens/s", "h/100k rows", "MFU"]
-COLUMNS += ["peak GB", "reserved", "waits", "stock s/step", "stock GB", "stock/recipe"]
+COLUMNS += ["peak GB", "reserved", "waits", "idle", "stock s/step", "stock GB", "stock/recipe"]
 
 
 def named(one, *more):
@@ -640,14 +732,18 @@ def table_row(one, peak):
     """A result -> the cells of its row. `peak`: FLOP/s of the device."""
     mine, other = one["recipe"], one.get("stock")
     checkpointing = "on" if one["checkpointing"] else "off"
-    cells = [one["run"], one["bits"], checkpointing, str(one["batch"]), str(one["workers"])]
+    batch = str(one["batch"])
+    if batch == "auto" and mine["status"] == "ok":
+        batch = f"auto: {mine['batch']}, {mine['rows']} a step"
+    cells = [one["run"], one["bits"], checkpointing, batch, str(one["workers"])]
     if mine["status"] == "ok":
         hours = 1e5 / mine["rows_per_second"] / 3600
         cells += [f"{mine['median']:.3f}", f"{mine['rows_per_second']:.2f}", f"{mine['tokens_per_second']:,.0f}"]
         cells += [f"{hours:.1f}", f"{mine['flops_per_second']['model'] / peak:.1%}" if mine["flops"] else "-"]
         cells += [gigabytes(mine, "allocated"), gigabytes(mine, "reserved"), f"{mine['waiting']:.0%}"]
+        cells += ["-" if mine["idle"] is None else f"{mine['idle']:.0%}"]
     else:
-        cells += [mine["status"].split(":")[0], *["-"] * 7]
+        cells += [mine["status"].split(":")[0], *["-"] * 8]
     if other is None or other["status"] != "ok":
         return [*cells, other["status"].split(":")[0] if other else "-", "-", "-"]
     ratio = f"{other['median'] / mine['median']:.2f}x" if mine["status"] == "ok" else "-"
@@ -711,6 +807,11 @@ def machine(cuda):
     return {"gpu": gpu, "cuda": torch.version.cuda, "python": python, "cores": os.cpu_count(), "versions": versions}
 
 
+def batch_size(text):
+    """A value of --batch_sizes: own, auto or a number. Raises ValueError."""
+    return text if text in ("own", "auto") else int(text)
+
+
 def flag_definitions():
     """The parser of this program's flags."""
     parser = benchmark_parser(__doc__)
@@ -720,9 +821,9 @@ def flag_definitions():
         parser.add_argument(name, default=default, help=text, **options)
 
     add("--minutes", None, "Start nothing that would not be done by then; what was not run is listed.", type=float)
-    add("--bits", "both", "Precision of the frozen weights.", choices=["4", "16", "both"])
+    add("--bits", "both", "Precision of the frozen weights; own: the recipe's.", choices=["4", "16", "own", "both"])
     add("--checkpointing", "both", "Activation checkpointing.", choices=["on", "off", "both"])
-    add("--batch_sizes", [], "Default: the recipe's own, 1, 2, 4 and 8.", type=int, nargs="+")
+    add("--batch_sizes", [], "Numbers, own, auto. Default: own auto 1 2 4 8.", type=batch_size, nargs="+")
     add("--workers", [4, 0], "Loader processes; all but the first for the defaults only.", type=int, nargs="+")
     add("--steps", 5, "Measured steps of a run.", type=int)
     add("--warm_up", 2, "Steps before them; FLOPs are counted in the last.", type=int)
@@ -742,7 +843,7 @@ def parse(argv=None):
     parser = flag_definitions()
     args = parser.parse_args(argv)
     check_recipes(parser, args, RECIPES)
-    counts = [args.steps, args.warm_up, args.rounds, *args.batch_sizes]
+    counts = [args.steps, args.warm_up, args.rounds, *(n for n in args.batch_sizes if isinstance(n, int))]
     if min(counts) < 1 or min(args.workers) < 0 or args.seed < 0:
         parser.error("--steps, --warm_up, --rounds, --batch_sizes: at least 1; --workers, --seed: at least 0")
     if args.minutes is not None and not args.minutes > 0:
@@ -798,13 +899,16 @@ def run_all(args, groups, scratch, weights):
     job |= {name: getattr(args, name) for name in ("small", "steps", "warm_up", "rounds", "seed")}
     job["until"] = time.time() + 60 * args.minutes if args.minutes else None
     results, device, stopped = [], {}, False
+
+    def save():
+        write_json(args, machine=about, device=device, results=results, fits=fits_as_list(results, device))
+
     for cells in groups:
         if stopped:
             results += [{**cell, "status": "not run: interrupted"} for cell in cells]
         else:
-            stopped = run_group({**job, "cells": cells}, results, device, say)
-        if args.json:
-            write_json(args, machine=about, device=device, results=results, fits=fits_as_list(results, device))
+            stopped = run_group({**job, "cells": cells}, results, device, say, save)
+        save()
     if device:
         say(f"peak for MFU: {device['peak_flops'] / 1e12:.3g} TFLOP/s ({device['peak_flops_from']})")
     console = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
@@ -815,9 +919,9 @@ def run_all(args, groups, scratch, weights):
     return 0 if measured and not stopped else 1
 
 
-def run_group(job, results, device, say):
+def run_group(job, results, device, say, save):
     """Run the configurations of one recipe in one precision; adds to `results` what was found, or why not, and to
-    `device` what it is. -> whether it was interrupted."""
+    `device` what it is; calls save() after each. -> whether it was interrupted."""
     cells, until, end = job["cells"], job["until"], None
     first = len(results)
     try:
@@ -829,6 +933,7 @@ def run_group(job, results, device, say):
             else:
                 results.append(one)
                 say(f"  {named(one)}: {in_short(one)}")
+                save()
         why = f"failed: its process ended early, exit status {end}: {last_words(job['log'])}"
         if until and time.time() > until:
             why = "not run: time is up"

@@ -95,6 +95,10 @@ def on_or_off(choice):
 
 def step(trainer, batch):
     """Forward and backward of one batch, as `Trainer.train` calls it. Returns the loss."""
+    if type(trainer).__module__.startswith(("transformers.", "trl.")):  # it does not know what is the recipes' own
+        batch = {name: batch[name] for name in batch if name not in ("trained_at", "targets", "pairs")}
+        if "target_sizes" in batch:  # of MiniCPM-V's slices; the recipe keeps them as NumPy's
+            batch["target_sizes"] = torch.as_tensor(batch["target_sizes"])
     (batch,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     return trainer.training_step(trainer.model_wrapped, dict(batch), count)
 
@@ -209,7 +213,9 @@ def flops_of_images(trainer, batch, copies=1):
     images = {name: batch[name][: len(batch[name]) // copies] for name in names if name in batch}
     with counter() as counted, torch.no_grad():
         model = trainer.model.get_base_model().model
-        model.get_image_features(**{name: value.to(trainer.args.device) for name, value in images.items()})
+        model.get_image_features(
+            **{name: torch.as_tensor(value).to(trainer.args.device) for name, value in images.items()}
+        )
     return counted.get_total_flops()
 
 

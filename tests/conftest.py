@@ -377,6 +377,8 @@ def uncounted(monkeypatch):
         return dict.fromkeys((True, False), (batch * 10**9, 10**9))
 
     monkeypatch.setattr(inspect_recipe, "measure", sizes)
+    others = {inspect_recipe.OPTIMIZER: {"bytes": 0}}, None
+    monkeypatch.setattr(inspect_recipe, "measure_others", lambda *args: others)
 
 
 class Weights(TrainerCallback):

@@ -172,19 +172,23 @@ def test_lora_target_modules_of_a_config_file_may_be_a_text(case, tmp_path):
 @of("llava_two_stage")
 @pytest.mark.parametrize("stage, rows, at_once", [("align", 256, 8), ("instruct", 128, 4)])
 def test_a_step_has_as_many_rows_on_any_number_of_processes(case, stage, rows, at_once, monkeypatch):
-    given = case.parse(stage=stage)[1].as_given
+    training = case.parse(stage=stage)[1]
 
     def steps(batch, accumulated=None):
         asked = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        return case.module.fill_defaults({**given, **asked})["gradient_accumulation_steps"]
+        filled = case.module.fill_defaults({**training.as_given, **asked, "rows_per_step": None})
+        vars(training).update({name: filled[name] for name in (*asked, "rows_per_step")})
+        case.module.pick_batch(training, (training.rows_per_step or 128) // 32, 32, 4)
+        return training.per_device_train_batch_size, training.gradient_accumulation_steps
 
     for processes in (1, 2, 8):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        assert steps(batch=None) == rows // at_once // processes
-        assert steps(batch=16) == rows // 16 // processes
-    with pytest.raises(SystemExit, match=f"error: {rows} rows in a step, 96 at once: give --gradient_accumulation"):
+        assert steps(batch="auto") == (at_once, rows // at_once // processes)
+        assert steps(batch=16) == (16, rows // 16 // processes)
+    with pytest.raises(ValueError, match=f"--rows_per_step {rows}: not to be had by 12 at once in 8 processes"):
         steps(batch=12)
-    assert steps(batch=12, accumulated=5) == 5
+    assert steps(batch=12, accumulated=5) == (12, 5)
+    assert steps(batch="auto", accumulated=5) == (at_once, 5)
 
 
 BEGINNINGS = {  # stage: the model, the result, the data

@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = "Settings Training parse check load_processor load_data Collator load_model lora_config main".split()
 LINES = {  # at most: above the line, whole file
-    "sft_llava.py": (560, 2540),
-    "idefics2_docvqa.py": (560, 2250),
-    "dpo_idefics2.py": (710, 2405),
-    "finetune_minicpm_lora.py": (690, 2370),
-    "llava_two_stage.py": (800, 2555),
+    "sft_llava.py": (580, 2770),
+    "idefics2_docvqa.py": (560, 2430),
+    "dpo_idefics2.py": (745, 2630),
+    "finetune_minicpm_lora.py": (775, 2650),
+    "llava_two_stage.py": (800, 2740),
 }
-WORKBENCH_LINES = 2195
+WORKBENCH_LINES = 2420
 FUNCTION_LINES = 60
 MARKER = re.compile(r"^# ={60,}\n(?:#.*\n)+?# ={60,}\n", re.M)
 WORKBENCH = (ROOT / "workbench" / "workbench.py").read_text(encoding="utf-8")
@@ -101,6 +101,16 @@ def test_the_packages_named_are_those_pinned(name):
     pinned = requirements((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
     listed = requirements(re.findall(r'"([^"]+)"', block.split("dependencies")[1]))
     assert listed and {package: pinned.get(package) for package in listed} == listed
+
+
+def test_the_kernels_named_are_those_of_the_requirements():
+    """Also where only a comment names them."""
+    text = (ROOT / "requirements-kernels.txt").read_text(encoding="utf-8")
+    [table] = [
+        node for node in ast.parse(WORKBENCH).body if isinstance(node, ast.Assign) and node.targets[0].id == "KERNELS"
+    ]
+    packages = [package for *_, package in ast.literal_eval(table.value)]
+    assert len(packages) == 2 and re.findall(r"\b(?:fla-core|causal-conv1d)==[\w.]+", text) == packages
 
 
 @each_recipe

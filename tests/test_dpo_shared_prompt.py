@@ -134,8 +134,9 @@ def whole(model):
 
 
 def to_left(batch):
-    """A batch padded on the right -> padded on the left."""
+    """A batch padded on the right -> padded on the left, as a collator without `pairs` would make it."""
     order = batch["attention_mask"].argsort(dim=1, stable=True)
+    batch = {name: values for name, values in batch.items() if name != "pairs"}
     return {name: values.gather(1, order) if values.shape == order.shape else values for name, values in batch.items()}
 
 
@@ -148,8 +149,11 @@ def step(trainer, batch):
         outputs.append(forward(*args, **kwargs))
         return outputs[-1]
 
+    batch = dict(batch)
+    if not isinstance(trainer, SharedPromptDPOTrainer) or trainer.why_not_shared:
+        batch.pop("pairs", None)
     if base.dtype == torch.float64:
-        batch = {name: values.double() if values.is_floating_point() else values for name, values in batch.items()}
+        batch["pixel_values"] = batch["pixel_values"].double()
     trainer.model.train()
     trainer.model.zero_grad()
     trainer._total_train_tokens = 0
@@ -477,6 +481,7 @@ def test_answers_do_not_see_each_other(both, family):
     """With other words in the one, the log-probabilities of the other stay the same to the last bit."""
     _, shared = both(family, adapters="all")
     batch = shared.data_collator(ROWS[:4])
+    del batch["pairs"]  # they hold the words that are changed here
     chosen, rejected = slice(0, 4), slice(4, 8)
     before, losses = step(shared, batch), []
     for changed, kept in ((chosen, rejected), (rejected, chosen)):

@@ -28,6 +28,7 @@ from recipes import Recipe
 from runs import adapted, linear_layers, logits, matching, plain, run, same, stir
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from trl import SFTTrainer
 
 import sft_llava
 from tiny import families
@@ -190,10 +191,34 @@ def test_the_loss_is_the_models_own_cross_entropy(family, in_4_bits):
     )
     with torch.no_grad():
         model = trainer.model.eval()
-        scores = scale * model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        inputs = {name: batch[name] for name in batch if name not in ("labels", "trained_at", "targets")}
+        scores = scale * model(**inputs).logits
         loss = trainer.compute_loss(model, dict(batch))
     right = torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     torch.testing.assert_close(loss, right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_padded_on_the_right_needs_no_mask(family, in_4_bits):
+    """Its loss is that of its rows, one by one with their masks; the model is given none."""
+    trainer, batch = in_4_bits[0].trainer, batch_of(in_4_bits[0])
+    padding = batch["attention_mask"] == 0
+    assert padding[:, -1].any() and not padding[:, 0].any()
+    model, losses, counts, masks = trainer.model.eval(), [], [], []
+    with torch.no_grad():
+        for row in trainer.train_dataset:
+            one = dict(trainer.data_collator([row]))
+            counts.append(len(one.pop("targets")))
+            del one["trained_at"]
+            losses.append(SFTTrainer.compute_loss(trainer, model, one) * counts[-1])
+    decoder = model.get_base_model().get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
+    )
+    with torch.no_grad():
+        together = trainer.compute_loss(model, batch)
+    hook.remove()
+    assert len(masks) == 1 and (masks[0] is None or isinstance(masks[0], dict))  # Gemma's: of pictures
+    torch.testing.assert_close(together, sum(losses) / sum(counts), atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- the result

@@ -9,6 +9,7 @@ import shutil
 import sys
 from types import MethodType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from conftest import log, talks
 from peft import PeftModel
 from PIL import Image
 from recipes import Recipe, same
-from runs import logits, run, write_rows
+from runs import logits, run, stir, write_rows
 from test_labels import flat, prompts, trained
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -161,12 +162,12 @@ def test_pictures_are_at_their_places_in_a_batch_as_in_a_row(family, collator_of
     assert len(one_by_one) > 5 and same(parts(batch), one_by_one)
     if family != "2.6":
         return
-    assert batch.keys() == {"data", "attention_mask", "labels"}
+    assert batch.keys() == {"data", "attention_mask", "labels", "trained_at", "targets"}
     assert batch["data"].keys() == {"input_ids", "position_ids", "pixel_values", "tgt_sizes", "image_bound"}
     for n, one in enumerate(alone):
         mask = batch["attention_mask"][n].bool()
         assert rows["position_ids"][n][mask].tolist() == list(range(int(mask.sum())))
-        assert torch.equal(rows["image_bound"][n], one["data"]["image_bound"][0] + int((~mask).sum()))
+        assert torch.equal(rows["image_bound"][n], one["data"]["image_bound"][0])  # padding is on the right
         for start, end in rows["image_bound"][n]:
             assert (rows["input_ids"][n][start:end] == collator.processor.image_token_id).all()
 
@@ -398,7 +399,13 @@ def accumulated(trainer, batches, compute_loss):
 def test_logits_only_where_there_is_a_label(flags, tmp_path, family, settings):
     """Token by token the stock Trainer's, of batches of unequal lengths that are accumulated, and its eval_loss."""
     trainer = run(finetune_minicpm_lora, flags(family, tmp_path, lora_dropout=0, **settings), train=False).trainer
-    stock = functools.partial(transformers.Trainer.compute_loss, trainer)
+
+    def stock(model, inputs, **options):
+        inputs = {name: inputs[name] for name in inputs if name not in ("trained_at", "targets")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "compute_loss_func", None)
+            return transformers.Trainer.compute_loss(trainer, model, inputs, **options)
+
     for name, weight in trainer.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -407,12 +414,16 @@ def test_logits_only_where_there_is_a_label(flags, tmp_path, family, settings):
     labelled = [int(batch["labels"].ne(-100).sum()) for batch in batches]
     assert len(set(labelled)) == 3
     scored = []
-    trainer.lm_head.register_forward_hook(lambda head, hidden, logits: scored.append(logits.shape[:-1].numel()))
+    trainer.lm_head.register_forward_hook(lambda head, hidden, logits: scored.append(tuple(logits.shape)))
     losses, gradients, scores = accumulated(trainer, batches, stock)
     own_losses, own_gradients, own_scores = accumulated(trainer, batches, trainer.compute_loss)
-    assert scored == [batch["labels"].numel() for batch in batches] + labelled
+    words = scored[0][-1]
+    assert scored == [(*batch["labels"].shape, words) for batch in batches] + [(number,) for number in labelled]
     for mine, every, batch in zip(own_scores, scores, batches, strict=True):
-        torch.testing.assert_close(mine, every[:, :-1][batch["labels"][:, 1:] != -100], rtol=1e-5, atol=1e-6)
+        by_token = torch.nn.functional.cross_entropy(
+            every[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"
+        )
+        torch.testing.assert_close(mine, by_token[batch["labels"][:, 1:].flatten() != -100], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own_losses, losses, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():
         assert gradient.norm() > 0 and (own_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
@@ -433,6 +444,65 @@ def test_an_adapter_is_gone_on_from(flags, tmp_path, family, settings):
     assert log(again.out, "eval_loss")[0] == pytest.approx(log(first.out, "eval_loss")[2], abs=1e-6)
     assert list(log(again.out)) == [1, 2]
     assert [name for name, value in again.last.items() if torch.equal(value, first.last[name])] == []
+
+
+# ---------------------------------------------------------------------------------------- slices of one size together
+SHAPES = {"a.png": (28, 112), "b.png": (300, 60), "c.png": (112, 28), "d.png": (56, 56)}  # b.png is cut into slices
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@native
+def test_slices_of_one_size_are_one_batch(flags, tmp_path, family, mode, recipe, monkeypatch):
+    """Each layer of the tower attends once for each size. Features, loss, gradients and answers are the library's."""
+    for name, (width, height) in SHAPES.items():
+        Image.effect_noise((width, height), 99).convert("RGB").save(tmp_path / name)
+    settings = {"downsample_mode": mode, "tune_vision": True, "lora_dropout": 0}
+    trainer = run(finetune_minicpm_lora, flags(family, tmp_path / "out", **settings), train=False).trainer
+    model, collator = trainer.model, trainer.data_collator
+    stir(model)
+    two = {"<image>": str(tmp_path / "c.png"), "<image_1>": str(tmp_path / "d.png")}
+    pictures = (talks("<image>\nEven?", "odd", image=str(tmp_path / name)) for name in SHAPES)
+    rows = [
+        talks("Hi!", "odd", image=None),
+        talks("<image>\nA?", "seven", "And <image_1>?", "odd", image=two),
+        *pictures,
+    ]
+    batch, questions = collator(rows), [collator.messages_of(row)[:-1] for row in rows]
+    sizes = [tuple(size) for size in batch["target_sizes"].tolist()]
+    assert len({*sizes}) == 3 and sizes != sorted(sizes)
+    attended, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, *args, **kwargs):
+        attended.append(len(query))
+        return attention(query, *args, **kwargs)
+
+    def everything():
+        attended.clear()
+        pictures = {name: batch[name] for name in ("pixel_values", "target_sizes")}
+        features = model.get_base_model().get_image_features(**pictures, downsample_mode=mode).pooler_output
+        calls = len(attended)
+        model.train().zero_grad()
+        loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        asked = collator.tokenize(questions, prompt=True)
+        answers = model.eval().generate(**asked, max_new_tokens=4, max_length=None, do_sample=False)
+        return calls, features, loss.detach(), gradients, answers
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    calls, *own = everything()
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, finetune_minicpm_lora.ReplacedForwards):
+            callback.on_train_end(None, None, None)
+    assert isinstance(batch["target_sizes"], np.ndarray)  # it stays where the host can read it without waiting
+    batch = trainer.data_collator(rows)
+    assert isinstance(batch["target_sizes"], torch.Tensor)  # as the library needs it
+    calls_of_the_library, *the_librarys = everything()
+    layers = model.config.vision_config.num_hidden_layers
+    assert calls == (layers + (mode == "16x")) * len({*sizes}) and calls_of_the_library >= layers * len(sizes)
+    torch.testing.assert_close(own, the_librarys, rtol=1e-5, atol=1e-5)
+    weights = [name for name in own[2] if "vision_tower" in name and "layers" in name and name.endswith("weight")]
+    assert len(weights) > 10 and all(own[2][name].abs().max() > 1e-5 for name in weights)
 
 
 # ------------------------------------------------------------------------------------------------------ 2.6 repaired

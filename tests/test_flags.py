@@ -84,7 +84,7 @@ def own_settings(recipe):
 
 def test_help_fits_on_a_screen_and_shows_commands_groups_and_defaults(recipe, capsys):
     lines = help_text(recipe, capsys, "--help").splitlines()
-    assert 60 <= len(lines) <= 80 and max(map(len, lines)) <= 128
+    assert 60 <= len(lines) <= 82 and max(map(len, lines)) <= 128
     assert lines[0] == recipe.__doc__.splitlines()[0]
     commands = [line.strip() for line in lines if line.startswith(("    python ", "    accelerate "))]
     assert len(commands) >= 3 and all(command in recipe.__doc__ for command in commands)

@@ -69,8 +69,10 @@ def scripted(monkeypatch):
             loaded["outside"] = 0
             steps = {"seconds": [2.0] * job["steps"], "waits": [0.5] * job["steps"], "tokens": [10] * job["steps"]}
             plain = {"status": "ok", "memory": None, "flops": None, "uncounted": None, "tokens_counted": 10}
+            plain |= {"batch": cell["batch"], "rows": cell["batch"], "kernel_seconds": None}
             return {**plain, **steps, **answer(side, cell)}
 
+        monkeypatch.setattr(full_size, "rows_needed", lambda *args: 1)
         monkeypatch.setattr(full_size, "make_rows", lambda *args: None)
         monkeypatch.setattr(full_size, "one_run", one_run)
         return ran
@@ -190,9 +192,10 @@ def test_the_recipes_as_shipped_come_first():
     for group in groups[:6]:
         entry = full_size.RUNS[group[0]["run"]]
         own_bits = next(iter(entry.precisions))
-        assert [cell["workers"] for cell in group] == [4, 0]
-        assert [cell["sides"] for cell in group] == [["recipe", "stock"], ["recipe"]]
-        assert all(cell["batch"] == entry.batch and cell["checkpointing"] for cell in group)
+        assert [cell["workers"] for cell in group] == [4, 4, 0]
+        assert [cell["sides"] for cell in group] == [["recipe", "stock"], ["recipe"], ["recipe"]]
+        assert [cell["batch"] for cell in group] == [entry.batch, "auto", entry.batch]
+        assert all(cell["checkpointing"] for cell in group)
         assert {cell["bits"] for cell in group} == {own_bits}
         # The table says what the recipes say.
         settings, training = importlib.import_module(entry.recipe).parse(measure.as_flags(entry.flags))
@@ -201,15 +204,23 @@ def test_the_recipes_as_shipped_come_first():
     keys = ("run", "bits", "checkpointing", "batch", "workers")
     planned = [tuple(cell[key] for key in keys) for group in groups for cell in group]
     # Runs and precisions, checkpointing, batches; the loader's processes.
-    assert len(planned) == len(set(planned)) == 11 * 2 * 4 + 6
+    assert len(planned) == len(set(planned)) == 11 * 2 * 5 + 6
     assert all(len({(cell["run"], cell["bits"]) for cell in group}) == 1 for group in groups)  # one model is loaded
 
 
 def test_flags_choose():
+    own = {(cell["run"], cell["bits"]) for group in cells("--bits", "own") for cell in group}
+    assert own == {(name, next(iter(entry.precisions))) for name, entry in full_size.RUNS.items()}
     batches = [cell["batch"] for group in cells("sft_llava", "--batch_sizes", "2", "16") for cell in group]
     assert batches == [2, 2, 16, 2, 16] + [2, 16] * 2
+    flags = ["--batch_sizes", "auto", "own", "2", "--workers", "4", "--bits", "4", "--checkpointing", "on"]
+    (first, *others) = cells("dpo_idefics2", "sft_llava", *flags)
+    assert [cell["run"] for cell in first] == ["dpo_idefics2"] * 2  # in the order of the names
+    assert [cell["batch"] for cell in first] == [2, "auto"]
+    assert [cell["batch"] for group in others for cell in group] == [1, "auto", 2]
     both = [cell for group in cells("--stock", "all", "--workers", "2") for cell in group]
-    assert all(cell["sides"] == ["recipe", "stock"] and cell["workers"] == 2 for cell in both)
+    assert all((cell["sides"] == ["recipe", "stock"]) == (cell["batch"] != "auto") for cell in both)
+    assert all(cell["workers"] == 2 for cell in both)
     default = [cell for group in cells("dpo_idefics2", "--workers", "4") for cell in group]
     assert all((cell["batch"] == 2) == (len(cell["sides"]) == 2) for cell in default)
 
@@ -351,11 +362,91 @@ def test_waits_are_those_of_the_loader_and_the_warm_up_is_left_out():
             yield n
 
     watch = full_size.Watch(2, False)
-    assert list(watch.batches(slow())) == [0, 1]
-    assert len(watch.waits) == 2 and 0.05 <= watch.waits[0] < 5 and 0.1 <= watch.waits[1] < 5
+    assert list(watch.batches(slow())) == [0, 1] and [next(watch.batches(slow()))] == [0]
+    assert len(watch.waits) == 2 and 0.15 <= watch.waits[0] < 5 and 0.05 <= watch.waits[1] < watch.waits[0]
     watch.ends, watch.waits = [10.0, 15.0, 16.0, 18.0], [9, 4, 0.5, 0.25]
-    watch.tokens = [torch.tensor(n) for n in (1, 2, 3, 4)]
-    assert watch.figures() == {"seconds": [1, 2], "waits": [0.5, 0.25], "tokens": [3, 4], "tokens_counted": 2}
+    watch.tokens, watch.tokens_counted = [torch.tensor(n) for n in (1, 2, 3, 4)], torch.tensor(2)
+    figures = watch.figures()
+    assert (figures["seconds"], figures["waits"], figures["tokens"]) == ([1, 2], [0.5, 0.25], [3, 4])
+    assert figures["tokens_counted"] == 2 and figures["kernel_seconds"] is None
+
+
+# ---------------------------------------------------------------- steps of several batches
+
+
+def test_a_recipe_that_chooses_its_batch(one, monkeypatch):
+    """What it tries beforehand is not the run: not in its steps, not in its waits. A step is all of its batches."""
+    recipe = importlib.import_module("sft_llava")
+    train, tried = recipe.train_and_save, []
+
+    def slow(loader):
+        time.sleep(1)
+        yield from loader
+
+    def choose(trainer, checkpoint=None):
+        for _ in range(2):
+            batches = slow(trainer.get_train_dataloader())
+            (batch,), count = trainer.get_batch_samples(batches, 1, trainer.args.device)
+            trainer.training_step(trainer.model, dict(batch), count)
+            tried.append(int(batch["attention_mask"].sum()))
+        trainer.model.zero_grad()
+        trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 2, 3
+        trainer._train_batch_size = 2
+        return train(trainer, checkpoint)
+
+    monkeypatch.setattr(recipe, "train_and_save", choose)
+    found = one(batch="auto")
+    assert found["status"] == "ok" and found["waits"][0] < 1
+    assert len(tried) == 2 and found["tokens_counted"] not in tried
+    assert found["batch"] == 2 and found["rows"] == 6
+    assert len(found["seconds"]) == len(found["waits"]) == len(found["tokens"]) == 1
+    assert found["tokens"][0] > 2 * found["tokens_counted"]  # three batches; FLOPs are those of the first
+    assert full_size.rates({**found, "seconds": [2.0]})["rows_per_second"] == 3
+
+
+def test_rows_that_a_configuration_needs(tmp_path):
+    job = {"weights": "w", "cuda": False, "seed": 0, "steps": 5, "warm_up": 2}
+    cell = {"run": "sft_llava", "bits": "16", "checkpointing": True, "workers": 0}
+    own, auto = ({**cell, "batch": batch} for batch in (3, "auto"))
+    assert full_size.rows_needed(own, job, tmp_path) == (2 + 5 + 2) * 3
+    flags = full_size.flags_of(auto, job, tmp_path, tmp_path)
+    assert not [flag for flag in flags if "batch_size" in flag or "accumulation" in flag]
+    training = importlib.import_module("sft_llava").parse(flags)[1]
+    step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert training.max_steps == 3 and full_size.rows_needed(auto, job, tmp_path) == (3 + 2) * step
+
+
+def event(start, end, on_gpu=True, named=False):
+    """An event of the profiler, in nanoseconds."""
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    spans = {"start_ns": lambda: start, "duration_ns": lambda: end - start}
+    return SimpleNamespace(device_type=lambda: kind, is_user_annotation=lambda: named, **spans)
+
+
+def test_time_in_which_a_gpu_is_busy():
+    """Kernels side by side count once; the host's events and spans that somebody named not at all."""
+    second = 10**9
+    kernels = [event(5 * second, 6 * second), event(0, 2 * second), event(second, 3 * second), event(second, second)]
+    others = [event(0, 9 * second, on_gpu=False), event(0, 9 * second, named=True)]
+    assert full_size.busy_seconds(kernels + others) == 4
+    assert full_size.busy_seconds(others) is None and full_size.busy_seconds([]) is None
+
+
+@pytest.mark.parametrize("kernels, idle", [(0.5, 0.5), (1.5, 0), (None, None)])
+def test_idle_is_what_kernels_leave_of_a_step(run, scripted, kernels, idle):
+    """20 tokens took so many seconds of kernels; a step of 40 takes 2 s."""
+
+    def answer(side, cell):
+        kernel_seconds = kernels if cell["profiled"] else None
+        return {"kernel_seconds": kernel_seconds, "tokens_counted": 20, "tokens": [40, 40]}
+
+    ran = scripted(answer)
+    _, found, printed = run("sft_llava", *SHORT, *ONE, "--rounds", "2")
+    assert [cell["profiled"] for _, cell in ran] == [False, False, True, True]  # both sides, in the last round
+    recipe = found["results"][0]["recipe"]
+    assert recipe["idle"] == (None if idle is None else pytest.approx(idle))
+    row = next(line for line in printed.splitlines() if line.startswith("│"))
+    assert len(row.strip("│").split("│")) == len(full_size.COLUMNS)
 
 
 # ---------------------------------------------------------------- GPUs that are not there
@@ -484,7 +575,7 @@ def test_memory_in_the_tables(run, scripted, monkeypatch, gpu):
     scripted(lambda side, cell: {"memory": memory[side], "flops": flops})
     _, found, printed = run("sft_llava", *SHORT, "--bits", "4", "--checkpointing", "on", "--small")
     row = next(line for line in printed.splitlines() if line.startswith("│"))
-    cells = "sft_llava 4 on 2 0 2.000 1.00 5 27.8 40.0% 9.1 11.2 25% 2.000 13.3 1.00x".split()
+    cells = "sft_llava 4 on 2 0 2.000 1.00 5 27.8 40.0% 9.1 11.2 25% - 2.000 13.3 1.00x".split()
     assert [cell.strip() for cell in row.strip("│").split("│")] == cells
     fits = {"run": "sft_llava", "bits": "4", "checkpointing": True}
     assert found["fits"] == [{**fits, "largest_batch": {"16": "2+", "24": "2+", "40": "2+", "80": "2+"}}]

@@ -445,6 +445,21 @@ def test_the_pages_table_of_both_stages_is_what_the_recipe_does():
         assert (*same_in_all, training.weight_decay) == (1, "cosine", 0.03, 0)
 
 
+def test_liger_computes_the_loss_where_it_is_asked_to(two_stage):
+    """Its kernels need a GPU. Here its forward is Transformers' own, which computes the loss out of labels, too."""
+    losses, seen = [], []
+    for kernel in (False, True):
+        trainer = two_stage.trainer(stage="instruct", use_liger_kernel=kernel)
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(3)])
+        hook = trainer.model.register_forward_pre_hook(
+            lambda module, args, inputs: seen.append(set(inputs)), with_kwargs=True
+        )
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+        hook.remove()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "labels" in seen[1] and "labels" not in seen[0]
+
+
 def test_the_rows_on_the_page_are_read(two_stage, tmp_path):
     for name in ("sofa.jpg", "desk.jpg"):
         Image.new("RGB", (56, 56), "red").save(tmp_path / name)

@@ -515,6 +515,29 @@ def packed(name, variant):
     return "4-bit" in variant and ".base_layer." in name
 
 
+@pytest.mark.parametrize(
+    "variant",
+    ["sft: full", "docvqa: float", "dpo: float", "dpo: stock path", "4.6: lora", "4.7: lora", "2.6: lora"]
+    + ["align", "instruct: lora"],
+)
+def test_only_an_answer_is_given_a_cache(runs, variant, monkeypatch):
+    """Of keys and values: half a megabyte a token in a model of 7B, for nothing in training and evaluation."""
+    caches, make = [], transformers.Cache.__init__
+
+    def count(cache, *args, **kwargs):
+        caches.append(cache)
+        make(cache, *args, **kwargs)
+
+    trainer = runs.untrained(variant, activation_checkpointing=False, bf16=None).trainer
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(2)])
+    monkeypatch.setattr(transformers.Cache, "__init__", count)
+    trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(copy_of(batch))).backward()
+    trainer.prediction_step(trainer.model.eval(), copy_of(batch), prediction_loss_only=True)
+    assert caches == []
+    runs.module(variant).answer_rows(trainer, [trainer.eval_dataset[0]], max_new_tokens=3)
+    assert len(caches) == 1
+
+
 ADAPTED = [v for v, wanted in VARIANTS.items() if wanted.adapted and "4-bit" not in v and "bf16" not in wanted.flags]
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import pytest
@@ -15,8 +15,9 @@ import torch
 import transformers
 from conftest import ROOT
 from peft import LoraConfig
-from recipes import NAMES
+from recipes import NAMES, Recipe
 from transformers import LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 CHAIN = [
     ["a"],
@@ -114,6 +115,7 @@ def begun(recipe, tmp_path):
             "train_batch_size": 2,
             "gradient_accumulation_steps": 4,
             "world_size": 1,
+            "auto_batch": set(),
             "load_best_model_at_end": False,
         }
         values |= changes
@@ -325,17 +327,64 @@ def test_a_model_without_weights_has_the_modules_of_the_real_one(model, tiny_lla
     assert [name for name, _ in empty.named_modules()] == [name for name, _ in model.named_modules()]
 
 
-def test_logits_are_made_only_where_a_label_follows():
+FLA, CONV1D = "fla.ops.gated_delta_rule", "causal_conv1d"
+LINEAR, CONVOLUTIONS = "linear attention", "short convolutions"
+
+
+@pytest.mark.parametrize(
+    "model_type, importable, device, lines",
+    [
+        ("qwen3_5_text", [FLA, CONV1D], "cuda", {LINEAR: "kernels of fla-core", CONVOLUTIONS: "kernels of causal-"}),
+        (
+            "qwen3_5_text",
+            [FLA],
+            "cuda",
+            {LINEAR: "kernels of fla-core", CONVOLUTIONS: "PyTorch.*install.*causal-conv1d=="},
+        ),
+        ("qwen3_5_text", [], "cuda", {LINEAR: "PyTorch.*pip install.*fla-core==", CONVOLUTIONS: "PyTorch.*install"}),
+        ("qwen3_5_text", [], "cpu", {LINEAR: "PyTorch$", CONVOLUTIONS: "PyTorch$"}),  # nothing would be faster
+        ("lfm2", [FLA], "cuda", {CONVOLUTIONS: "PyTorch.*pip install.*causal-conv1d=="}),
+        ("llama", [FLA, CONV1D], "cpu", {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["sft_llava", "finetune_minicpm_lora"])
+def test_says_what_computes_linear_attention(name, model_type, importable, device, lines, monkeypatch, capsys):
+    for module in (FLA, CONV1D):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module) if module in importable else None)
+    config = transformers.AutoConfig.for_model(model_type)
+    importlib.import_module(name).print_kernels(config, torch.device(device))
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert printed.keys() == lines.keys()
+    assert all(re.match(pattern, printed[what]) for what, pattern in lines.items())
+
+
+def test_kernels_that_a_cpu_cannot_run_are_refused_before_training(tiny_minicpm, monkeypatch):
+    """Transformers would call them there, too."""
+    monkeypatch.setitem(sys.modules, FLA, ModuleType(FLA))
+    case = Recipe("finetune_minicpm_lora", tiny_minicpm, tiny_minicpm)
+    assert re.search("linear attention.*need a GPU.*pip uninstall fla-core", case.refusal(case.flags()))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_losses_are_those_of_the_stock_loss_in_parts_of_any_size(monkeypatch, at_once):
+    """Values and gradients, of the hidden states and of the head; only positions before a label are scored."""
     import llava_two_stage as recipe
 
+    monkeypatch.setattr(recipe, "LOGITS", 5 * at_once)
     labels = torch.tensor([[-100, -100, 3, 4], [-100, 2, -100, -100]])
-    targets = recipe.next_tokens(labels)
-    assert targets.tolist() == [[-100, 3, 4, -100], [2, -100, -100, -100]]
-    head, hidden = torch.nn.Linear(8, 5), torch.randn(2, 4, 8)
-    with recipe.logits_only_at(targets != -100, head):
-        torch.testing.assert_close(
-            head(hidden), torch.nn.functional.linear(hidden[targets != -100], head.weight, head.bias)
-        )
+    batch = {"input_ids": labels, "attention_mask": labels, **recipe.where_trained(labels)}
+    assert batch["trained_at"].tolist() == [1, 2, 4] and batch["targets"].tolist() == [3, 4, 2]
+    head, hidden = torch.nn.Linear(8, 5), torch.randn(2, 4, 8, requires_grad=True)
+    want = ForCausalLMLoss(head(hidden), labels, vocab_size=5, num_items_in_batch=7)
+    want_gradients = torch.autograd.grad(want, [hidden, head.weight])
+    scored = []
+    head.register_forward_hook(lambda module, inputs, output: scored.append(output.shape))
+    with recipe.losses_as_logits(head, batch) as inputs:
+        losses = head(hidden)
+    assert inputs == {"input_ids": labels, "use_cache": False} and scored == [(3,)]
+    got = recipe.mean_of_losses(SimpleNamespace(logits=losses), labels, num_items_in_batch=7)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, [hidden, head.weight]), want_gradients)
     assert head(hidden).shape == (2, 4, 5)
 
 
