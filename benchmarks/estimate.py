@@ -3,14 +3,20 @@ tools/inspect_recipe.py on the published configurations and on the rows of bench
 same where there is a GPU.
 
     python benchmarks/estimate.py                        # all recipes, as a Markdown table
+    python benchmarks/estimate.py --cards                # by card: which batch, how many rows a second
     python benchmarks/estimate.py sft_llava --json sft.json
     python benchmarks/estimate.py --measure sft_llava --bits 4 --scratch /mnt/disk   # is it right? On a CPU, minutes
     python benchmarks/estimate.py --small                # a small copy of each, to see that it runs
 
 A line is a recipe at its own settings in 4 or 16 bits: GB of frozen weights, of what is trained with gradients and
-optimizer, of activations of a batch with checkpointing and without, and the largest batch that fits in 16, 24, 40 and
-80 GB, with and without checkpointing. docs/inspect.md says what each figure is and how it was checked; no GPU was
-among that.
+optimizer, of activations of a batch with checkpointing and without, the peak and the phase of a run that has it, and
+the largest batch that fits in 16, 24, 40 and 80 GB, with and without checkpointing. docs/inspect.md says what each
+figure is and how it was checked; no GPU was among that.
+
+With --cards a line has a cell for each card: the batch that --per_device_train_batch_size auto would choose and how
+many of them make a step, then rows a second. These are the FLOPs of the longest row, recomputation included, at 40 %
+of the card's peak in 16 bits (a T4's is fp16's). That share is an assumption, which wants batches that fill the card
+and a host that launches fast enough (benchmarks/step.py --host).
 
 With --measure random weights of the real size are written (14 to 17 GB of a disk for a 7B or 8B), the recipe loads
 them with its own flags and --use_cpu --bf16 true, and its own trainer takes a training step on the longest rows, with
@@ -38,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets  # noqa: E402
 import psutil  # noqa: E402
 import transformers  # noqa: E402
-from full_size import CARDS, GB, RECIPES, RUNS  # noqa: E402
+from full_size import CARDS, GB, PEAKS, RECIPES, RUNS  # noqa: E402
 from made_up import (  # noqa: E402
     configuration,
     least_memory,
@@ -66,6 +72,15 @@ from tools.program import fail  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("with_checkpointing", "without_checkpointing")
+GPUS = {  # memory in GB, the name in PEAKS
+    "T4, 16 GB": (16, "T4"),
+    "RTX 4090, 24 GB": (24, "RTX 4090"),
+    "A100, 40 GB": (40, "A100"),
+    "A100, 80 GB": (80, "A100"),
+    "H100, 80 GB": (80, "H100"),
+    "H200, 141 GB": (141, "H200"),
+}
+SHARE = 0.4  # of a card's peak, for its speed
 
 
 def flags_of(name, bits, path, scratch, batch, more):
@@ -87,8 +102,6 @@ def reckon(name, bits, rows, small, scratch, batch=None, more=None):
     """An entry of RUNS, one of its precisions -> tools/inspect_recipe.py's report. Raises SystemExit with what that
     says. `more`: flags of the recipe."""
     run, more = RUNS[name], dict(more or {})
-    if small:
-        more["use_cpu"] = True
     processor, folder = make_processor(run.model, small), scratch / run.model
     if not folder.exists():
         processor.save_pretrained(folder)
@@ -96,7 +109,15 @@ def reckon(name, bits, rows, small, scratch, batch=None, more=None):
         save_file({}, folder / "model.safetensors")  # llava_two_stage.py asks for weights; none are read
     path = make_rows(run.recipe, rows, processor.tokenizer, scratch / "rows")
     tool = [sys.executable, str(ROOT / "tools/inspect_recipe.py"), str(ROOT / f"{run.recipe}.py")]
-    flags = ["--json", "--examples", "0", *flags_of(name, bits, path, scratch, batch, more)]
+    cards = sorted({*CARDS, *(memory for memory, _ in GPUS.values())})
+    flags = [
+        "--memory",
+        *map(str, cards),
+        "--json",
+        "--examples",
+        "0",
+        *flags_of(name, bits, path, scratch, batch, more),
+    ]
     environment = os.environ | {"HF_DATASETS_CACHE": str(scratch / "cache")}
     done = subprocess.run([*tool, *flags], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -130,9 +151,11 @@ def measure(name, bits, rows, small, scratch, batch=None):
 def head(args, unit):
     """The names of the columns."""
     names = ["recipe", "weights in", "batch", "tokens"]
+    if args.cards:
+        return ["recipe", "weights in", "tokens", "TFLOP a row", *GPUS]
     if args.measure:
         return [*names, f"foretold, {unit}", "measured", "difference", "seconds a step"]
-    names += [f"weights, {unit}", "trained, gradients, optimizer", "activations, checkpointing", "without"]
+    names += [f"weights, {unit}", "trained, gradients, optimizer", "activations, checkpointing", "without", "peak"]
     return names + [f"fits {card} GB" for card in CARDS]
 
 
@@ -144,7 +167,22 @@ def line(name, bits, report, scale=GB):
     cells = [f"`{name}`", f"{bits} bit", str(RUNS[name].batch), str(memory["longest"])]
     cells += [f"{weights / scale:.1f}", f"{sum(fixed.values()) / scale:.1f}"]
     cells += [f"{memory['activations'][kind]['bytes'] / scale:.1f}" for kind in KINDS]
+    cells.append(f"{memory['peak']['bytes'] / scale:.1f}, {memory['peak']['phase']}")
     return cells + [" / ".join(str(memory["fits"][str(card)][kind] or "no") for kind in KINDS) for card in CARDS]
+
+
+def cards_line(name, bits, report):
+    """A report -> the cells of a line of --cards."""
+    memory, flops = report["memory"], report["memory"]["flops_of_a_row"]
+    cells = [f"`{name}`", f"{bits} bit", str(memory["longest"]), f"{flops / 1e12:.3g}"]
+    for size, card in GPUS.values():
+        chosen = memory["auto"][str(size)]
+        if chosen["train"]:
+            rows = SHARE * PEAKS[card] / flops
+            cells.append(f"{chosen['train']} x {chosen['accumulation']}, {rows:.2g}/s")
+        else:
+            cells.append("no")
+    return cells
 
 
 def measured_line(name, bits, found, scale=GB):
@@ -162,12 +200,15 @@ def parse(argv=None):
     parser.add_argument("--rows", type=int, default=32, help=rows_help)
     parser.add_argument("--bits", choices=["4", "16", "both"], default="both", help="Precision of the frozen weights.")
     parser.add_argument("--batch_size", type=int, help="With --measure: rows of the step. Default: the recipe's own.")
+    parser.add_argument("--cards", action="store_true", help="Which batch and what speed on which card.")
     parser.add_argument("--measure", action="store_true", help="Take a step of each on this CPU, and compare.")
     scratch_help = "With --measure: a folder for the weights, which stay there. Default: a temporary one."
     parser.add_argument("--scratch", type=Path, help=scratch_help)
     parser.add_argument("--small", action="store_true", help="Small models, in MB: for the tests.")
     args = parser.parse_args(argv)
     check_recipes(parser, args, RECIPES)
+    if args.cards and args.measure:
+        parser.error("--cards is an estimate, --measure measures: one of them")
     if args.rows < 16:  # a batch of the largest default, and what is held out
         parser.error("--rows: at least 16")
     if not args.measure and (args.batch_size or args.scratch):
@@ -219,8 +260,9 @@ def main(argv=None):
                 one = measure(name, bits, args.rows, args.small, scratch, args.batch_size)
                 cells = measured_line(name, bits, one, scale)
             else:
-                one = reckon(name, bits, args.rows, args.small, scratch)
-                cells = line(name, bits, one, scale)
+                on_a_cpu = {"use_cpu": True} if args.small and not args.cards else {}
+                one = reckon(name, bits, args.rows, args.small, scratch, more=on_a_cpu)
+                cells = cards_line(name, bits, one) if args.cards else line(name, bits, one, scale)
             found[f"{name}, {bits} bits"] = one
             print(f"| {' | '.join(cells)} |", flush=True)
     write_json(args, reports=found)

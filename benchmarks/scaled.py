@@ -10,11 +10,12 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP
 
 from tools.runs import user_turn
 
-# What widths and lengths are divided by, layers of the vision tower, layers of the language model.
+# What widths and lengths are divided by, layers of the vision tower, layers of the language model. Deep: as many
+# operations as the real model has, with next to nothing to compute in each.
 LAYERS = {
-    "idefics2-8b": {"real": (1, 27, 32), "scaled": (4, 5, 6), "tiny": (16, 2, 2)},
-    "llava-1.5-7b": {"real": (1, 24, 32), "scaled": (4, 3, 4), "tiny": (16, 3, 2)},
-    "minicpm-v-4.6": {"real": (1, 27, 24), "scaled": (4, 4, 4), "tiny": (16, 2, 2)},
+    "idefics2-8b": {"real": (1, 27, 32), "scaled": (4, 5, 6), "tiny": (16, 2, 2), "deep": (32, 27, 32)},
+    "llava-1.5-7b": {"real": (1, 24, 32), "scaled": (4, 3, 4), "tiny": (16, 3, 2), "deep": (32, 24, 32)},
+    "minicpm-v-4.6": {"real": (1, 27, 24), "scaled": (4, 4, 4), "tiny": (16, 2, 2), "deep": (16, 27, 24)},
 }
 # idefics2_docvqa's own: full pages, narrow layers. Hidden, intermediate, layers, heads, key-value heads.
 PAGES = {

@@ -5,6 +5,7 @@
     python benchmarks/step.py --recipe dpo_idefics2 --arch llava --adapters all --json step.json
     python benchmarks/step.py --recipe finetune_minicpm_lora --real_size  # FLOPs of MiniCPM-V-4.6, without its weights
     python benchmarks/step.py --recipe dpo_idefics2 --real_size --device cuda   # and idefics2-8b's time; not run yet
+    python benchmarks/step.py --host                               # operations and host time, all recipes: 3 minutes
 
 Measured is forward + backward of one batch, as both trainers' `training_step` does it, alternating, with the recipe's
 dropout. Both sides get the same model, LoRA (the recipe's `lora_config`), checkpointing, and batches of the recipe's
@@ -37,6 +38,10 @@ parts' shares of both printed. --real_size counts the FLOPs of the real model: t
 a shape and no storage. Of dpo_idefics2 the speed-up is taken apart: image once and without a graph through what is
 frozen, prompt once.
 
+--host has no stock side: it counts the operations that Python launches in a micro-step of each recipe at real depth,
+their time on this CPU with next to nothing to compute in each (benchmarks/host.py), and, by tests/fake_cuda.py, where
+the host would wait for a GPU.
+
 Exit status 1 where, in float64, the loss, an answer's log-probability (DPO) or any trained weight's gradient differs
 by more than 1e-5 (relative; gradients in the largest element and in the norm); no ratio is printed then. Also where,
 with checkpointing and without --report_only, the scaled model misses its THRESHOLDS."""
@@ -68,6 +73,7 @@ from made_up import configuration, sized_processor, trl_row  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from PIL import Image  # noqa: E402
 from scaled import PICTURES, make_model, noise_rows, page_rows, page_shape, shape  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
 
 import dpo_idefics2  # noqa: E402
 import finetune_minicpm_lora  # noqa: E402
@@ -121,9 +127,18 @@ def plain_sides(adapted, own_class, setup, base, rows):
     gradient_accumulation_steps learning_rate disable_tqdm dataloader_num_workers remove_unused_columns""".split()
     plain = {name: getattr(setup.training, name) for name in same}
     plain |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-    stock = transformers.Trainer(model, transformers.TrainingArguments(**plain), setup.collator, rows)
+    collate = functools.partial(as_stock_takes, setup.collator)
+    stock = transformers.Trainer(model, transformers.TrainingArguments(**plain), collate, rows)
     options = {"model": copied, "args": setup.training, "data_collator": setup.collator, "train_dataset": rows}
     return {"stock": stock, "recipe": own_class(setup.settings, **options)}
+
+
+def as_stock_takes(collator, rows):
+    """Rows -> the recipe's batch, without what only the recipe's trainer knows; sizes of slices as a tensor."""
+    batch = {name: value for name, value in collator(rows).items() if name not in ("trained_at", "targets")}
+    if "target_sizes" in batch:
+        batch["target_sizes"] = torch.as_tensor(batch["target_sizes"])
+    return batch
 
 
 def with_docvqa_adapter(settings, base):
@@ -445,12 +460,19 @@ def log_probabilities_of(model):
     hook.remove()
 
 
+def in_float64(value):
+    """A tensor of floating-point numbers in float64; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
 def difference(sides, batch):
     """Loss of both sides; largest relative difference of any trained weight's gradient, and, of DPO, of any answer's
     log-probability under policy and reference. Dropout draws the same on both sides. In float64: the rounding errors
     of float32 are near measure.TOLERANCE. (Norms and the fused head go through float32 all the same.)"""
     losses, answers, found = {}, {}, {}
-    batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    batch = tree_map(in_float64, dict(batch))
     is_dpo = isinstance(sides["stock"], trl.DPOTrainer)
     for side, trainer in sides.items():
         trainer.model.double()
@@ -563,7 +585,8 @@ def measure_defaults(args, both, batches, alone, report):
 def parse(argv=None):
     """Flags, checked. Ends the program with one message where they cannot work."""
     parser = measure.benchmark_parser(__doc__)
-    parser.add_argument("--recipe", choices=list(CASES), default="sft_llava", help="Whose step is measured.")
+    recipe_help = "Whose step is measured. Default: sft_llava; with --host all."
+    parser.add_argument("--recipe", choices=list(CASES), help=recipe_help)
     parser.add_argument("--arch", choices=list(ARCHITECTURES), help="Of dpo_idefics2: the model. Default: idefics2.")
     parser.add_argument("--adapters", choices=["language", "all"], help="Of dpo_idefics2, as there. Default: all.")
     parser.add_argument("--steps", type=int, help="Measured steps of each side. Default: 5 or 9, by recipe.")
@@ -579,7 +602,11 @@ def parse(argv=None):
         "--real_size", action="store_true", help="Count the real model's FLOPs; on a GPU measure it, too."
     )
     size.add_argument("--tiny", action="store_true", help="A model of no meaning, for the tests.")
+    size.add_argument("--host", action="store_true", help="Operations, waits and the host's time, at real depth.")
     args = parser.parse_args(argv)
+    if args.host:
+        return check_host(parser, args)
+    args.recipe = args.recipe or "sft_llava"
     case = CASES[args.recipe]
     if args.recipe != "dpo_idefics2" and (args.arch or args.adapters):
         parser.error("--arch and --adapters are for --recipe dpo_idefics2")
@@ -599,6 +626,31 @@ def parse(argv=None):
         parser.error("--seed: from 0 to below 2**32")
     measure.check_json(parser, args.json)
     return args
+
+
+def check_host(parser, args):
+    """The flags of --host, checked."""
+    used = {"host", "recipe", "steps", "json"}
+    others = [name for name in vars(args) if name not in used and getattr(args, name) != parser.get_default(name)]
+    if others:
+        parser.error(f"--host takes --recipe, --steps and --json, not --{others[0]}")
+    args.steps = 5 if args.steps is None else args.steps
+    if args.steps < 1:
+        parser.error("--steps and --batch_size: at least 1")
+    measure.check_json(parser, args.json)
+    return args
+
+
+def report_host(args, report):
+    """What --host prints and writes."""
+    import host  # here: it wants more than the other measurements do
+
+    recipes = [args.recipe] if args.recipe else list(CASES)
+    report(f"host: CPU, one thread, bfloat16, process time, median of {args.steps}; torch {torch.__version__}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        figures = host.report_operations(recipes, args.steps, Path(folder), report)
+        waits = host.report_waits(recipes, Path(folder), report)
+    measure.write_json(args, operations=figures, waits=waits)
 
 
 def report_head(args, device, report):
@@ -637,6 +689,9 @@ def main(argv=None):
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread, float32, process time"
     torch.set_num_threads(1)
     report = functools.partial(print, flush=True)
+    if args.host:
+        report_host(args, report)
+        return 0
     report_head(args, device, report)
     with tempfile.TemporaryDirectory() as folder, measure.label_positions_only():
         found = [measure_setting(args, on, folder, report) for on in measure.on_or_off(args.checkpointing)]
@@ -654,4 +709,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # in the tables
+    datasets.disable_progress_bars()
     measure.start(main)

@@ -25,6 +25,7 @@ from tools import inspect_recipe
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import estimate  # noqa: E402
+import host  # noqa: E402
 import loader  # noqa: E402
 import made_up  # noqa: E402
 import measure  # noqa: E402
@@ -186,6 +187,53 @@ def test_nan_is_not_equal(what):
     assert not step.equal(same | {"loss": {"stock": 2.0, "recipe": float("nan")}})
 
 
+def deep(layers, monkeypatch):
+    """Make every deep model as deep."""
+    for sizes in scaled.LAYERS.values():
+        monkeypatch.setitem(sizes, "deep", (sizes["deep"][0], layers, 4 * layers))
+
+
+def test_operations_of_a_step_grow_with_depth_and_not_with_the_batch(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(host, "count_waits", lambda *args: "there is no g++")
+    found = []
+    for layers in (1, 2):
+        deep(layers, monkeypatch)
+        path = tmp_path / f"{layers}.json"
+        assert step.main(["--host", "--recipe", "sft_llava", "--steps", "1", "--json", str(path)]) == 0
+        found.append(json.loads(path.read_text())["operations"]["sft_llava"])
+    printed = capsys.readouterr().out
+    assert printed.count("| `sft_llava` | 1 |") == 2 and "waits are not counted: there is no g++" in printed
+    for one in found:
+        assert (
+            0 < one["1"]["kernels"] < one["1"]["operations"] <= one["4"]["operations"] and one["1"]["milliseconds"] > 0
+        )
+        assert one["4"]["operations"] == pytest.approx(one["1"]["operations"], rel=0.02)
+    few, many = (one["1"]["operations"] for one in found)
+    assert 1.5 * few < many < 2 * few  # twice the layers, and what comes before and after them
+
+
+def test_operations_are_counted_one_by_one():
+    x = torch.ones(2, 3, requires_grad=True)
+    with host.Operations() as counted:
+        x.t().mul(2).t().sum()
+    assert (counted.all, counted.kernels) == (4, 2)  # transposing computes nothing
+
+
+WAITING = {"part": "step", "kind": "wait", "what": "", "place": "", "caller": "", "is_ours": False, "count": 6}
+
+
+def test_waits_are_those_of_the_step(monkeypatch, tmp_path):
+    events = [WAITING, WAITING | {"count": 2, "is_ours": True}, WAITING | {"part": "answers", "count": 99}]
+    events.append(WAITING | {"kind": "blocking copy", "count": 5})
+    reports = [{"recipe": "sft_llava", "error": "", "events": events}]
+    reports.append({"recipe": "dpo_idefics2", "error": "Traceback\nTypeError: no", "events": []})
+    monkeypatch.setattr(host, "count_waits", lambda *args: reports)
+    printed = []
+    found = host.report_waits(["sft_llava", "dpo_idefics2"], tmp_path, printed.append)
+    assert found["sft_llava"] == {"waits": 8, "by_the_recipe": 2, "blocking_copies": 5}
+    assert printed[1:] == ["| `sft_llava` | 8 | 2 | 5 |", "| `dpo_idefics2` | failed |  | TypeError: no |"]
+
+
 def tiny_in_place_of(size, monkeypatch):
     """Make every model of a size as small as a tiny one."""
     for sizes in scaled.LAYERS.values():
@@ -229,6 +277,9 @@ step --arch llava | --arch and --adapters are for --recipe dpo_idefics2
 estimate no_recipe | no recipe no_recipe; there are sft_llava
 estimate --rows 15 | at least 16
 estimate --batch_size 2 | are for --measure
+estimate --measure --cards | one of them
+step --host --checkpointing both | --host takes --recipe, --steps and --json, not --checkpointing
+step --host --steps 0 | at least 1
 estimate --json nowhere/x.json | cannot be written
 loader llava | no recipe llava; there are sft_llava, llava_two_stage
 loader --workers 2 -1 | --workers: 0 or more
@@ -374,9 +425,28 @@ def test_what_does_not_fit_is_said():
     fits = {str(card): dict.fromkeys(estimate.KINDS, max(0, card - 20)) for card in estimate.CARDS}
     fixed = {"weights": 14e9, "trained": 1e9, "gradients": 1e9, "optimizer": 2e9, "exchange": 0}
     memory = {"strategy": "ddp", "fixed": {"ddp": fixed}, "longest": 700, "activations": kinds, "fits": fits}
+    memory["peak"] = {"phase": "generation", "bytes": 24e9}
     cells = estimate.line("sft_llava", "16", {"memory": memory})
-    assert cells[:8] == ["`sft_llava`", "16 bit", "1", "700", "14.0", "4.0", "5.0", "5.0"]
-    assert cells[8:] == ["no / no", "4 / 4", "20 / 20", "60 / 60"]
+    assert cells[:9] == ["`sft_llava`", "16 bit", "1", "700", "14.0", "4.0", "5.0", "5.0", "24.0, generation"]
+    assert cells[9:] == ["no / no", "4 / 4", "20 / 20", "60 / 60"]
+
+
+def test_batch_and_speed_by_card():
+    """40 % of a card's peak: of an H100's 989 TFLOP/s 395.6 are left, for rows of 10 TFLOP each."""
+    batches = {"16": 0, "24": 1, "40": 2, "80": 4, "141": 4}
+    auto = {card: {"train": batch, "accumulation": 4 // max(1, batch)} for card, batch in batches.items()}
+    memory = {"longest": 700, "flops_of_a_row": 1e13, "auto": auto}
+    cells = dict(zip(estimate.GPUS, estimate.cards_line("sft_llava", "4", {"memory": memory})[4:], strict=True))
+    assert cells["T4, 16 GB"] == "no" and cells["RTX 4090, 24 GB"] == "1 x 4, 6.6/s"
+    assert cells["A100, 40 GB"] == "2 x 2, 12/s" and cells["A100, 80 GB"] == "4 x 1, 12/s"
+    assert cells["H100, 80 GB"] == cells["H200, 141 GB"] == "4 x 1, 40/s"
+
+
+def test_cards_are_reckoned_with(capsys, tmp_path, in_this_process):
+    """A small model fits everywhere: auto is the whole step, of 4 rows in sft_llava.py."""
+    estimate.main(["sft_llava", "--bits", "4", "--small", "--cards", "--rows", "16"])
+    *_, head, rule, line = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == line.count("|") and line.count("4 x 1, ") == len(estimate.GPUS)
 
 
 def test_a_refusal_of_the_recipe_is_passed_on(tmp_path):

@@ -1,6 +1,7 @@
 """tools/inspect_recipe.py: its counts are the published ones, its memory is what a step really takes, its examples are
 what is trained on, and its plan is what the run does."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, log
-from recipes import Recipe, minicpm_run, said, short_run, two_stage_run
+from PIL import Image
+from recipes import Recipe, asks, minicpm_run, said, short_run, two_stage_run
 
 import sft_llava
 from tools import inspect_recipe
@@ -145,6 +147,15 @@ def test_joined_parts_with_adapters(tiny_parts, tmp_path, inspect):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
+def by_pictures(trainer, rows):
+    """The numbers of rows, the one with the largest image tensors first."""
+    sizes = []
+    for row in rows:
+        values = inspect_recipe.tensors(dict(trainer.data_collator([row])))
+        sizes.append(sum(value.numel() for value in values if value.is_floating_point()))
+    return sorted(range(len(rows)), key=lambda n: -sizes[n])
+
+
 @pytest.mark.parametrize(
     ("name", "tiny", "settings"),
     [
@@ -160,7 +171,8 @@ def test_joined_parts_with_adapters(tiny_parts, tmp_path, inspect):
 )
 def test_activations_are_those_of_a_step(name, tiny, settings, request, tmp_path, inspect):
     """Bytes at most allocated in the second of two accumulated steps, besides weights and gradients, by torch's
-    profiler of its own allocator: real weights, the recipe's own trainer, the longest rows."""
+    profiler of its own allocator: real weights, the recipe's own trainer, the longest rows or those with the largest
+    pictures."""
     folder, make_flags = request.getfixturevalue(tiny), RUNS.get(name, short_run)
     settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1, "eval_fraction": 0.1, **settings}
     memory = inspect(name, make_flags(folder, tmp_path / "out", **settings), "--examples", "0")["memory"]
@@ -168,8 +180,164 @@ def test_activations_are_those_of_a_step(name, tiny, settings, request, tmp_path
     for kind, size in memory["activations"].items():
         settings["activation_checkpointing"] = kind == "with_checkpointing"
         flags = make_flags(folder, tmp_path / kind, **settings)
-        true_size = measure.activations(measure.trainer_of(sys.modules[f"recipe_{name}"], flags))
+        trainer = measure.trainer_of(sys.modules[f"recipe_{name}"], flags)
+        true_size, rows = measure.activations(trainer), trainer.train_dataset
+        trainer.train_dataset = rows.select(by_pictures(trainer, rows)[:3])
+        true_size = max(true_size, measure.activations(trainer))
         assert size["bytes"] == pytest.approx(true_size, rel=0.05)
+
+
+def evaluate(trainer, recipe, rows):
+    """-> (a function that evaluates these rows, its inputs)."""
+    inputs = dict(trainer.data_collator(rows))
+    trainer.model.eval()
+    return lambda: trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True), inputs
+
+
+def answer(trainer, recipe, rows):
+    """-> (a function that gives each of these rows an answer of sixty tokens, its inputs)."""
+    collator = trainer.data_collator
+    collator.stop_ids = [len(collator.processor.tokenizer)]  # no token ends an answer
+    messages = [collator.messages_of(row) for row in rows]
+    inputs = collator.tokenize([some[: recipe.last_answer(some)] for some in messages], prompt=True)
+    collator.tokenize = lambda *args, **options: inputs
+    trainer.accelerator.autocast = contextlib.nullcontext  # it wants a state that the fixtures have reset
+
+    def run():
+        assert [one.num_tokens for one in recipe.answer_batch(trainer, rows, 60)] == [60] * len(rows)
+
+    return run, dict(inputs)
+
+
+@pytest.mark.parametrize(("phase", "prepare"), [("evaluation", evaluate), ("generation", answer)])
+def test_evaluation_and_answers_take_what_is_counted(phase, prepare, case, inspect, monkeypatch):
+    """As above, of an evaluation step and of answers, caches and all, to the last token. In 16 bits: without a graph a
+    CPU does not unpack 4-bit weights, which a GPU does."""
+    settings = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "eval_fraction": 0.2}
+    has = vars(case.parse()[0])
+    settings["max_new_tokens" if "max_new_tokens" in has else "sample_tokens"] = 60
+    settings["q_lora" if "q_lora" in has else "load_in_4bit"] = False
+    report = inspect(case.name, case.flags(**settings), "--examples", "0")["memory"]["phases"][phase]
+    recipe = sys.modules[f"recipe_{case.name}"]
+    trainer = measure.trainer_of(recipe, case.flags(output_dir=case.tmp_path / "real", **settings))
+    rows = trainer.eval_dataset
+    if phase == "generation" and case.name != "idefics2_docvqa":  # that answers all of them
+        rows = rows.take(min(case.parse()[0].sample_rows, len(rows)))
+    longest = sorted(range(len(rows)), key=lambda n: -rows[n]["length"])
+    true_sizes = []
+    monkeypatch.setattr(measure, "step", lambda trainer, run: run())
+    for order in (longest, by_pictures(trainer, rows)):
+        run, inputs = prepare(trainer, recipe, [rows[n] for n in order[: report["batch"]]])
+        true_sizes.append(measure.cpu_peak(trainer, run) + sum(x.nbytes for x in inspect_recipe.tensors(inputs)))
+    assert report["bytes"] == pytest.approx(max(true_sizes), rel=0.06)
+
+
+def test_work_is_what_a_step_computes(case, inspect):
+    """FLOPs of one row, as benchmarks/measure.py counts them where they are computed."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    counted = inspect(case.name, case.flags(**settings), "--examples", "0")["memory"]["flops_of_a_row"]
+    flags = case.flags(output_dir=case.tmp_path / "real", **settings)
+    trainer = measure.trainer_of(sys.modules[f"recipe_{case.name}"], flags)
+    rows = trainer.train_dataset
+    longest = max(range(len(rows)), key=lambda n: rows[n]["length"])
+    assert counted == pytest.approx(measure.flops(trainer, trainer.data_collator([rows[longest]])), rel=0.01)
+
+
+def test_an_evaluation_may_take_more_than_training(llava, capsys):
+    settings = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 32, "sample_rows": 0}
+    memory = llava(**settings)["memory"]
+    phases = memory["phases"]
+    assert memory["peak"] == {"phase": "evaluation", "bytes": phases["evaluation"]["all"]}
+    assert phases["evaluation"]["batch"] == 24 and "generation" not in phases  # there are no more rows
+    assert phases["evaluation"]["all"] > phases["training step"]["all"] > phases["training step"]["bytes"]
+    assert memory["sum"]["with_checkpointing"] == phases["training step"]["all"]
+    few = llava(**settings | {"per_device_eval_batch_size": 1})["memory"]
+    assert few["peak"]["phase"] == "training step"
+    assert [*llava(eval_strategy="no")["memory"]["phases"]] == ["training step", "optimizer step"]
+    show(llava, **settings)
+    assert re.search(r"\nevaluation +24 .* peak +the longest rows", capsys.readouterr().out)
+
+
+def test_answers_take_more_with_their_length(llava):
+    """Keys and values of a token: two layers, two of 64 float32 each, of each row."""
+    settings = {"per_device_eval_batch_size": 8, "sample_rows": 4}
+    short, long = (llava(**settings, sample_tokens=n)["memory"]["phases"]["generation"] for n in (500, 1500))
+    assert (short["batch"], short["new_tokens"]) == (4, 500)
+    assert long["bytes"] - short["bytes"] >= 4 * 1000 * 2 * 2 * 64 * 4
+
+
+def test_the_largest_pictures_are_run_too(tiny_forms, tmp_path, write, inspect):
+    """A page may take more than a longer question about a small one."""
+    case = Recipe("idefics2_docvqa", tiny_forms, tmp_path)
+    for name, height in (("small", 28), ("large", 112)):
+        Image.new("RGB", (112, height)).save(tmp_path / f"{name}.png")
+    rows = [asks("What? " * 15, "one", image="small.png"), asks("What?", "one", image="large.png")]
+    steps = []
+    for some in (rows, rows[:1]):
+        report = inspect(case.name, case.flags_for(write(some), per_device_train_batch_size=1))
+        steps.append(report["memory"]["phases"]["training step"])
+    both, alone = steps
+    assert (both["rows"], alone["rows"]) == ("largest pictures", "longest") and both["tokens"] < alone["tokens"]
+    assert both["bytes"] > alone["bytes"]
+
+
+def test_an_optimizer_step_takes_what_its_own_does_not_do_in_place(llava):
+    settings = {"use_cpu": False, "eval_fraction": 0, "dataset_test_split": None}
+    sizes = {}
+    for optim in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adafactor"):
+        report = llava("--examples", "0", **settings, optim=optim)
+        memory, trained = report["memory"], sum(part["trained_bytes"] for part in report["parts"].values())
+        sizes[optim] = memory["phases"]["optimizer step"]["bytes"] / trained
+        assert memory["optimizer_is_paged"] == ("paged" in optim)
+    assert sizes["adamw_torch"] == pytest.approx(1, rel=0.01)  # the roots of the second moments, of all weights
+    assert sizes["adamw_torch_fused"] < 0.01 and sizes["paged_adamw_32bit"] == 0 and 0 < sizes["adafactor"] < 0.5
+
+
+def test_what_fits_into_other_cards(llava, uncounted, capsys):
+    settings = {"use_cpu": None, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}  # 1 GB a row
+    memory = llava("--memory", "12", "48.5", **settings)["memory"]
+    assert list(memory["fits"]) == list(memory["auto"]) == ["12", "48.5"]
+    assert memory["fits"]["12"]["with_checkpointing"] == 10  # 12 GB, less 5 % and 1 GB
+    # 11 GB are free, a tenth of that and 5 % of the card are left
+    assert [(one["train"], one["accumulation"]) for one in memory["auto"].values()] == [(6, 2), (12, 1)]
+    assert memory["auto"]["12"]["bytes"] == pytest.approx(6e9, rel=0.01)
+    show(llava, "--memory", "12", "1.5", **settings)
+    text = capsys.readouterr().out
+    assert re.search(r"12 GB +1.5 GB", text) and re.search(r"\nauto x accumulation +6 x 2 +none", text)
+    assert "more than one of" not in text
+    show(llava, "--memory", "1", **settings)
+    assert "1.0 GB on a GPU (training step): more than one of 1 GB has" in capsys.readouterr().out
+
+
+def test_what_auto_would_choose(llava, uncounted, monkeypatch, capsys):
+    """Of the default 4 rows a step, and to evaluate, where answers take as much again for each row."""
+    takes = {"batch": 8, "rows": "longest", "tokens": 50, "bytes": 8e9, "for_each_row": 1e9}
+    phases = {"evaluation": takes, "generation": takes | {"bytes": 24e9, "for_each_row": 2e9}}
+    monkeypatch.setattr(
+        inspect_recipe, "measure_others", lambda *_: ({**phases, "optimizer step": {"bytes": 0}}, 10**12)
+    )
+    settings = {"use_cpu": None, "per_device_train_batch_size": None, "per_device_eval_batch_size": "auto"}
+    memory = llava("--memory", "5", "141", **settings)["memory"]
+    assert memory["auto_batch"] == ["per_device_eval_batch_size", "per_device_train_batch_size"]
+    assert [(one["train"], one["accumulation"]) for one in memory["auto"].values()] == [(2, 2), (4, 1)]
+    assert [one["eval"] for one in memory["auto"].values()] == [0, 32]  # 64 would take 24 + 2 * 56 GB of 119
+    show(llava, "--memory", "5", "141", **settings)
+    text = capsys.readouterr().out
+    assert re.search(r"\nauto x accumulation +2 x 2 +4 x 1\nauto, evaluation +none +32", text)
+    assert "Here auto: --per_device_eval_batch_size, --per_device_train_batch_size. The figures above" in text
+    assert llava("--gpus", "2", "--strategy", "zero2", **settings, load_in_4bit=False)["memory"]["auto"] is None
+    show(llava, **settings | {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8})
+    assert "Here auto" not in capsys.readouterr().out
+
+
+def test_a_phase_that_cannot_be_run_is_said(llava, capsys, monkeypatch):
+    """The others are counted."""
+    monkeypatch.setattr(inspect_recipe, "answering", mock.Mock(side_effect=RuntimeError("it reads a token")))
+    memory = llava()["memory"]
+    assert memory["phases"]["generation"]["not_counted"] == "RuntimeError: it reads a token"
+    assert memory["phases"]["evaluation"]["bytes"] > 0 and memory["peak"]["phase"] != "generation"
+    show(llava)
+    assert "generation: this model cannot be run without content (RuntimeError: it reads" in capsys.readouterr().out
 
 
 def test_batches_are_on_a_straight_line(llava, monkeypatch):
@@ -440,6 +608,10 @@ def test_as_plain_text(llava, uncounted, capsys):
     ("own", "settings", "message"),
     [
         (["--gpus", "0"], {}, "--rows and --gpus must be at least 1"),
+        (["--memory", "0"], {}, "--memory: 0: a card's memory is in GB, from 1 to 1000"),
+        (["--memory", "24", "24000"], {}, "--memory: 24000: a card's memory is in GB"),
+        (["--memory", "nan"], {}, "--memory: nan: a card's memory"),
+        (["--memory", "large"], {}, "--memory: large: .* RECIPE comes before --memory"),
         (["--no_such", "1"], {}, "no_such"),
         ([], {"lora_r": 0}, "not possible in 4 bits"),
         ([], {"max_length": 3}, "no row of .* can be trained on"),

@@ -4,16 +4,18 @@
     python tools/inspect_recipe.py sft_llava.py --config llava-lora/settings.yaml --rows 1000   # a quick look
     python tools/inspect_recipe.py dpo_idefics2.py --load_in_4bit false --per_device_train_batch_size 4
     python tools/inspect_recipe.py llava_two_stage.py --stage instruct --gpus 8 --strategy zero3
+    python tools/inspect_recipe.py sft_llava.py --memory 12 48      # what fits into cards of 12 and of 48 GB
     python tools/inspect_recipe.py sft_llava.py --no-color > before.txt
     python tools/inspect_recipe.py sft_llava.py --json > before.json
 
 Every other flag is the recipe's own. It needs no GPU and loads no weights: without --use_cpu everything is estimated
 for a GPU with bf16 (--fp16 true: for an older one). Of the model only the configuration and the processor are read.
-The recipe's own main() then builds its model and its trainer out of tensors that have a shape and no content, and its
-own training step is run on those; what that allocates is counted. What each figure is, and how far off it can be:
-docs/inspect.md. Tables are drawn by rich, which comes with transformers.
+The recipe's own main() then builds its model and its trainer out of tensors that have a shape and no content. Its own
+training step, evaluation step, answers and optimizer step are run on those; what they allocate is counted. What each
+figure is, and how far off it can be: docs/inspect.md. Tables are drawn by rich, which comes with transformers.
 """
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -50,6 +52,8 @@ from rich.console import Console
 from rich.markup import escape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.generation.utils import GenerationMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail, flag_parser, parse_beside_recipe, start, text_table  # noqa: E402
@@ -59,9 +63,12 @@ CONTRACT = """Settings Training parse check load_processor load_data check_and_m
 load_model main"""
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
 FLAG_OF_STRATEGY = {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}
-CARDS = (16, 24, 40, 80)  # memory of GPUs, GB
+CARDS = (16, 24, 40, 80)  # memory of GPUs, GB, without --memory
+MOST_MEMORY = 1000  # more in --memory is no GB
 # Of a card's memory: CUDA's own context in bytes, and the share that its allocator cannot use because it is in pieces.
 CONTEXT, PIECES = 1e9, 0.05
+# --per_device_train_batch_size auto takes this share of what is free; for evaluation it tries these sizes.
+FULL, EVALUATION_BATCHES = 0.9, (1, 2, 4, 8, 16, 32, 64)
 # Rows that are run; what a larger batch takes is on the line through so many and twice as many.
 MOST_ROWS = 16
 # Bytes of a weight in NF4 with double quantization: half a byte, for each 64 weights one byte of scale, for each 256
@@ -78,6 +85,7 @@ STATES = {
     "rmsprop": 4,
 }
 CHECKPOINTING = {True: "with_checkpointing", False: "without_checkpointing"}
+TRAINING, EVALUATION, GENERATION, OPTIMIZER = PHASES = ("training step", "evaluation", "generation", "optimizer step")
 
 
 def parse(argv=None):
@@ -92,12 +100,27 @@ def parse(argv=None):
     parser.add_argument(
         "--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)"
     )
+    parser.add_argument(
+        "--memory", nargs="+", type=card_memory, default=list(CARDS), metavar="GB", help="what fits into such cards"
+    )
     parser.add_argument("--no-color", action="store_true", help="plain text: what is trained on in «»")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
     args, recipe_flags = parse_beside_recipe(parser, argv)
     if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
         fail("--rows and --gpus must be at least 1, --examples 0 or more")
     return args, recipe_flags
+
+
+def card_memory(text):
+    """A card's memory in GB, as --memory has it -> a number. Raises argparse.ArgumentTypeError."""
+    try:
+        memory = float(text)
+    except ValueError:
+        memory = math.nan
+    if not 1 <= memory <= MOST_MEMORY:  # NaN is not
+        remedy = f"a card's memory is in GB, from 1 to {MOST_MEMORY}; RECIPE comes before --memory"
+        raise argparse.ArgumentTypeError(f"{text}: {remedy}")
+    return int(memory) if memory.is_integer() else memory
 
 
 def asked_for(flag, recipe_flags):
@@ -117,14 +140,14 @@ def asked_for(flag, recipe_flags):
 
 @contextlib.contextmanager
 def for_gpus(recipe, gpus):
-    """Within it llava_two_stage.py's fill_defaults, which counts processes for the size of a step, sees so many."""
-    fill_defaults = getattr(recipe, "fill_defaults", None)
+    """Within it the recipe's pick_batch, which counts processes for the size of a step, sees so many."""
+    pick_batch = getattr(recipe, "pick_batch", None)
 
-    def fill(given):
+    def pick(*args, **options):
         with patch.dict(os.environ, {"WORLD_SIZE": str(gpus)}):
-            return fill_defaults(given)
+            return pick_batch(*args, **options)
 
-    with patch.object(recipe, "fill_defaults", fill) if fill_defaults else contextlib.nullcontext():
+    with patch.object(recipe, "pick_batch", pick) if pick_batch else contextlib.nullcontext():
         yield
 
 
@@ -160,8 +183,8 @@ def shape_of(batch):
 
 
 def look_at(rows, collator, recipe):
-    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height])};
-    length 0 where it is not known."""
+    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height]),
+    image_values (elements of its image tensors)}; length 0 where it is not known."""
     found, sizes, load_image = [], [], recipe.load_image
 
     def remember_size(cell, **options):
@@ -172,11 +195,13 @@ def look_at(rows, collator, recipe):
     with patch.object(recipe, "load_image", remember_size):
         for row in rows:
             sizes.clear()
-            entry = {"problem": None, "length": 0, "trained": 0, "tokens": 0}
+            entry = {"problem": None, "length": 0, "trained": 0, "tokens": 0, "image_values": 0}
             try:
-                ids, trained, real = shape_of(collator([row]))
+                batch = collator([row])
+                ids, trained, real = shape_of(batch)
                 entry |= {"length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum())}
                 entry["images"] = list(sizes)
+                entry["image_values"] = sum(x.numel() for x in tensors(dict(batch)) if x.is_floating_point())
                 images = recipe.pil_images(collator.read(row))
                 entry["image_keys"] = [recipe.image_key(image) for image in images]  # see hold_out
             except recipe.BadRow as e:
@@ -237,6 +262,7 @@ class Data:
         columns = {
             "length": [entry["length"] for entry in found],
             "image_keys": [entry.get("image_keys", []) for entry in found],
+            "image_values": [entry["image_values"] for entry in found],
         }
         return datasets.concatenate_datasets([data, datasets.Dataset.from_dict(columns)], axis=1).select(good)
 
@@ -654,27 +680,189 @@ def step(trainer, rows, checkpointing):
     """The bytes at most alive within one training step of the trainer on these rows, besides weights, gradients and
     optimizer states."""
     model = trainer.model
+    hooks = contextlib.nullcontext()
     if checkpointing:
         model.activation_checkpointing_enable()
     else:
         model.activation_checkpointing_disable()
-    inputs, count = dict(trainer.data_collator(rows)), Allocations()
-    trained = [p for p in model.parameters() if p.requires_grad]
+        if trainer.args.activation_checkpointing and isinstance(model, peft.PeftModel):
+            hooks = without_input_gradients(model)
+    inputs, trained = dict(trainer.data_collator(rows)), trained_weights(model)
     for p in trained:  # the second of several accumulated batches: gradients are there
         p.grad = torch.zeros_like(p)
-    count.new_storages([list(model.parameters()), list(model.buffers()), [p.grad for p in trained]])  # not counted
-    trained_tokens = None
+    count, trained_tokens = allocations_beside(model), None
     if "labels" in inputs:
         trained_tokens = inputs["labels"].ne(-100).sum()
-    trainer.current_gradient_accumulation_steps, forward = 1, model.forward
-    if trainer.args.bf16:  # what Accelerate makes of it before the first step
-        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(forward))
-    with patch.object(model, "forward", forward), count:
+    trainer.current_gradient_accumulation_steps = 1
+    with in_16_bits(trainer), hooks, count:
         count.watch(inputs)
         trainer.training_step(model, inputs, trained_tokens)
     for p in trained:
         p.grad = None
     return count.peak
+
+
+@contextlib.contextmanager
+def without_input_gradients(model):
+    """Within it embeddings of the input get no gradient, which a trainer that is made with checkpointing gives them by
+    hooks: without it a run has none."""
+    removed = []
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                removed.append((module, key, module._forward_hooks.pop(key)))
+    yield
+    for module, key, hook in removed:
+        module._forward_hooks[key] = hook
+
+
+def trained_weights(model):
+    """The weights that are trained, a list."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def allocations_beside(model):
+    """Allocations that does not count the model's weights and gradients."""
+    count = Allocations()
+    gradients = [p.grad for p in trained_weights(model) if p.grad is not None]
+    count.new_storages([list(model.parameters()), list(model.buffers()), gradients])
+    return count
+
+
+@contextlib.contextmanager
+def in_16_bits(trainer):
+    """Within it the model's forward pass runs in 16 bits where the run does, as Accelerate prepares it before the
+    first step."""
+    forward = trainer.model.forward
+    if trainer.args.bf16:
+        forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(forward))
+    with patch.object(trainer.model, "forward", forward):
+        yield
+
+
+def evaluation_step(trainer, rows):
+    """The bytes at most alive while the trainer evaluates these rows together, besides weights and optimizer
+    states."""
+    model, inputs = trainer.model, dict(trainer.data_collator(rows))
+    count = allocations_beside(model)
+    model.eval()
+    with in_16_bits(trainer), count:
+        count.watch(inputs)
+        trainer.prediction_step(model, inputs, prediction_loss_only=trainer.compute_metrics is None)
+    return count.peak
+
+
+def answering(trainer, recipe, new_tokens, rows):
+    """The bytes at most alive while these rows are answered together, by as many new tokens, besides weights and
+    optimizer states. The recipe's answer_batch runs for the prompt and for the last token: what is between them is
+    put into the cache."""
+    model, prepare_next = trainer.model, GenerationMixin._update_model_kwargs_for_generation
+    count, passes = allocations_beside(model), []
+
+    def prepare_last(generating, outputs, kwargs, *args, **options):
+        kwargs = prepare_next(generating, outputs, kwargs, *args, **options)
+        if not passes:
+            highest = count.peak
+            lengthen(outputs, kwargs, new_tokens - 2)
+            count.peak = highest  # a run does this by and by
+        passes.append(1)
+        return kwargs
+
+    def generate(*args, stock=model.generate, **options):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(trainer.args.bf16)):
+            stock(*args, **options)
+        raise Seen  # what follows reads the tokens, and there are none
+
+    patches = [
+        patch.object(GenerationMixin, "_update_model_kwargs_for_generation", prepare_last),
+        patch.object(GenerationMixin, "_has_unfinished_sequences", lambda *_, **__: len(passes) < min(2, new_tokens)),
+        patch.object(model, "generate", generate),
+        contextlib.suppress(Seen),
+        count,
+    ]
+    with contextlib.ExitStack() as stack:
+        for context in patches:
+            stack.enter_context(context)
+        recipe.answer_batch(trainer, rows, new_tokens)
+    return count.peak
+
+
+def lengthen(outputs, kwargs, more):
+    """Put keys and values of so many more tokens into the cache that a model's outputs hold, and as many places into
+    the attention mask of generate()'s kwargs."""
+    if more <= 0:
+        return
+    caches = [outputs[name] for name in ("cache", "past_key_values") if outputs.get(name) is not None]
+    for layer in caches[0].layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None:  # linear attention keeps a state of one size
+            added = [x.new_empty(*x.shape[:-2], more, x.shape[-1]) for x in (keys, values)]
+            layer.update(*added)
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), more)], dim=-1)
+
+
+def optimizer_step(trainer):
+    """The bytes at most alive within one step of the trainer's optimizer, besides weights, gradients and its own
+    states."""
+    trained = trained_weights(trainer.model)
+    trainer.optimizer = None  # one that was made before has other weights
+    optimizer = trainer.create_optimizer()
+    if is_bitsandbytes(optimizer):
+        return 0  # its kernels change weights and states in place
+    for group in optimizer.param_groups:  # PyTorch's choice on a GPU: all weights at once
+        if trainer.args.for_gpu and group.get("foreach", "unknown") is None and not group.get("fused"):
+            group["foreach"] = True
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the states
+    count = allocations_beside(trainer.model)
+    count.new_storages([list(state.values()) for state in optimizer.state.values()])
+    with count:
+        optimizer.step()
+    for p in trained:
+        p.grad = None
+    return count.peak
+
+
+def is_bitsandbytes(optimizer):
+    """Whether an optimizer is one of bitsandbytes', perhaps inside Accelerate's."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return any(made.__module__.startswith("bitsandbytes") for made in type(optimizer).__mro__)
+
+
+# FLOPs, from the shapes of the inputs, of what PyTorch's counter takes for free.
+UNCOUNTED_FLOPS = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+    ATEN.addmm_: lambda added, left, right, *_, **__: mm_flop(left, right),
+}
+
+
+def work(trainer, rows):
+    """FLOPs of a training step on these rows, as the settings have it: forward, recomputation, backward."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED_FLOPS) as counted:
+        step(trainer, rows, trainer.args.activation_checkpointing)
+    return counted.get_total_flops()
+
+
+# Rows that a phase runs on together, `size` of them; `what` they are; new_tokens: of their answers, in GENERATION.
+Batch = collections.namedtuple("Batch", "phase what rows size new_tokens", defaults=[0])
+
+
+def largest_batches(phase, rows, size, new_tokens=0):
+    """The batches that may take most: of the rows with most tokens and, where those are others, of the rows with the
+    largest pictures. A list of Batch."""
+    chosen, values = {}, rows["image_values"]
+    for what, column in (("longest", "length"), ("largest pictures", "image_values")):
+        sizes = rows[column]
+        chosen[what] = sorted(range(len(rows)), key=lambda n: -sizes[n])[:size]
+    if sum(values[n] for n in chosen["largest pictures"]) <= sum(values[n] for n in chosen["longest"]):
+        del chosen["largest pictures"]
+    return [Batch(phase, what, [rows[n] for n in numbers], size, new_tokens) for what, numbers in chosen.items()]
 
 
 def measure(trainer, rows, batch):
@@ -683,20 +871,87 @@ def measure(trainer, rows, batch):
     where processes can be forked each has its own."""
     few = min(batch, MOST_ROWS)
     jobs = list(itertools.product((True, False), (few, 2 * few)))
-    rows = list(itertools.islice(itertools.cycle(rows), 2 * few))
 
     def run(n):
         checkpointing, size = jobs[n]
-        return step(trainer, rows[:size], checkpointing)
+        return step(trainer, repeated(rows, size), checkpointing)
 
     make_hollow(trainer.model)
     with as_on_a_gpu(trainer.args), contextlib.redirect_stdout(io.StringIO()):
         found = dict(zip(jobs, in_processes(run, len(jobs))))
-    result = {}
-    for kind in (True, False):
-        for_each_row = (found[kind, 2 * few] - found[kind, few]) / few
-        result[kind] = (found[kind, few] + (batch - few) * for_each_row, for_each_row)
-    return result
+    return {kind: on_the_line(found[kind, few], found[kind, 2 * few], few, batch) for kind in (True, False)}
+
+
+def repeated(rows, size):
+    """As many rows, over and over where they are too few."""
+    return list(itertools.islice(itertools.cycle(rows), size))
+
+
+def on_the_line(size, twice, few, batch):
+    """What `few` rows take and what twice as many take -> (what a batch takes, what each row more does)."""
+    for_each_row = (twice - size) / few
+    return size + (batch - few) * for_each_row, for_each_row
+
+
+def measure_others(trainer, recipe, batches):
+    """What a run does besides training steps, and how much work such a step is -> ({phase: entry of the report},
+    FLOPs of a training step on one row, or None).
+
+    batches: of the phases EVALUATION and GENERATION; of several of a phase the one that takes most is kept."""
+    one_row = [trainer.train_dataset[int(np.argmax(trainer.train_dataset["length"]))]]
+    runs = [(optimizer_step, trainer), (work, trainer, one_row)]
+    for batch in batches:
+        few = min(batch.size, MOST_ROWS)
+        for rows in (repeated(batch.rows, few), repeated(batch.rows, 2 * few)):
+            if batch.phase == GENERATION:
+                runs.append((answering, trainer, recipe, batch.new_tokens, rows))
+            else:
+                runs.append((evaluation_step, trainer, rows))
+    temporary, flops, *sizes = try_all(trainer, runs)
+    found = {}
+    for n, batch in enumerate(batches):
+        entry = phase_entry(batch, *sizes[2 * n : 2 * n + 2])
+        known = found.setdefault(batch.phase, entry)
+        if "not_counted" in entry or entry["bytes"] > known.get("bytes", math.inf):
+            found[batch.phase] = entry
+    found[OPTIMIZER] = {"not_counted": temporary}
+    if not isinstance(temporary, str):
+        found[OPTIMIZER] = {"bytes": temporary}
+    return found, None if isinstance(flops, str) else flops
+
+
+def phase_entry(batch, size, twice):
+    """A batch, what its rows take (at most MOST_ROWS of them), what twice as many take -> the report's entry."""
+    entry = about_batch(batch)
+    for result in (size, twice):
+        if isinstance(result, str):
+            return entry | {"not_counted": result}
+    size, more = on_the_line(size, twice, min(batch.size, MOST_ROWS), batch.size)
+    return entry | {"bytes": size, "for_each_row": more}
+
+
+def try_all(trainer, runs):
+    """[(function, its arguments)] -> for each what it gives or, as text, why it cannot be run without content. Where
+    processes can be forked each has its own."""
+
+    def run(n):
+        function, *arguments = runs[n]
+        try:
+            return function(*arguments)
+        except Exception as e:
+            return reason(e)
+
+    make_hollow(trainer.model)
+    with as_on_a_gpu(trainer.args), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return in_processes(run, len(runs))
+        except BrokenProcessPool as e:
+            return [reason(e)] * len(runs)
+
+
+def reason(error):
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager
@@ -782,8 +1037,8 @@ def by_the_rule(parameters, trained, has_reference):
     return table
 
 
-def about_memory(trainer, parts, rows, args):
-    """The trainer, its parts, the rows of the longest batch -> the report's section on memory."""
+def about_memory(trainer, recipe, parts, batches, args):
+    """The trainer, its parts, the batches to run (see largest_batches) -> the report's section on memory."""
     model, training, batch = trainer.model, trainer.args, trainer.args.per_device_train_batch_size
     optim = getattr(training.optim, "value", training.optim)
     hidden = model.config.get_text_config().hidden_size if hasattr(model, "config") else 0
@@ -802,30 +1057,128 @@ def about_memory(trainer, parts, rows, args):
         "by_the_rule": by_the_rule(parameters, trained, isinstance(trainer, trl.DPOTrainer)),
         "activations": None,
         "fits": None,
+        "phases": {},
+        "peak": None,
+        "auto": None,
+        "auto_batch": sorted(getattr(training, "auto_batch", ())),
+        "optimizer_is_paged": "paged" in optim,
+        "flops_of_a_row": None,
     }
+    kind = CHECKPOINTING[bool(training.activation_checkpointing)]
     try:
-        found = measure(trainer, rows, batch)
+        activations, worst = about_activations(trainer, [one for one in batches if one.phase == TRAINING])
     except Exception as e:  # a model that looks at content somewhere: the other figures hold all the same
-        return report | {"not_counted": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"}
-    report["activations"] = {
-        CHECKPOINTING[kind]: {"bytes": size, "for_each_row": more} for kind, (size, more) in found.items()
-    }
+        return report | {"not_counted": reason(e)}
+    report["activations"] = activations
+    report["phases"] = {TRAINING: about_batch(worst[kind]) | activations[kind]}
+    others = [one for one in batches if one.phase != TRAINING]
+    other_phases, report["flops_of_a_row"] = measure_others(trainer, recipe, others)
+    report["phases"] |= other_phases
     if fixed[args.strategy]:
-        total = sum(fixed[args.strategy].values())
-        report["fits"] = {card: largest_batches(card, total, report["activations"], batch) for card in CARDS}
-        report["sum"] = {kind: total + size["bytes"] for kind, size in report["activations"].items()}
+        add_sums(report, args)
     return report
 
 
-def largest_batches(card, fixed, activations, batch):
-    """{with or without checkpointing: the largest batch that fits a card of so many GB, 0 where none does}."""
-    room = card * 1e9 * (1 - PIECES) - CONTEXT - fixed
+def about_activations(trainer, batches):
+    """-> {with or without checkpointing: what activations of a training step take}, for the batch that takes most, and
+    {the same: that batch}."""
+    found, worst = {}, {}
+    for batch in batches:
+        for checkpointing, (size, more) in measure(trainer, batch.rows, batch.size).items():
+            kind = CHECKPOINTING[checkpointing]
+            if kind not in found or size > found[kind]["bytes"]:
+                found[kind], worst[kind] = {"bytes": size, "for_each_row": more}, batch
+    return found, worst
+
+
+def about_batch(batch):
+    """A Batch as the report has it."""
+    about = {"batch": batch.size, "rows": batch.what, "tokens": max(row["length"] for row in batch.rows)}
+    if batch.new_tokens:
+        about["new_tokens"] = batch.new_tokens
+    return about
+
+
+def add_sums(report, args):
+    """Add to the section on memory what follows for the chosen strategy: `sum`, `all` of each phase, the `peak`, and
+    what `fits`."""
+    fixed, activations, phases = report["fixed"][args.strategy], report["activations"], report["phases"]
+    total = sum(fixed.values())
+    for name, phase in phases.items():
+        if "bytes" in phase:
+            phase["all"] = fixed_in(name, fixed, args.strategy) + phase["bytes"]
+            if name == OPTIMIZER and args.strategy != "ddp":
+                phase["all"] = total + phase["bytes"] / args.gpus  # each has its share of the weights to change
+    counted = {name: phase["all"] for name, phase in phases.items() if "all" in phase}
+    highest = max(counted, key=counted.get)
+    report["peak"] = {"phase": highest, "bytes": counted[highest]}
+    report["sum"] = {kind: total + size["bytes"] for kind, size in activations.items()}
+    least = phases[OPTIMIZER].get("all", 0)
+    report["fits"] = {card: largest_fits(card, total, activations, report["batch"], least) for card in args.memory}
+
+
+def fixed_in(phase, fixed, strategy):
+    """Bytes that are there in a phase, besides what it allocates itself. Once the optimizer has used them, gradients
+    are gone until the next training step; DeepSpeed keeps its own."""
+    total = sum(fixed.values())
+    if phase in (EVALUATION, GENERATION) and strategy in ("ddp", "fsdp"):
+        total -= fixed["gradients"]
+    return total
+
+
+def room_on(card):
+    """Bytes of a card of so many GB that PyTorch can give out."""
+    return card * 1e9 * (1 - PIECES) - CONTEXT
+
+
+def largest_fits(card, fixed, activations, batch, least):
+    """{with or without checkpointing: the largest batch that fits a card of so many GB, 0 where none does}. least:
+    what an optimizer step takes in all, whatever the batch."""
     largest = dict.fromkeys(activations, 0)
     for kind, size in activations.items():
-        if size["for_each_row"] > 0:
-            more = math.floor((room - size["bytes"]) / size["for_each_row"])
+        if size["for_each_row"] > 0 and least <= room_on(card):
+            more = math.floor((room_on(card) - fixed - size["bytes"]) / size["for_each_row"])
             largest[kind] = max(0, batch + more)
     return largest
+
+
+def about_auto(memory, plan, args):
+    """What --per_device_train_batch_size auto and its like for evaluation would choose on each card -> {card:
+    {"train", "eval": rows of a batch, 0 where not even one fits; "accumulation"; "bytes": the expected peak of a
+    training step}}, or None where there is nothing to choose.
+
+    As the recipes do it: of the divisors of the rows that a GPU has in a step, and of EVALUATION_BATCHES, the largest
+    that leaves a tenth free (1 - FULL) of what was free when the weights were loaded. The recipes measure what is
+    taken; here the share that is lost in pieces is added."""
+    if not memory["fits"] or not memory["for_gpu"] or FLAG_OF_STRATEGY.get(args.strategy) == "deepspeed":
+        return None
+    fixed, phases = memory["fixed"][args.strategy], memory["phases"]
+    rows = max(1, plan["effective_batch"] // args.gpus)
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    evaluated = [name for name in (EVALUATION, GENERATION) if "all" in phases.get(name, {})]
+    chosen = {}
+    for card in args.memory:
+        free = card * 1e9 - CONTEXT - fixed["weights"] - fixed["trained"]
+        limit = room_on(card) - (1 - FULL) * free
+        train = largest_below(limit, [TRAINING], divisors, phases)
+        chosen[card] = {"train": train, "accumulation": 0, "bytes": 0, "eval": None}
+        if train:
+            peak = at_batch(phases[TRAINING], train)
+            chosen[card] |= {"accumulation": rows // train, "bytes": peak}
+        if evaluated:
+            chosen[card]["eval"] = largest_below(limit, evaluated, EVALUATION_BATCHES, phases)
+    return chosen
+
+
+def at_batch(phase, size):
+    """Bytes in all that a phase would take with batches of another size."""
+    return phase["all"] + (size - phase["batch"]) * phase["for_each_row"]
+
+
+def largest_below(limit, names, sizes, phases):
+    """The largest of the batch sizes with which these phases stay below a limit, in bytes; 0 where none does."""
+    fitting = [size for size in sizes if all(at_batch(phases[name], size) < limit for name in names)]
+    return max(fitting, default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -929,6 +1282,16 @@ def odd_rates(plan, is_dpo):
     return odd
 
 
+def answers_of(settings, scored):
+    """How many of the rows that are evaluated are answered, and the new tokens of an answer at most."""
+    help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(settings)}
+    answered = min(scored, getattr(settings, "sample_rows", 0))
+    if "answer" in help_of.get("max_eval_rows", "").lower():  # all of them are answered, to be scored
+        answered = scored
+    tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
+    return answered, tokens
+
+
 def odd_evaluations(plan, settings, training, has_eval_rows, is_asked_for):
     """What is odd about evaluations, a list of texts. is_asked_for: there was an --eval_strategy."""
     steps = plan["steps"]
@@ -945,11 +1308,7 @@ def odd_evaluations(plan, settings, training, has_eval_rows, is_asked_for):
     every = evaluation_steps(training, steps, math.ceil(plan["rows"] / plan["effective_batch"]))[0]
     if training.eval_strategy == "steps" and steps < every:
         odd.append(f"no evaluation before the end: one comes every {every:g} steps, and there are {steps}")
-    help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(settings)}
-    answered = min(scored, getattr(settings, "sample_rows", 0))
-    if "answer" in help_of.get("max_eval_rows", "").lower():  # all of them are answered, to be scored
-        answered = scored
-    tokens = getattr(settings, "max_new_tokens", None) or getattr(settings, "sample_tokens", None) or 0
+    answered, tokens = answers_of(settings, scored)
     # In forward passes of a row: training takes three, four with checkpointing, a generated token of a batch a fifth.
     train_cost = steps * plan["effective_batch"] * (4 if training.activation_checkpointing else 3)
     batches = math.ceil(answered / training.per_device_eval_batch_size)
@@ -998,10 +1357,10 @@ def odd_rows(data, settings):
 def odd_memory(memory, args, recipe):
     """What is odd about memory, a list of texts."""
     odd = []
-    if memory["fits"]:
-        kind = CHECKPOINTING[bool(memory["checkpointing"])]
-        if memory["fits"][CARDS[-1]][kind] < memory["batch"]:
-            odd.append(f"{memory['sum'][kind] / 1e9:.1f} GB on a GPU: more than one of {CARDS[-1]} GB has")
+    largest = max(args.memory)
+    if memory["peak"] and memory["peak"]["bytes"] > room_on(largest):
+        peak = memory["peak"]
+        odd.append(f"{peak['bytes'] / 1e9:.1f} GB on a GPU ({peak['phase']}): more than one of {largest} GB has")
     if memory["fixed"][args.strategy] is None:
         odd.append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
     refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
@@ -1014,6 +1373,22 @@ def odd_memory(memory, args, recipe):
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def batches_of(recipe, settings, training, train, held_out, plan):
+    """The batches whose memory is counted: see largest_batches."""
+    batches = largest_batches(TRAINING, train, training.per_device_train_batch_size)
+    if held_out is None or not plan["evaluations"]:
+        return batches
+    most = training.per_device_eval_batch_size
+    of_each_gpu = math.ceil(plan["evaluation_rows"] / plan["gpus"])
+    batches += largest_batches(EVALUATION, held_out, min(most, of_each_gpu))
+    answered, new_tokens = answers_of(settings, plan["evaluation_rows"])
+    if answered and new_tokens and hasattr(recipe, "answer_batch"):
+        rows = held_out.select(range(min(answered, len(held_out))))
+        size = min(most, math.ceil(answered / plan["gpus"]))
+        batches += largest_batches(GENERATION, rows, size, new_tokens)
+    return batches
 
 
 def inspect(recipe, args, recipe_flags):
@@ -1046,10 +1421,10 @@ def inspect(recipe, args, recipe_flags):
     kind_of = kinds_of(recipe, settings)
     report["parts"] = about_parameters(trainer.model, kind_of)
     report["plan"] = plan = about_plan(trainer, kind_of, settings, report["data"], train, held_out, args.gpus)
-    lengths = train["length"]
-    longest = sorted(range(len(train)), key=lambda n: -lengths[n])[: training.per_device_train_batch_size]
-    report["memory"] = about_memory(trainer, report["parts"], [train[n] for n in longest], args)
-    report["memory"]["longest"] = lengths[longest[0]]
+    batches = batches_of(recipe, settings, training, train, held_out, plan)
+    report["memory"] = memory = about_memory(trainer, recipe, report["parts"], batches, args)
+    memory["longest"] = max(train["length"])
+    memory["auto"] = about_auto(memory, plan, args)
     odd = odd_rates(plan, isinstance(trainer, trl.DPOTrainer))
     odd += odd_evaluations(plan, settings, training, held_out is not None, is_evaluated)
     odd += odd_steps(plan, training) + odd_rows(report["data"], settings)
@@ -1178,7 +1553,7 @@ class Report:
         self.head(f"Memory {where}, in GB")
         table = self.table("", *(STRATEGIES[name] if gpus > 1 else "" for name in strategies))
         labels = {"weights": "frozen weights", "trained": "what is trained", "gradients": "gradients"}
-        labels |= {"optimizer": f"optimizer ({memory['optim']})", "exchange": "sent between GPUs"}
+        labels |= {"optimizer": f"optimizer's states ({memory['optim']})", "exchange": "sent between GPUs"}
         for key, label in labels.items():
             if any(sizes and sizes[key] for sizes in fixed):
                 table.add_row(label, *(gigabytes(sizes[key]) if sizes else "not in 4-bit" for sizes in fixed))
@@ -1200,21 +1575,77 @@ class Report:
         on_top = "Python and its libraries"
         if memory["for_gpu"]:
             on_top = f"{CONTEXT / 1e9:g} GB for CUDA, {PIECES:.0%} lost in pieces"
-        self.say(
-            f"Activations of a batch of {memory['batch']}, the longest rows: {memory['longest']} tokens. "
-            f"On top: {on_top}."
-        )
+        step = memory["phases"][TRAINING]
+        rows = f"{self.rows_of(step)}: {step['tokens']} tokens"
+        self.say(f"Activations of a batch of {step['batch']}, {rows}. On top: {on_top}.")
+        if memory["optimizer_is_paged"] and memory["for_gpu"]:
+            self.say("The optimizer's states are paged: where the GPU is full, they move to the CPU's memory.")
+        if memory["peak"]:
+            self.print_phases(memory)
         if memory["fits"] and memory["for_gpu"]:  # a CPU keeps other things: what it takes says nothing of a card
             self.print_fits(memory)
 
-    def print_fits(self, memory):
-        """The largest batch for each card."""
-        strategy = f", {STRATEGIES[memory['strategy']]}" if memory["gpus"] > 1 else ""
-        self.head(f"Largest batch that fits, rows of {memory['longest']} tokens{strategy}")
-        table = self.table("", *(f"{card} GB" for card in CARDS))
-        for kind in memory["activations"]:
-            table.add_row(kind.replace("_", " "), *(str(memory["fits"][card][kind] or "none") for card in CARDS))
+    @staticmethod
+    def rows_of(phase):
+        """Which rows a phase was run on."""
+        if phase["rows"] == "longest":
+            return "the longest rows"
+        return "the rows with the largest pictures"
+
+    def print_phases(self, memory):
+        """What each phase takes; the peak is the largest of it."""
+        strategy = f" ({STRATEGIES[memory['strategy']]})" if memory["gpus"] > 1 else ""
+        self.head(f"Memory of each phase, in GB{strategy}")
+        table = self.table("", "rows", "of its own", "in all", "", "what is run")
+        missing = {}
+        for name, phase in memory["phases"].items():
+            what = ""
+            if "rows" in phase:
+                what = f"{self.rows_of(phase)}, up to {phase['tokens']} tokens"
+            if "new_tokens" in phase:
+                what = f"questions of {self.rows_of(phase)}, {phase['new_tokens']} new tokens"
+            if "not_counted" in phase:
+                missing[name] = phase["not_counted"]
+                table.add_row(name, str(phase.get("batch", "")), "not counted", "-", "", what)
+                continue
+            is_peak = name == memory["peak"]["phase"]
+            style = "bold" if is_peak and self.has_colour else None
+            sizes = gigabytes(phase["bytes"]), gigabytes(phase["all"])
+            table.add_row(name, str(phase.get("batch", "")), *sizes, "peak" if is_peak else "", what, style=style)
+        for column in table.columns[-2:]:
+            column.justify = "left"
         self.console.print(table)
+        for name, cause in missing.items():
+            self.say(f"{name}: this model cannot be run without content ({escape(cause)})")
+
+    def print_fits(self, memory):
+        """The largest batch for each card, and what `auto` would make of it."""
+        strategy = f", {STRATEGIES[memory['strategy']]}" if memory["gpus"] > 1 else ""
+        fits, auto = memory["fits"], memory["auto"]
+        tokens = memory["phases"][TRAINING]["tokens"]
+        self.head(f"Largest batch that fits, rows of {tokens} tokens{strategy}")
+        table = self.table("", *(f"{card} GB" for card in fits))
+        for kind in memory["activations"]:
+            table.add_row(kind.replace("_", " "), *(str(largest[kind] or "none") for largest in fits.values()))
+        if auto:
+            choices = [f"{one['train']} x {one['accumulation']}" if one["train"] else "none" for one in auto.values()]
+            table.add_row("auto x accumulation", *choices)
+        if auto and all(one["eval"] is not None for one in auto.values()):
+            table.add_row("auto, evaluation", *(str(one["eval"] or "none") for one in auto.values()))
+        self.console.print(table)
+        if auto:
+            self.print_auto(memory)
+
+    def print_auto(self, memory):
+        """What `auto` means."""
+        kind = CHECKPOINTING[bool(memory["checkpointing"])].replace("_", " ")
+        self.say(
+            f"auto: what --per_device_train_batch_size auto would choose, {kind}: the largest divisor of a GPU's rows "
+            f"in a step, to evaluate at most {max(EVALUATION_BATCHES)}, in {FULL:.0%} of what the weights leave free."
+        )
+        if memory["auto_batch"]:
+            flags = ", ".join(f"--{name}" for name in memory["auto_batch"])
+            self.say(f"Here auto: {flags}. The figures above are for a CPU's batches; on a GPU these are taken.")
 
     def print_rule(self, rule):
         """The rule of thumb."""
