@@ -59,7 +59,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, get_peft_model
@@ -768,31 +768,35 @@ BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 def pick_batch(training, batch, accumulation, eval_batch):
     """Batch sizes as given -> numbers. Raises ValueError.
-    auto is the given default, and in training.auto_batch: fill_card may change it; auto:4 is what it chose before.
-    Accumulation makes up the rest of --rows_per_step; without that a step of one process is batch x accumulation."""
+    auto becomes the default given here, auto:4 becomes 4, which was chosen when the run began. Both stand in
+    training.auto_batch: fill_card is to look what fits. A step has --rows_per_step rows, or else batch x accumulation
+    of each process; gradient_accumulation_steps is what is left of them."""
     if training.accelerator_config is None:
         training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     training.auto_batch = set()
     for name, default in zip(BATCH_SIZES, (batch, eval_batch), strict=True):
-        found = re.fullmatch(r"(auto)?:?(\d*)", str(getattr(training, name)))
-        if not found or not any(found.groups()):
+        found = re.fullmatch(r"(\d+)|auto(?::(\d+))?", str(getattr(training, name)))
+        if found is None:
             raise ValueError(f"--{name} {getattr(training, name)}: it must be a number, or auto")
-        setattr(training, name, int(found[2] or default))
-        is_number = found[1] is None or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
-        training.auto_batch |= set() if is_number else {name}
+        number, chosen = found.groups()
+        setattr(training, name, int(number or chosen or default))
+        # If the accumulation is given, so is what runs at once: the default.
+        is_fixed = number or (name == BATCH_SIZES[0] and training.gradient_accumulation_steps is not None)
+        if not is_fixed:
+            training.auto_batch.add(name)
     rows, at_once = training.rows_per_step, training.per_device_train_batch_size
     if BATCH_SIZES[0] in training.auto_batch:
         rows = rows or batch * accumulation * processes
-        at_once = math.gcd(at_once, rows // processes) or 1
+        at_once = math.gcd(at_once, rows // processes)  # a divisor of a process's rows
         training.per_device_train_batch_size = at_once
     if rows is None:
         training.gradient_accumulation_steps = training.gradient_accumulation_steps or accumulation
         return
     steps, rest = divmod(rows, max(1, at_once * processes))
     if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
-        here = f"{at_once} at once in {processes} processes"
-        raise ValueError(f"--rows_per_step {rows}: not to be had by {here} and --gradient_accumulation_steps")
+        here = f"{at_once} at once in each of {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: {here} and --gradient_accumulation_steps do not make so many")
     training.gradient_accumulation_steps = steps
 
 
@@ -1875,6 +1879,7 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
 
     require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
     require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
+    require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     if training.load_best_model_at_end:
         check_best_model(training, metrics)
@@ -2226,16 +2231,19 @@ def require_same_settings(training):
 
 
 def adopt_batch(training, old, old_rows):
-    """Where a batch size is auto, take that of the run to resume, from its settings and its rows in a step."""
-    new, were_auto = training.as_given, set(training.auto_batch)
-    for name in were_auto:
-        kind, _, number = str(old.get(name) or "auto").rpartition(":")  # None: an earlier llava_two_stage.py's default
-        if number.isdigit():
+    """Where a batch size is auto, take that of the run to resume, out of its settings. A step keeps its rows."""
+    new = training.as_given
+    train_size_was_open = BATCH_SIZES[0] in training.auto_batch
+    for name in BATCH_SIZES:
+        stored = str(old.get(name) or "auto")  # auto:4 or 4; None was llava_two_stage.py's default
+        number = stored.removeprefix("auto").removeprefix(":")
+        if new[name] == "auto" and number:
             new[name] = old[name]
             setattr(training, name, int(number))
-            training.auto_batch -= set() if kind else {name}
+            if not stored.startswith("auto"):  # a number is taken as it is
+                training.auto_batch.discard(name)
     share, rest = divmod(old_rows, training.world_size)
-    if BATCH_SIZES[0] in were_auto and new["rows_per_step"] is None and rest == 0:
+    if train_size_was_open and rest == 0:
         training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
         training.gradient_accumulation_steps = share // training.per_device_train_batch_size
         if BATCH_SIZES[0] not in training.auto_batch:
@@ -2318,8 +2326,9 @@ def fill_card(trainer):
         (evaluate_once, trainer.eval_dataset, [1, 2, 4, 8, 16, 32, 64]),
     ]
     with contextlib.ExitStack() as stack:
-        # The random numbers of a run are the same with auto and with the number that it finds.
+        # A run has the same random numbers with auto and with the number that auto finds.
         stack.enter_context(torch.random.fork_rng([args.device] if args.device.type == "cuda" else []))
+        # Autocast comes with accelerator.prepare, which train() calls; so here it is put around each loss.
         stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
         for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
             stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
@@ -2329,7 +2338,9 @@ def fill_card(trainer):
                 size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
                 setattr(args, name, size)
                 args.as_given[name] = f"auto:{size}"
-                reason = f"{before}, as when this run began, does not fit" if before not in ("", str(size)) else "auto"
+                reason = "auto"
+                if before and int(before) != size:
+                    reason = f"when this run began {before}, which does not fit here"
                 say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
     args.gradient_accumulation_steps = share // args.per_device_train_batch_size
     trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
@@ -2340,21 +2351,24 @@ def fill_card(trainer):
 
 
 def largest_batch(trainer, run, dataset, sizes, before):
-    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes, with
-    AdamW's states. before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
+    """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes.
+    before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
     model, device = trainer.model, trainer.args.device
     lengths = dataset.with_format(None)["length"][:]
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    states = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    torch.cuda.empty_cache()
+    # What a later step holds beside: float32 gradients, AdamW's two states, DDP's copies of the gradients.
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    states = trained * (12 if trainer.args.world_size == 1 else 16)
+    clear_device_cache(garbage_collection=True)
     free, whole = gpu_memory(device)
 
     def peak_of(size):
         """Bytes that are taken at most, on any process's GPU; infinite if `size` rows do not fit."""
-        torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
         peak = math.inf
         try:
             run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            # PyTorch keeps what was freed, so what is taken now is the most that was taken.
             peak = whole - gpu_memory(device)[0] + states
         except Exception as error:
             if not should_reduce_batch_size(error):
@@ -2362,15 +2376,16 @@ def largest_batch(trainer, run, dataset, sizes, before):
         model.zero_grad()
         return max(gather_object([peak]))
 
-    limit = whole - 0.1 * free
+    limit = min(gather_object([whole - 0.1 * free]))  # the same for all processes
     if before:
-        sizes, limit = [size for size in sizes if size <= before], sys.float_info.max
+        sizes = [size for size in sizes if size <= before]
     elif len(sizes) > 1:
         one, two = peak_of(1), peak_of(2)
-        sizes = [size for size in sizes if one + (size - 1) * max(two - one, 1) <= limit] or [1]
+        a_row = max(two - one, 1) if two < math.inf else limit
+        sizes = [size for size in sizes if size == 1 or one + (size - 1) * a_row <= limit]
     for size in reversed(sizes):
         peak = peak_of(size)
-        if peak <= limit:
+        if peak <= limit or (before and peak < math.inf):  # what was chosen is kept if it runs at all
             break
     remedy = "4 bits, --activation_checkpointing, shorter rows, smaller images or another optimizer (--optim) help"
     require(peak < math.inf, f"not even one row at once fits this GPU: {remedy}")
@@ -2382,8 +2397,8 @@ def train_once(trainer, rows):
     trainer.current_gradient_accumulation_steps, args = 1, trainer.args
     if args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
-    (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
-    trainer.training_step(trainer.model, batch, count)
+    (batch,), num_tokens = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    trainer.training_step(trainer.model, batch, num_tokens)
 
 
 def evaluate_once(trainer, rows):

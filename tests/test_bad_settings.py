@@ -185,7 +185,7 @@ def test_a_step_has_as_many_rows_on_any_number_of_processes(case, stage, rows, a
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert steps(batch="auto") == (at_once, rows // at_once // processes)
         assert steps(batch=16) == (16, rows // 16 // processes)
-    with pytest.raises(ValueError, match=f"--rows_per_step {rows}: not to be had by 12 at once in 8 processes"):
+    with pytest.raises(ValueError, match=f"--rows_per_step {rows}: 12 at once in each of 8 processes"):
         steps(batch=12)
     assert steps(batch=12, accumulated=5) == (12, 5)
     assert steps(batch="auto", accumulated=5) == (at_once, 5)

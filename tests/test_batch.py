@@ -40,14 +40,14 @@ class Card:
     def __init__(self, whole, row, module, patch):
         self.whole, self.row, self.taken, self.tried = whole, row, 0, []
         patch.setattr(module, "gpu_memory", self.memory)
-        patch.setattr(torch.cuda, "empty_cache", self.empty)
+        patch.setattr(module, "clear_device_cache", self.empty)
         for name in ("train_once", "evaluate_once"):
             patch.setattr(module, name, self.watched(getattr(module, name)))
 
     def memory(self, device):
         return self.whole - 10 * GB - self.taken, self.whole
 
-    def empty(self):
+    def empty(self, garbage_collection):
         self.taken = 0
 
     def watched(self, run):
@@ -128,10 +128,10 @@ def test_another_error_than_of_memory_is_not_swallowed(case, monkeypatch):
 
 
 def test_the_optimizers_states_need_room(case, monkeypatch):
-    """Two moments of each trained weight, in float32; they are made in the first step."""
+    """And gradients: two moments and a gradient of each trained weight, in float32."""
     card = Card(20 * GB, 2 * GB, case.module, monkeypatch)
     weights = sum(weight.numel() for weight in case.trainer(**AUTO).model.parameters() if weight.requires_grad)
-    card.whole = 10 * GB + (4 * 2 * GB + 4 * weights) / 0.9  # half of the states too small for four rows
+    card.whole = 10 * GB + (4 * 2 * GB + 6 * weights) / 0.9  # half of them is too small for four rows
     sizes, _, _ = chosen(case, card, monkeypatch)
     assert sizes[0] == 2
 
@@ -190,6 +190,14 @@ def test_the_same_command_goes_on_with_what_was_chosen(case):
     assert training.as_given["per_device_train_batch_size"] == "auto:2"
 
 
+@pytest.mark.parametrize("given", [{"rows_per_step": 8}, {"gradient_accumulation_steps": 4}])
+def test_it_goes_on_also_where_a_step_is_given(case, given):
+    """By its rows, which are the same; by an accumulation, which makes up for another number of GPUs."""
+    stored = {"per_device_train_batch_size": "auto:2", "per_device_eval_batch_size": "auto:16"}
+    training = adopted(case, {**stored, "rows_per_step": given.get("rows_per_step")}, **given)
+    assert training.per_device_train_batch_size == 2 and training.gradient_accumulation_steps == 4
+
+
 def test_a_run_of_an_earlier_version_goes_on_with_its_numbers(case):
     """It had numbers as defaults, and no rows_per_step."""
     stored = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
@@ -209,7 +217,7 @@ def test_on_a_smaller_card_accumulation_takes_its_place(case, monkeypatch):
     Card(20 * GB, 4 * GB, case.module, monkeypatch)
     sizes, printed, _ = chosen(case, None, monkeypatch, per_device_train_batch_size="auto:8")
     assert sizes[:2] == (2, 4)
-    assert "per_device_train_batch_size 2 (8, as when this run began, does not fit)" in printed
+    assert "per_device_train_batch_size 2 (when this run began 8, which does not fit here)" in printed
 
 
 def test_what_was_chosen_is_kept_where_it_runs_at_all(case, monkeypatch):
@@ -230,11 +238,11 @@ def test_what_was_chosen_is_kept_where_it_runs_at_all(case, monkeypatch):
         ),
         (
             {"per_device_train_batch_size": 3, "rows_per_step": 8},
-            "--rows_per_step 8: not to be had by 3 at once in 1 processes and --gradient_accumulation_steps",
+            "--rows_per_step 8: 3 at once in each of 1 processes and --gradient_accumulation_steps do not make",
         ),
         (
             {"per_device_train_batch_size": 2, "rows_per_step": 8, "gradient_accumulation_steps": 2},
-            "--rows_per_step 8: not to be had by 2 at once in 1 processes and --gradient_accumulation_steps",
+            "--rows_per_step 8: 2 at once in each of 1 processes and --gradient_accumulation_steps do not make",
         ),
     ],
 )
@@ -256,7 +264,7 @@ def test_rows_per_step_is_for_all_processes(case, monkeypatch):
     assert accumulated("2", 16) == (2, 2)
     assert accumulated("auto", None) == (2, 4)
     assert accumulated("auto", 16) == (2, 2) and accumulated("auto", 12) == (1, 3)
-    with pytest.raises(ValueError, match="--rows_per_step 6: not to be had by 1 at once in 4 processes"):
+    with pytest.raises(ValueError, match="--rows_per_step 6: 1 at once in each of 4 processes"):
         accumulated("auto", 6)
 
 
