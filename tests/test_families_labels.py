@@ -133,7 +133,7 @@ def test_the_prompt_in_training_is_the_prompt_at_inference(family, conversation,
     for start, n in zip(starts, answers[-1:] if family.name in ONE_ANSWER else answers, strict=True):
         prompt = asked(family.saved, messages[:n])
         assert ids[:start] == prompt["input_ids"][0].tolist()
-    assert set(prompt) == set(batch) - {"labels"}
+    assert set(prompt) == set(batch) - {"labels", "trained_at", "targets"}
     for name in set(prompt) - {"input_ids", "attention_mask"}:
         if prompt[name].shape[:2] == prompt["input_ids"].shape:  # token_type_ids and the like
             assert torch.equal(batch[name][:, :start], prompt[name])

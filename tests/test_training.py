@@ -449,7 +449,10 @@ def step(trainer, batch, **more):
 def plain_step(model, batch, **more):
     """The same by the model's own forward pass."""
     model.train().zero_grad(set_to_none=True)
-    loss = model(**copy_of(batch), **more).loss
+    batch = {name: value for name, value in copy_of(batch).items() if name not in ("trained_at", "targets")}
+    if "target_sizes" in batch:  # of MiniCPM-V's slices; the recipe keeps them as NumPy's
+        batch["target_sizes"] = torch.as_tensor(batch["target_sizes"])
+    loss = model(**batch, **more).loss
     loss.backward()
     return loss.item(), {plain(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
