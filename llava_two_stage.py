@@ -976,7 +976,7 @@ def pick_batch(training, batch, accumulation, eval_batch):
             training.auto_batch.add(name)
     rows, at_once = training.rows_per_step, training.per_device_train_batch_size
     if BATCH_SIZES[0] in training.auto_batch:
-        rows = rows or batch * accumulation * processes
+        rows = batch * accumulation * processes if rows is None else rows
         at_once = math.gcd(at_once, rows // processes)  # a divisor of a process's rows
         training.per_device_train_batch_size = at_once
     if rows is None:
@@ -2387,10 +2387,10 @@ def where_they_differ(prompt, whole):
 # --------------------------------------------------------------------------------------------------- only for resuming
 
 
-# Settings of all recipes that may change on resume. (For gradient_accumulation_steps, rows_per_step is compared.)
+# Settings of all recipes that may change on resume. (Of the last two, the rows in a step are compared.)
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
-sample_rows sample_tokens shared_prompt gradient_accumulation_steps""".split()
+sample_rows sample_tokens shared_prompt gradient_accumulation_steps rows_per_step""".split()
 CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
 
 
@@ -2506,13 +2506,13 @@ def adopt_batch(training, old, old_rows):
     for name in BATCH_SIZES:
         stored = str(old.get(name) or "auto")  # auto:4 or 4; None was llava_two_stage.py's default
         number = stored.removeprefix("auto").removeprefix(":")
-        if new[name] == "auto" and number:
+        if new.get(name) == "auto" and number:
             new[name] = old[name]
             setattr(training, name, int(number))
             if not stored.startswith("auto"):  # a number is taken as it is
                 training.auto_batch.discard(name)
     share, rest = divmod(old_rows, training.world_size)
-    if train_size_was_open and rest == 0:
+    if train_size_was_open and rest == 0 and new["rows_per_step"] in (None, old_rows):
         training.per_device_train_batch_size = math.gcd(share, training.per_device_train_batch_size)
         training.gradient_accumulation_steps = share // training.per_device_train_batch_size
         if BATCH_SIZES[0] not in training.auto_batch:
@@ -2623,8 +2623,11 @@ def largest_batch(trainer, run, dataset, sizes, before):
     """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes.
     before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
     model, device = trainer.model, trainer.args.device
-    lengths = dataset.with_format(None)["length"][:]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    costs = dataset.with_format(None).select_columns(["length", "image_keys"])[:]
+    images_and_length = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
+    longest = sorted(range(len(dataset)), key=costs["length"].__getitem__, reverse=True)
+    most_images = sorted(range(len(dataset)), key=images_and_length.__getitem__, reverse=True)
+    orders = [longest, most_images] if most_images != longest else [longest]
     # What a later step holds beside: float32 gradients, AdamW's two states, DDP's copies of the gradients.
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     states = trained * (12 if trainer.args.world_size == 1 else 16)
@@ -2636,7 +2639,8 @@ def largest_batch(trainer, run, dataset, sizes, before):
         clear_device_cache(garbage_collection=True)
         peak = math.inf
         try:
-            run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(longest), size)])
+            for order in orders:
+                run(trainer, [dataset[n] for n in itertools.islice(itertools.cycle(order), size)])
             # PyTorch keeps what was freed, so what is taken now is the most that was taken.
             peak = whole - gpu_memory(device)[0] + states
         except Exception as error:
