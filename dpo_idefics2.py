@@ -2546,12 +2546,12 @@ def fill_card(trainer):
             stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
         for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
             if name in args.auto_batch and rows is not None:
-                before = args.as_given[name].partition(":")[2]
-                size, peak = largest_batch(trainer, run, rows, sizes, int(before or 0))
+                before = int(args.as_given[name].partition(":")[2] or 0)
+                size, peak = largest_batch(trainer, run, rows, sizes, before)
                 setattr(args, name, size)
                 args.as_given[name] = f"auto:{size}"
                 reason = "auto"
-                if before and int(before) != size:
+                if before not in (0, size):
                     reason = f"when this run began {before}, which does not fit here"
                 say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
     args.gradient_accumulation_steps = share // args.per_device_train_batch_size
