@@ -3,7 +3,7 @@
 # dependencies = [
 #   "torch==2.13.0", "transformers==5.24.0", "trl==1.16.0", "peft==0.21.2", "datasets==5.2.0", "accelerate==1.15.0",
 #   "pillow==13.0.0", "bitsandbytes==0.50.2", "pyyaml==6.0.3", "jinja2==3.1.6", "tensorboard==2.21.0",
-#   "networkx==3.6.1",
+#   "networkx==3.6.1", "psutil==7.2.2",
 # ]
 # ///
 """Align Idefics2-8b by DPO on pairs of a better and a worse answer: TRL's DPOTrainer, 4-bit NF4 + LoRA, one 24 GB GPU.
@@ -27,6 +27,7 @@ interrupted, if data, settings and rows in a step are unchanged (with fewer GPUs
 Every setting is a flag: python dpo_idefics2.py --help. The formats of a row are shown in load_data."""
 
 import ast
+import atexit
 import base64
 import contextlib
 import difflib
@@ -37,11 +38,19 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.util
+import operator
 import os
+import pickle
+import platform
 import random
 import re
+import shutil
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -55,10 +64,12 @@ from unittest.mock import patch
 from urllib.parse import unquote, urlparse
 
 import datasets
+import psutil
 import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import HfApi
@@ -134,6 +145,7 @@ class Training(DPOConfig):
     save_steps: float = HfArg(default=50, help="Steps between checkpoints: what a crash can cost.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept: the newest, and the best if needed.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="true hides NaN losses in the log.")
+    stop_on_nonfinite: int = HfArg(default=3, help="Stop after so many steps in a row with a gradient of nan or inf.")
     report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, trackio, ..., none.")
     dataloader_num_workers: int = HfArg(default=4, help="Processes that decode images while the GPU works.")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the columns.")
@@ -407,14 +419,18 @@ def check_adapter(settings, training, adapter):
         fail(f"--max_length {training.max_length}: {problem}: --max_length {window}, or --shared_prompt false")
 
 
-def loss_counts(batch):
-    """What losses of a batch are means of: how many pairs it has, how many tokens of chosen answers. (2,)"""
-    chosen = batch["completion_mask"].chunk(2)[0][:, 1:]
-    return torch.stack([torch.ones_like(chosen[:, 0]).sum(), chosen.sum()])
+def loss_counts(batch, only_repeats=False):
+    """What losses of a batch are means of: its pairs, its tokens of chosen answers, of rejected ones. (3,)
+    only_repeats: another process has these pairs, too, so they do not count."""
+    chosen, rejected = batch["completion_mask"][:, 1:].chunk(2)
+    counts = torch.stack([torch.ones_like(chosen[:, 0]).sum(), chosen.sum(), rejected.sum()])
+    return torch.zeros_like(counts) if only_repeats else counts
 
 
 class Trainer(DPOTrainer):
     """DPOTrainer's loss, optimizer and loop. Adapters are float32, and held-out prompts are answered."""
+
+    repeats, is_repeat = None, False  # see SafeTrainer
 
     def __init__(self, settings, model, **kwargs):
         super().__init__(model, **kwargs)
@@ -423,20 +439,18 @@ class Trainer(DPOTrainer):
         self.answers_before = {}  # {evaluated dataset: list of Answer}, by the base model
         self.step_counts = None  # loss_counts of the whole step
 
-    def get_batch_samples(self, *args):
-        """The batches of a step, which are counted here."""
-        batches, num_items = super().get_batch_samples(*args)
-        if batches:
-            counts = self.accelerator.gather(sum(loss_counts(batch) for batch in batches))
-            self.step_counts = counts.view(-1, 2).sum(dim=0)  # of all processes
-        return batches, num_items
+    def _get_num_items_in_batch(self, batches, device):
+        """Trainer calls this with the batches of a step, before it runs them: their pairs and tokens are counted."""
+        counts = sum(loss_counts(batch, batch is self.repeats) for batch in batches)
+        self.step_counts = self.accelerator.gather(counts[None]).sum(dim=0)  # of all processes
+        return super()._get_num_items_in_batch(batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """DPOTrainer's, in which each pair of a step counts alike, and for sft each chosen token, whatever the batches
         are. (It takes the mean of each batch, and then the mean of these.)"""
         weights, batches = self.loss_weights, self.current_gradient_accumulation_steps * self.args.world_size
         if self.step_counts is not None:
-            by_pairs, by_tokens = batches * loss_counts(inputs) / self.step_counts
+            by_pairs, by_tokens, _ = batches * loss_counts(inputs, self.is_repeat) / self.step_counts
             scales = [by_tokens if loss == "sft" else by_pairs for loss in self.loss_types]
             self.loss_weights = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
         try:
@@ -444,11 +458,29 @@ class Trainer(DPOTrainer):
         finally:
             self.loss_weights = weights
 
+    def sum_losses(self, model, inputs):
+        """For eval_loss: each loss of --loss_type, summed over pairs (sft: tokens), and over how many. 2 x (K,)"""
+        pairs, tokens, _ = loss_counts(inputs, self.is_repeat)
+        counts = torch.stack([tokens if loss == "sft" else pairs for loss in self.loss_types])
+        # Each loss is multiplied by a row of this matrix, so that they are not added up.
+        each_apart = torch.diag(torch.tensor(self.loss_weights, device=counts.device))
+        with patch.object(self, "loss_weights", list(each_apart)):
+            return self.compute_loss(model, inputs) * counts, counts
+
+    def metric_counts(self, inputs):
+        """For eval_rewards/margins and the like: {how names begin: of how many things they are means}."""
+        pairs, chosen, rejected = loss_counts(inputs, self.is_repeat)
+        return {
+            "": pairs,
+            "entropy": chosen + rejected,
+            "mean_token": chosen,
+            "logits/c": chosen,
+            "logits/r": rejected,
+        }
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """DPOTrainer's, then answers to the first held-out prompts."""
-        # A batch has two rows for each pair. Trainer would take each for one, and leave out pairs of the last batch.
-        with patch("transformers.trainer.find_batch_size", lambda batch: len(batch["input_ids"]) // 2):
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         dataset = dataloader.dataset  # self.eval_dataset, unless evaluate() was given another one
         num_samples = min(self.settings.sample_rows, len(dataset))
         if num_samples > 0:
@@ -805,6 +837,8 @@ def fail_on_error(message):
         if not isinstance(error, (OSError, ValueError)):  # perhaps a mistake in the code: say where
             place = traceback.extract_tb(error.__traceback__)[-1]
             cause = f"{type(error).__name__}: {cause} ({place.filename}, line {place.lineno})"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to run what is in it
+            cause = "its weights are a pickle that is damaged, or that holds code: it was not run"
         sys.exit(f"error: {message}: {cause}")  # not fail(): perhaps only this process has the problem
 
 
@@ -813,7 +847,9 @@ def fail_on_source(flag, name, needed=""):
     """fail_on_error for a `with` block that loads a model from a folder or from the hub."""
     require_place(f"{flag} {name}", name)
     where = "" if os.path.exists(name) else " (no such folder here, so it was taken for a hub id)"
-    with fail_on_error(f"{flag} {name}{where}{needed}"):
+    # Without a timeout of 0, Transformers would ask on the keyboard whether to run code that a model brings.
+    no_question = patch("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
+    with no_question, fail_on_error(f"{flag} {name}{where}{needed}"):
         try:
             yield
         except (ImportError, OSError, ValueError) as error:
@@ -1976,35 +2012,279 @@ def print_parameters(model, parts):
 # ------------------------------------------------------------------------------------------------- training and saving
 
 
+class SafeTrainer:
+    """What a recipe's Trainer has besides its loss, put before its own class by make_safe. In training and evaluation
+    each row counts once, however many processes share the rows. Nothing is saved that is not whole, or not finite."""
+
+    is_uneven = False  # in the last step of an epoch, if the processes have unequal numbers of rows
+    repeats = None  # of this step's batches the one that only repeats a row, since this process has none of its own
+    is_repeat = False  # whether this batch is that one
+    num_evaluated = 0  # rows of the evaluation
+    eval_totals = 0  # (2, K): for each of K losses the sum, and of how many it is
+    metric_counts_of_batches = ()  # of the evaluation: see trained_tokens
+    num_nonfinite = 0  # steps in a row whose gradient was not finite
+    evaluation_is_due = False  # at a checkpoint that SIGTERM asked for
+
+    def _get_dataloader(self, *args, **kwargs):
+        with patch("accelerate.data_loader.BatchSamplerShard", RowsOnce):
+            loader = super()._get_dataloader(*args, **kwargs)
+        # The loader that Accelerate has put into its own is the one that starts processes.
+        inner = loader.base_dataloader
+        inner.worker_init_fn = functools.partial(init_worker, inner.worker_init_fn)
+        return loader
+
+    def find_repeats(self, num_rows, batch_size):
+        """Note whether the batch that was loaded last is the last of its rows, and what that means. See RowsOnce."""
+        rest = num_rows % (batch_size * self.args.world_size)
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        self.is_uneven = is_last and rest > 0 and self.args.world_size > 1
+        self.is_repeat = self.is_uneven and rest <= batch_size * self.args.process_index
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, and how many trained tokens they have, in all processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.find_repeats(len(self.train_dataset), self.args.train_batch_size)
+        self.repeats = None
+        if self.is_repeat:
+            self.repeats = batches[-1] = without_targets(batches[-1])
+        if self.is_uneven:  # in all processes, since they count together
+            num_items = self._get_num_items_in_batch(batches, device)
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.is_repeat = inputs is self.repeats
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, *args, **kwargs):
+        if not self.is_uneven:
+            return super().compute_loss(*args, **kwargs)
+        with patch.multiple(self.accelerator, gather=self.gather_rows, gather_for_metrics=self.gather_rows):
+            return super().compute_loss(*args, **kwargs)  # TRL gathers what it logs
+
+    def gather_rows(self, values):
+        """The values (N,) of all processes' rows, of which each may have another number, or none."""
+        values = values.flatten()[:0] if self.is_repeat else values.flatten()
+        return torch.cat(gather_object([values.cpu()])).to(values.device)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Trainer's, with an eval_loss (and TRL's metrics) that do not depend on batches and processes. eval_loss is
+        the mean over all trained tokens of the evaluated rows."""
+        self.num_evaluated, self.eval_totals = len(dataloader.dataset), 0
+        self.metric_counts_of_batches = []
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, counts = self.accelerator.gather(self.eval_totals[None]).sum(dim=0)
+        output.metrics[f"{metric_key_prefix}_loss"] = (sums / counts).sum().item()
+        starts = list(self.metric_counts_of_batches[0])
+        counts = torch.stack([torch.stack(list(counts.values())) for counts in self.metric_counts_of_batches])
+        counts = self.accelerator.gather(counts[None]).sum(dim=0)  # (batches, starts)
+        weights_of = dict(zip(starts, counts.T.tolist(), strict=True))
+        for name, means in getattr(self, "_metrics", {"eval": {}})["eval"].items():
+            weights = weights_of[max((start for start in starts if name.startswith(start)), key=len)]
+            if len(means) == len(weights):  # num_tokens is one number
+                means[:] = [sum(map(operator.mul, means, weights)) / sum(weights)]
+        self.is_uneven = self.is_repeat = False
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        self.find_repeats(self.num_evaluated, self.args.eval_batch_size)
+        if self.is_repeat:
+            inputs = without_targets(inputs)
+        # A recipe whose losses are not means over trained tokens has these two methods.
+        sum_losses = getattr(self, "sum_losses", functools.partial(sum_token_losses, self))
+        metric_counts = getattr(self, "metric_counts", trained_tokens)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums, counts = sum_losses(model, inputs)
+        self.eval_totals = self.eval_totals + torch.stack([sums, counts]).double()
+        self.metric_counts_of_batches = [*self.metric_counts_of_batches, metric_counts(inputs)]
+        if prediction_loss_only:
+            return sums.sum(), None, None
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # for compute_metrics
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's. If it is not finite, there are no gradients any more, so the optimizer does nothing."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None or math.isfinite(grad_norm):  # DeepSpeed may not say
+            self.num_nonfinite = 0
+        elif not has_overflow(self.accelerator.scaler):
+            self.num_nonfinite += 1
+            for parameter in model.parameters():
+                parameter.grad = None
+            say(f"step {self.state.global_step + 1}: its gradient is not finite, so the weights stay as they are")
+            if self.num_nonfinite >= self.args.stop_on_nonfinite:
+                stop_on_nonfinite(self)
+        return grad_norm
+
+    def _determine_best_metric(self, metrics, trial):
+        return self.num_nonfinite == 0 and super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's, with what StopAndResume needs to go on with the log, and checksums of all files, written last."""
+        if self.num_nonfinite > 0:
+            say(f"step {self.state.global_step}: no checkpoint, since the gradient is not finite")
+            return
+        require_finite(self)
+        folder = checkpoint_folder(self)
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed as it wrote it
+            folder.mkdir()
+            write_whole(folder / CHECKSUMS, "{}")  # of no files yet: it is incomplete
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        write_log_state(self)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checksums(folder)
+
+    def save_state(self):
+        """Trainer's, but it writes a whole trainer_state.json or none: the file says that the run is finished."""
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.part"))
+            os.replace(
+                Path(self.args.output_dir, "trainer_state.part"), Path(self.args.output_dir, "trainer_state.json")
+            )
+
+    def _save(self, output_dir=None, state_dict=None):
+        with patch.object(self.args, "hub_token", None):  # it would stand in training_args.bin
+            super()._save(output_dir, state_dict)
+
+
+class RowsOnce(BatchSamplerShard):
+    """The batches of one process. Accelerate's make the last ones of an epoch as large as the others, by repeating
+    rows. Here they do not. A process that is left without a row gets one that another one has, since all must take
+    part in each step; it is not trained."""
+
+    def __iter__(self):
+        if self.batch_size is None:  # of train_sampling_strategy batch_rebalance, which repeats no rows
+            yield from super().__iter__()
+            return
+        num_rows = len(self.batch_sampler.sampler)
+        for n, batch in enumerate(super().__iter__()):
+            num_before = (n * self.num_processes + self.process_index) * self.batch_size
+            yield batch[: max(1, num_rows - num_before)]
+
+
+def sum_token_losses(trainer, model, inputs):
+    """The loss of an evaluation's batch as a sum over its trained tokens, and how many these are. 2 x (1,)"""
+    # Trainer divides by num_items_in_batch, and multiplies by the number of processes.
+    divisor = trainer.args.world_size if trainer.args.average_tokens_across_devices else 1
+    loss = trainer.compute_loss(model, inputs, num_items_in_batch=divisor)
+    return loss.reshape(1), trained_tokens(inputs)[""].reshape(1)
+
+
+def trained_tokens(batch):
+    """{how names of TRL's metrics begin: of how many things in this process's batch they are means}."""
+    return {"": (batch["targets"] != -100).sum()}
+
+
+def make_safe(trainer):
+    """Put SafeTrainer's methods before the trainer's own. (Its class stands above the line, SafeTrainer below it, so
+    it cannot be a base of that class.)"""
+    if not isinstance(trainer, SafeTrainer):
+        own_class = type(trainer)
+        trainer.__class__ = type(own_class.__name__, (SafeTrainer, own_class), {})
+
+
+def without_targets(batch):
+    """A batch in which no token is trained. (dpo_idefics2.py's batches have no labels: its Trainer sees to them.)"""
+    batch = dict(batch)
+    if "labels" in batch:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        batch["targets"] = batch["targets"].new_full((1,), -100)  # one that is ignored, since kernels want some
+        batch["trained_at"] = batch["trained_at"].new_zeros(1)
+    return batch
+
+
+def has_overflow(scaler):
+    """Whether fp16's scaler will skip this step itself, and lower its scale. At 1 there is nothing left to lower."""
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+
+
+def stop_on_nonfinite(trainer):
+    """End the program, naming the rows of this step. Raises SystemExit."""
+    rows = ", ".join(map(str, rows_of_step(trainer)))
+    steps = f"{trainer.num_nonfinite} steps in a row had gradients that are not finite"
+    remedy = "a lower --learning_rate or other rows may help; --stop_on_nonfinite allows for more such steps"
+    fail(f"{steps}, the last one of the rows {rows}. The newest checkpoint is of before: {remedy}")
+
+
+def rows_of_step(trainer):
+    """The numbers of the rows of the step at hand, of all processes."""
+    accumulation, loader = trainer.args.gradient_accumulation_steps, trainer.get_train_dataloader()
+    epoch, step = divmod(trainer.state.global_step, math.ceil(len(loader) / accumulation))
+    loader.set_epoch(epoch)
+    batches = itertools.islice(loader.batch_sampler, step * accumulation, (step + 1) * accumulation)
+    rows = trainer.train_dataset.with_format(None)
+    return sorted(set(gather_object([rows[n]["row"] for batch in batches for n in batch])))
+
+
+def require_finite(trainer):
+    """Stop before weights are saved that are not finite, or after steps that changed none. Raises SystemExit."""
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    is_finite = torch.stack([torch.isfinite(weight).all() for weight in trained.values()]).tolist()
+    broken = [name for name, finite in zip(trained, is_finite, strict=True) if not finite]
+    remedy = "nothing is saved; the newest checkpoint is of before. A lower --learning_rate may help"
+    require(not broken, f"step {trainer.state.global_step}: {broken[:1]} has weights that are not finite: {remedy}")
+    require(trainer.num_nonfinite == 0, f"the last {trainer.num_nonfinite} gradients are not finite: {remedy}")
+
+
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
+    make_safe(trainer)
     fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
+    lock(args)
     if args.process_index == 0:
         write_settings(args)
+        warn_if_disk_is_small(trainer, steps)
     if checkpoint is not None:
         only_load_the_result(args, checkpoint, steps, steps_per_epoch)
-    try:
+    trainer.add_callback(StopAndResume(trainer, checkpoint))
+    with fail_on_trouble(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
-    except BadRow as error:
-        # If a loader process raised it, its text is a whole traceback, which ends with "BadRow: reason: detail".
-        problem = str(error).splitlines()[-1].rpartition("BadRow: ")[2]
-        sys.exit(f"error: the data changed during the run: {problem}")  # not fail(): perhaps only this process met it
-    except KeyboardInterrupt:
-        fail(f"interrupted; to resume from the newest checkpoint, if any: --config {args.output_dir}/settings.yaml")
-
-    trainer.save_model()  # also pushes to the hub with --push_to_hub
-    trainer.save_state()  # last: its file says that the run is finished
-    state = trainer.state
-    if args.load_best_model_at_end and state.best_metric is not None:
-        best = f"{args.metric_for_best_model}: {state.best_metric:.4g}, at step {state.best_global_step}"
-        say(f"best {best}; that is saved")
+        require_finite(trainer)
+        trainer.save_model()  # also pushes to the hub with --push_to_hub
+        trainer.save_state()  # last: its file says that the run is finished
+    if args.load_best_model_at_end:
+        print_best(trainer.state, args.metric_for_best_model)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
     if args.world_size > 1:
         time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
+    unlock()
     say(f"saved {args.output_dir}: model or adapter, processor, settings.yaml, trainer_state.json (the log)")
+
+
+@contextlib.contextmanager
+def fail_on_trouble(trainer, checkpoint):
+    """End the program with one message if data, disk or keyboard end the training within the `with` block."""
+    output_dir = trainer.args.output_dir
+    try:
+        yield
+    except BadRow as error:
+        # If a loader process raised it, its text is a whole traceback, which ends with "BadRow: reason: detail".
+        problem = str(error).splitlines()[-1].rpartition("BadRow: ")[2]
+        sys.exit(f"error: the data changed during the run: {problem}")  # not fail(): perhaps only this process met it
+    except pickle.UnpicklingError:
+        fail(f"{checkpoint} holds a file that is damaged, or that holds code: it was not run. Delete this checkpoint")
+    except KeyboardInterrupt:
+        fail(INTERRUPTED.format(output_dir))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if DISK_TROUBLE.search(str(error)):
+            sys.exit(f"error: {output_dir} cannot be written: {remove_half_written(trainer, error)}")
+        time.sleep(1 if RUN.peers[1:] else 0)  # a process that is being killed seems to live
+        if all(map(is_alive, RUN.peers)):
+            raise
+        sys.exit("error: another process of this run has ended, and with it this one; the same command resumes")
+
+
+def print_best(state, metric):
+    """Say which checkpoint is the result."""
+    if state.best_model_checkpoint is not None:
+        say(f"best {metric}: {state.best_metric:.4g}, at step {state.best_global_step}; that is saved")
+    elif state.best_metric is not None:
+        say(f"no evaluation gave a {metric} that is a number, so the last weights are saved")
 
 
 def rows_per_step(training):
@@ -2025,8 +2305,10 @@ def print_plan(trainer, checkpoint):
     return steps, steps_per_epoch
 
 
-# Stands in settings.yaml as a comment, since --config takes keys for flags. Earlier versions did not write it.
+# These stand in settings.yaml as comments, since --config takes keys for flags. Earlier versions wrote only some.
 ROWS_NOTE = "# Rows in a step: "
+PROCESSES_NOTE = "# Processes: "
+RECIPE_NOTE = "# SHA-256 of the recipe: "
 DIGEST_NOTE = "# Rows, by their numbers and lengths: "
 
 
@@ -2035,12 +2317,19 @@ def write_settings(training):
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     text = f"# {Path(__file__).name}\n{ROWS_NOTE}{rows_per_step(training)}\n"
+    text += f"{PROCESSES_NOTE}{training.world_size}\n{RECIPE_NOTE}{sha256_of(__file__)}\n"
     if hasattr(training, "rows_digest"):  # see require_same_rows
         text += f"{DIGEST_NOTE}{training.rows_digest}\n"
     text += yaml.safe_dump(training.as_given, sort_keys=False)
-    (output_dir / "settings.part").write_text(text, encoding="utf-8")
-    os.replace(output_dir / "settings.part", output_dir / "settings.yaml")
+    write_whole(output_dir / "settings.yaml", text)
     (output_dir / "trainer_state.json").unlink(missing_ok=True)
+
+
+def write_whole(file, text):
+    """Write a file so that whoever reads it finds the old text or the new one, and no part of one."""
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 # ------------------------------------------------------------------------- samples.md, and answers for your own metric
@@ -2086,6 +2375,9 @@ def answer_batch(trainer, rows, max_new_tokens):
     return answers
 
 
+TABLES = 50  # samples.md keeps the newest
+
+
 def append_samples(output_dir, title, columns, samples):
     """Append a table to samples.md, its images to samples/. A sample is (row number, messages with images, texts); the
     texts fill the columns after the first, which holds the images."""
@@ -2099,8 +2391,11 @@ def append_samples(output_dir, title, columns, samples):
             links.append(f"![](samples/{number}-{n}.png)")
         cells = [" ".join(text.replace("|", "&#124;").split()) for text in [" ".join(links), *texts]]
         lines.append(f"| {' | '.join(cells)} |")
-    with open(Path(output_dir, "samples.md"), "a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    file = Path(output_dir, "samples.md")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    tables = re.split(r"^(?=\n## )", text, flags=re.MULTILINE)
+    tables = [table for table in tables if not table.startswith(f"{lines[0]}\n")]  # of before this run was killed
+    write_whole(file, "".join(tables[1 - TABLES :]) + "\n".join(lines) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------- only checks
@@ -2119,6 +2414,8 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
     require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
+    instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
+    require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
     if training.load_best_model_at_end:
         check_best_model(training, metrics)
     try:  # tested now: otherwise they fail after the long loading of the weights
@@ -2359,19 +2656,24 @@ def where_they_differ(prompt, whole):
 # Settings of all recipes that may change on resume. (Of the last two, the rows in a step are compared.)
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
-sample_rows sample_tokens shared_prompt gradient_accumulation_steps rows_per_step""".split()
+sample_rows sample_tokens shared_prompt per_device_eval_batch_size stop_on_nonfinite gradient_accumulation_steps
+rows_per_step""".split()
 CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
+INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
 
 def checkpoint_to_resume(training):
     """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit."""
+    if __name__ == "__main__":  # not where a notebook or a test has imported this file
+        listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
     with fail_on_error(f"--output_dir {output_dir} cannot be written"):
         existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
         tempfile.TemporaryFile(dir=existing).close()
+    if training.process_index == 0:
+        require_no_other_run(output_dir)
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
-    complete = [folder for folder in checkpoints if is_complete(folder)]
     finished = (output_dir / "trainer_state.json").exists()
 
     if wanted.lower() == "false":
@@ -2379,18 +2681,28 @@ def checkpoint_to_resume(training):
         require(not checkpoints and not finished, f"{output_dir} holds a run already. {remedy}")
         return None
     if wanted.lower() != "auto":
-        require(is_complete(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a complete checkpoint")
+        problem = damage_of(Path(wanted))
+        require(problem is None, f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {problem}")
+        may_be_longer = ("max_steps", "num_train_epochs")
+        require_same_settings(training, Path(wanted).absolute().parent, may_be_longer)
         return wanted
-    if complete or finished:
-        require_same_settings(training)
+    damaged = {}
+    newest = None
+    for folder in reversed(checkpoints):
+        damaged[folder] = damage_of(folder)
+        if damaged[folder] is None:
+            newest = folder
+            break
+    if newest or finished:
+        require_same_settings(training, output_dir)
     if finished:
         say(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
         PartialState().destroy_process_group()
         sys.exit(0)
-    for folder in checkpoints:
-        if folder not in complete:
-            say(f"{folder} is incomplete, skipped")
-    return str(complete[-1]) if complete else None
+    for folder, problem in damaged.items():
+        if problem is not None:
+            say(f"{folder}: {problem}, skipped")
+    return None if newest is None else str(newest)
 
 
 def require_same_rows(training, checkpoint, train_rows, eval_rows):
@@ -2401,71 +2713,86 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
         if rows is not None:
             digest.update(json.dumps([rows["row"][:], rows["length"][:]]).encode())
     training.rows_digest = digest.hexdigest()[:16]
-    if checkpoint is None:
-        return
-    output_dir = Path(training.output_dir)
-    with contextlib.suppress(OSError):
-        old = re.search(f"{DIGEST_NOTE}(\\w+)", (output_dir / "settings.yaml").read_text(encoding="utf-8"))
-        differences = getattr(training, "differences", [])
-        remedy = "choose another --output_dir, or resume it with what it was begun with"
-        if old is None and differences:
-            problem = f"{output_dir} holds a run of an earlier version, which read these rows differently"
-            fail(f"{problem} ({'; '.join(differences)}): {remedy}")
-        if old is not None and old[1] != training.rows_digest:
-            cause = "the data changed, or how much is held out (--max_eval_rows)"
-            fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
+    if checkpoint is not None:
+        output_dir = Path(checkpoint).absolute().parent
+        with contextlib.suppress(OSError):
+            old = re.search(f"{DIGEST_NOTE}(\\w+)", (output_dir / "settings.yaml").read_text(encoding="utf-8"))
+            differences = getattr(training, "differences", [])
+            remedy = "choose another --output_dir, or resume it with what it was begun with"
+            if old is None and differences:
+                problem = f"{output_dir} holds a run of an earlier version, which read these rows differently"
+                fail(f"{problem} ({'; '.join(differences)}): {remedy}")
+            if old is not None and old[1] != training.rows_digest:
+                cause = "the data changed, or how much is held out (--max_eval_rows)"
+                fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
 
 
-def is_complete(checkpoint):
-    """Whether a run can be resumed from this checkpoint, which may have been cut off while it was written."""
-    patterns = ["*.safetensors", "scheduler.pt", "rng_state*", "trainer_state.json"]
-    has_optimizer = (checkpoint / "optimizer.pt").exists() or (checkpoint / "latest").exists()  # latest: DeepSpeed's
-    if not has_optimizer or not all(any(checkpoint.glob(pattern)) for pattern in patterns):
-        return False
+def require_same_settings(training, folder, may_also_differ=()):
+    """Stop if the run in this folder is another one, with other settings, or with other rows in a step. Another number
+    of processes is made up for, where that is possible. Raises SystemExit."""
+    remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, folder)
     try:
-        for file in checkpoint.glob("*.safetensors"):
-            safe_open(file, "pt")  # raises where the end of the file is missing
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError, SafetensorError):
-        return False
-    # torch.save writes zip files, with an index at their end. DeepSpeed's are in a folder of their own.
-    saved = [*checkpoint.rglob("*.pt"), *checkpoint.glob("rng_state*")]
-    return "global_step" in state and all(zipfile.is_zipfile(file) for file in saved)
-
-
-def require_same_settings(training):
-    """Stop if output_dir holds another run, other settings, or another number of rows in a step. Raises SystemExit."""
-    output_dir = Path(training.output_dir)
-    remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, output_dir)
-    try:
-        text = (output_dir / "settings.yaml").read_text(encoding="utf-8")
+        text = (folder / "settings.yaml").read_text(encoding="utf-8")
         second_names = {flag[2:]: name for flag, name in training.second_names.items()}
         old = {second_names.get(name, name): value for name, value in yaml.safe_load(text).items()}
     except (OSError, AttributeError, ValueError, yaml.YAMLError):
-        fail(f"{output_dir} holds a run without the settings.yaml that says which one. {remedy}, once repaired")
-    old_rows = re.search(f"{ROWS_NOTE}(\\d+)", text)
-    if old_rows is None:
-        problem = f"{output_dir} holds a run of an earlier version, which held out or ordered rows differently"
+        fail(f"{folder} holds a run without the settings.yaml that says which one. {remedy}, once repaired")
+    notes = dict(re.findall("^(# .+: )(\\w+)$", text, re.MULTILINE))
+    if ROWS_NOTE not in notes:
+        problem = f"{folder} holds a run of an earlier version, which held out or ordered rows differently"
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
-    adopt_batch(training, old, int(old_rows[1]))
-    may_differ = list(MAY_CHANGE_ON_RESUME)
-    # How checkpoints are evaluated may only change if they are not compared with each other.
+    old_rows, old_processes = int(notes[ROWS_NOTE]), notes.get(PROCESSES_NOTE, "(not written down)")
+    made_up_for = adopt_rows_per_step(training, old, old_rows, old_processes)
+    may_differ = {*MAY_CHANGE_ON_RESUME, *may_also_differ}
+    # How answers are scored may only change if checkpoints are not compared by it.
     if not training.load_best_model_at_end:
-        may_differ += ["max_eval_rows", "per_device_eval_batch_size", "max_new_tokens"]
+        may_differ.add("max_new_tokens")
     new = training.as_given
     changed = [name for name in new if name in old and old[name] != new[name] and name not in may_differ]
     changed.sort(key=lambda name: name not in training.typed)  # False first: those on this command line
     for name in ("model_name_or_path", "dataset_name"):
         if name in changed:
-            fail(f"{output_dir} holds another run: its {name} is {old[name]}. {remedy}")
+            fail(f"{folder} holds another run: its {name} is {old[name]}. {remedy}")
     lines = [f"  {name} {old[name]} -> {new[name]}" for name in changed]
-    if int(old_rows[1]) != rows_per_step(training):
-        more = "--gradient_accumulation_steps makes up for another number of GPUs"
-        lines.insert(0, f"  rows in a step {old_rows[1]} -> {rows_per_step(training)}; {more}")
+    if old_rows != rows_per_step(training):
+        now = f"{training.per_device_train_batch_size} at once on each of {training.world_size} processes"
+        lines.insert(0, f"  rows in a step {old_rows} -> {rows_per_step(training)}, {now} (before: {old_processes})")
     if len(lines) > 10:
         lines[10:] = [f"  and {len(lines) - 10} more"]
-    require(not lines, "\n".join([f"{output_dir} holds a run with other settings:", *lines, remedy]))
+    require(not lines, "\n".join([f"{folder} holds a run with other settings:", *lines, remedy]))
+    if made_up_for:
+        say(f"processes {old_processes} -> {training.world_size}: {made_up_for}")
+    for name in may_also_differ:
+        if old.get(name) != new[name]:
+            say(f"{name} {old.get(name)} -> {new[name]}: from here on the learning rates are those of the new length")
+    say_what_changed(training, notes)
+
+
+def say_what_changed(training, notes):
+    """Say if the run was begun by another version of this file. notes: {comment in its settings.yaml: value}."""
+    if PROCESSES_NOTE not in notes and training.load_best_model_at_end:
+        say("note: this run was begun by an earlier version, whose eval_loss was a mean over batches, not over tokens")
+    if notes.get(RECIPE_NOTE, "") not in ("", sha256_of(__file__)):
+        say(f"note: {Path(__file__).name} has changed since this run was begun")
+
+
+def adopt_rows_per_step(training, old, old_rows, old_processes):
+    """Keep the rows of a step of the run to resume, where that is possible: on another number of processes by another
+    accumulation. Returns that in words, or None."""
+    before = training.gradient_accumulation_steps
+    adopt_batch(training, old, old_rows)
+    if old_processes == str(training.world_size):
+        return None
+    if not old_processes.isdigit():  # of an earlier version: perhaps the number is the same, and a flag wants others
+        before = training.gradient_accumulation_steps
+        if "gradient_accumulation_steps" in training.typed:
+            return None
+    after, rest = divmod(old_rows, training.per_device_train_batch_size * training.world_size)
+    if rest or after in (0, before) or training.as_given["rows_per_step"] not in (None, old_rows):
+        return None
+    training.gradient_accumulation_steps = training.as_given["gradient_accumulation_steps"] = after
+    return f"gradient_accumulation_steps {before} -> {after}, so that a step keeps its {old_rows} rows"
 
 
 def adopt_batch(training, old, old_rows):
@@ -2496,9 +2823,345 @@ def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
         return
     best = Path(state.best_model_checkpoint or checkpoint)
     if args.load_best_model_at_end:  # without it Trainer would save the last weights
-        require(is_complete(best), f"{best}, the best checkpoint, is missing or damaged")
+        require(damage_of(best) is None, f"{best}, the best checkpoint, is missing or damaged")
     # If the last epoch is incomplete, Trainer would take one more step. So ask for complete epochs only: none is left.
     args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
+
+
+# ----------------------------------------------------------------------------- only for resuming: whole checkpoints
+CHECKSUMS = "checksums.json"
+LOG_STATE = "log_state.json"
+
+
+def checkpoint_folder(trainer):
+    """The folder of the checkpoint of this step."""
+    return Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+
+
+def sha256_of(file):
+    """The SHA-256 of a file, as 64 hex digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_checksums(folder):
+    """Write checksums.json, atomically: size and SHA-256 of every other file in this folder."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        found[str(file.relative_to(folder))] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    write_whole(folder / CHECKSUMS, json.dumps(found, indent=1))
+
+
+def damage_of(checkpoint):
+    """What is wrong with a checkpoint, which may have been cut off while it was written; None if a run can be resumed
+    from it."""
+    file = checkpoint / CHECKSUMS
+    try:
+        if file.exists():
+            return wrong_checksum(checkpoint, json.loads(file.read_text()))
+        # Cut off before its checksums were written, or of an earlier version, which wrote none.
+        optimizer = "latest" if (checkpoint / "latest").exists() else "optimizer.pt"  # latest: DeepSpeed's
+        for pattern in ("*.safetensors", optimizer, "scheduler.pt", "rng_state*", "trainer_state.json"):
+            if not any(checkpoint.glob(pattern)):
+                return f"incomplete, without {pattern}"
+        for file in checkpoint.glob("*.safetensors"):
+            safe_open(file, "pt")  # raises where the end of the file is missing
+        file = checkpoint / "trainer_state.json"
+        json.loads(file.read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return f"{file.name} is damaged or cut off"
+    # torch.save writes zip files, with an index at their end. DeepSpeed's are in a folder of their own.
+    for file in [*checkpoint.rglob("*.pt"), *checkpoint.glob("rng_state*")]:
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is damaged or cut off"
+    return None
+
+
+def wrong_checksum(checkpoint, checksums):
+    """The first file that is not as its checksum says, in words; None if all are."""
+    if not checksums:
+        return "incomplete, cut off while it was written"
+    for name, expected in checksums.items():
+        file = checkpoint / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["size"]:
+            return f"{name} is damaged (it has {file.stat().st_size} bytes of {expected['size']})"
+        if sha256_of(file) != expected["sha256"]:
+            return f"{name} is damaged (its checksum differs)"
+    return None
+
+
+def write_log_state(trainer):
+    """Write into a checkpoint what is not logged yet: each process's sum of losses, TRL's metrics, an evaluation."""
+    state = {"loss": trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist()}
+    state |= {"last_logged": trainer._globalstep_last_logged, "evaluation_is_due": trainer.evaluation_is_due}
+    if hasattr(trainer, "_metrics"):
+        state["num_tokens"], state["metrics"] = trainer._total_train_tokens, trainer._metrics["train"]
+    if trainer.args.should_save:
+        write_whole(checkpoint_folder(trainer) / LOG_STATE, json.dumps(state))
+
+
+def read_log_state(trainer, checkpoint):
+    """Go on with the log where a checkpoint was written. Those of earlier versions do not say where. Returns whether
+    an evaluation is due."""
+    file = Path(checkpoint, LOG_STATE)
+    if not file.exists():
+        return False
+    state = json.loads(file.read_text())
+    losses, process = state["loss"], trainer.args.process_index
+    is_same_number = len(losses) == trainer.args.world_size
+    trainer._tr_loss += losses[process] if is_same_number else sum(losses) / len(losses)
+    trainer._globalstep_last_logged = state["last_logged"]
+    if hasattr(trainer, "_metrics"):
+        trainer._total_train_tokens = state["num_tokens"]
+        trainer._metrics["train"].update(state["metrics"])
+    return state["evaluation_is_due"]
+
+
+# What the errors of a full or broken disk have in their texts: of Python, of torch.save, of safetensors.
+DISK_TROUBLE = re.compile(
+    "No space left|[Qq]uota exceeded|File too large|Input/output error|Read-only file system|Permission denied"
+    "|inline_container|PytorchStreamWriter"
+)
+
+
+def remove_half_written(trainer, error):
+    """Remove a checkpoint or a result that is not whole. Returns the cause of the error, and what is left."""
+    output_dir = Path(trainer.args.output_dir)
+    cause = " ".join(str(error).split()) if isinstance(error, OSError) else "the disk is full, or broken"
+    if damage_of(checkpoint_folder(trainer)) is None:  # then it was the result
+        for file in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.part")]:
+            file.unlink()
+    else:
+        shutil.rmtree(checkpoint_folder(trainer), ignore_errors=True)
+    free = shutil.disk_usage(output_dir).free
+    return f"{cause} ({free / 1e9:.2f} GB are free). Checkpoints before are whole: make room, and start it again"
+
+
+def warn_if_disk_is_small(trainer, steps):
+    """Say if the checkpoints that are kept, and one more, are more than what is free on the disk."""
+    args = trainer.args
+    weights = trained = 0
+    for parameter in trainer.model.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
+        trained += size if parameter.requires_grad else 0
+        weights += size * parameter.element_size()
+    if hasattr(trainer.model, "peft_config"):  # then a checkpoint has the trained weights only
+        weights = trained * 4
+    checkpoint = weights + trained * (2 if "8bit" in str(args.optim) else 8)  # AdamW has two states
+    num_kept = args.save_total_limit
+    if num_kept is None:
+        num_kept = steps // max(1, int(args.save_steps)) if args.save_strategy == "steps" else 0
+    needed, free = checkpoint * (num_kept + 1), shutil.disk_usage(args.output_dir).free
+    if needed > free:
+        sizes = f"{num_kept} checkpoints and one more are about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+        say(f"warning: the disk of {args.output_dir} may become full: {sizes}; --save_total_limit keeps fewer")
+
+
+# -------------------------------------------------------------------------- only for resuming: one run, ended well
+# RUN: what the thread that listens to signals, and StopAndResume, know of each other. `lock` is the file of lock().
+RUN = SimpleNamespace(connections=None, is_stepping=False, num_sigterms=0, peers=(), lock=None)
+
+
+def listen_to_signals(when_interrupted):
+    """From now on SIGTERM ends the program with exit status 143: at once, or in training after a checkpoint (see
+    StopAndResume). Ctrl-C ends it with one line. A thread listens: Python itself would only react when a kernel or
+    another process, which may be dead, has answered."""
+    RUN.connections = socket.socketpair()
+    listener, wakeup = RUN.connections
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave_to_thread)
+    if hasattr(os, "register_at_fork"):  # on Windows there are no forks
+        os.register_at_fork(after_in_child=forget_signals)
+    multiprocessing.util.Finalize(None, kill_children, exitpriority=100)  # before Python ends them itself
+    threading.Thread(target=act_on_signals, args=(listener, when_interrupted), daemon=True).start()
+
+
+def leave_to_thread(number, frame):
+    """A handler that does nothing: Python has already told the thread."""
+
+
+def init_worker(init, number):
+    """In a loader process: leave SIGTERM, which Slurm sends to all, to the main process, which ends this one."""
+    if RUN.connections is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if init is not None:
+        init(number)
+
+
+def forget_signals():
+    """In a new loader process: end by SIGTERM, and leave Ctrl-C, which a terminal sends to all, to the main one."""
+    with contextlib.suppress(ValueError):  # only a main thread may say so
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def act_on_signals(listener, when_interrupted):
+    """What the thread does: wait for signals, and look whether other processes live while it is to end."""
+    while True:
+        listener.settimeout(0.5 if RUN.num_sigterms else None)
+        try:
+            number = listener.recv(1)[0]
+        except TimeoutError:
+            if not all(map(is_alive, RUN.peers)):
+                end_now("SIGTERM: another process is dead, so this step cannot be finished", 143)
+            continue
+        if number == signal.SIGINT:
+            end_now(f"error: {when_interrupted}", 1)
+        if number == signal.SIGTERM:
+            RUN.num_sigterms += 1
+            if not RUN.is_stepping or RUN.num_sigterms > 1:
+                end_now("SIGTERM: ended at once; the same command resumes from the newest checkpoint, if any", 143)
+
+
+def end_now(message, status):
+    """End this process and its children, whatever they do."""
+    children = psutil.Process().children(recursive=True)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\n{message}\n".encode())
+    unlock()
+    # From here on nothing lets the main thread run: it would raise an error since its loader processes are dead.
+    for child in children:
+        with contextlib.suppress(OSError):
+            os.kill(child.pid, signal.SIGKILL)
+    os._exit(status)
+
+
+def kill_children():
+    """Kill the loader processes: they ignore SIGTERM, by which Python would end them, and wait."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+class StopAndResume(transformers.TrainerCallback):
+    """After SIGTERM: saves a checkpoint at the end of the step and ends the program, with exit status 143. When a run
+    is resumed: goes on with its log, and forgets a best checkpoint that is gone."""
+
+    def __init__(self, trainer, checkpoint):
+        self.trainer, self.checkpoint = trainer, checkpoint
+        self.is_asked = False  # whether at least one of the processes got SIGTERM: all agree
+        self.evaluation_is_due = False  # a run that SIGTERM ended had no time for it
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        RUN.peers = [pid for host, pid in gather_object([(platform.node(), os.getpid())]) if host == platform.node()]
+        if self.checkpoint is None:
+            return
+        self.evaluation_is_due = read_log_state(self.trainer, self.checkpoint)
+        best = state.best_model_checkpoint
+        problem = "it is gone" if best is None else damage_of(Path(best))
+        if state.best_global_step and problem is not None:
+            say(f"the best checkpoint, of step {state.best_global_step}: {problem}. The best will be a later one")
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+        if state.global_step >= state.max_steps:
+            self.evaluate_if_due(state)
+
+    def evaluate_if_due(self, state):
+        if self.evaluation_is_due:
+            self.evaluation_is_due = False
+            metrics = self.trainer._evaluate(None, None)
+            if self.trainer._determine_best_metric(metrics, None):
+                state.best_model_checkpoint = self.checkpoint
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.evaluate_if_due(state)  # not before: now the random numbers are what they were
+        RUN.is_stepping = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not float(state.epoch).is_integer():  # else on_epoch_end follows, where more may be due
+            self.stop_if_asked(args, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.stop_if_asked(args, control)
+
+    def stop_if_asked(self, args, control):
+        if RUN.connections is not None:
+            self.is_asked = RUN.num_sigterms > 0
+            if args.world_size > 1:
+                asked = torch.tensor([self.is_asked], device=args.device)
+                self.is_asked = bool(self.trainer.accelerator.gather(asked).any())
+        if self.is_asked:
+            self.trainer.evaluation_is_due = control.should_evaluate
+            control.should_save, control.should_evaluate = True, False
+        RUN.is_stepping = not control.should_evaluate
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        RUN.is_stepping = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_asked:
+            self.trainer.callback_handler.on_train_end(args, state, control)  # closes logs
+            say(f"SIGTERM: ended after step {state.global_step}; the same command resumes")
+            if args.world_size > 1:
+                time.sleep(0.5)  # see train_and_save
+            unlock()
+            sys.exit(143)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        RUN.is_stepping = False
+
+
+def is_alive(pid):
+    """Whether a process of this machine runs; one that was killed and not yet waited for does not."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def lock(training):
+    """Write run.lock into output_dir, with host and process. Raises SystemExit if another run has just done so."""
+    if training.process_index > 0:
+        return
+    file = Path(training.output_dir, "run.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    require_no_other_run(file.parent)
+    mine = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    write_whole(file, json.dumps(mine))
+    time.sleep(0.2)  # of two that begin at once, both see who came last
+    require(read_lock(file) == mine, f"another run began in {training.output_dir} at the same moment, and has it")
+    RUN.lock = file
+    atexit.register(unlock)
+
+
+def require_no_other_run(output_dir):
+    """Stop if a run lives that writes into output_dir, by its run.lock. Raises SystemExit. A lock of another host is
+    taken over, since nobody can tell from here whether that run lives."""
+    old = read_lock(output_dir / "run.lock")
+    if old is not None and old["pid"] != os.getpid():
+        owner = f"process {old['pid']} on {old['host']}"
+        require(not is_running(old), f"{owner} is training in {output_dir}: choose another --output_dir")
+        say(f"{output_dir}/run.lock is of {owner}, which no longer runs (or runs on another machine): taken over")
+        (output_dir / "run.lock").unlink(missing_ok=True)
+
+
+def read_lock(file):
+    """What a lock file says: {"host", "pid", "started"}; None where there is none, or another file."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        if isinstance(found, dict) and found.keys() == {"host", "pid", "started"}:
+            return found
+    return None
+
+
+def is_running(owner):
+    """Whether the process of a lock runs on this machine. (Another one may have its number by now.)"""
+    if owner["host"] != platform.node() or not is_alive(owner["pid"]):
+        return False
+    return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 5
+
+
+def unlock():
+    """Remove the lock of this process, if it has one."""
+    if RUN.lock is not None and (read_lock(RUN.lock) or {}).get("pid") == os.getpid():
+        RUN.lock.unlink(missing_ok=True)
+    RUN.lock = None
 
 
 # ------------------------------------------------------------------------------------------------------ only for speed

@@ -58,6 +58,7 @@ def end_of(case, argv):
 BEST = {"load_best_model_at_end": True}
 CANNOT_WORK = [
     ({"max_eval_rows": 0}, "--max_eval_rows must be at least 1"),
+    ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint, a checkpoint on SIGTERM: leave it out"),
     ({**BEST, "eval_steps": 5, "save_steps": 10}, "--save_steps equal to --eval_steps.*--load_best_model_at_end f"),
     ({"output_dir": "/proc/nowhere"}, "--output_dir /proc/nowhere cannot be written"),
     ({"report_to": "nonsense"}, "--report_to .*nonsense"),

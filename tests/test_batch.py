@@ -65,6 +65,7 @@ class Card:
 def chosen(case, card, monkeypatch, **settings):
     """-> (rows at once, accumulated, evaluated at once; what was printed; the trainer, before its first step)."""
     made = case.trainer(**{**AUTO, "rows_per_step": 8, **settings})
+    case.module.make_safe(made)  # as train_and_save does
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         case.module.fill_card(made)
     args = made.args
@@ -131,6 +132,7 @@ def test_rows_with_the_most_images_are_tried_too(case, monkeypatch):
     """Even where a row of text is longer than all of them."""
     Card(20 * GB, 0.5 * GB, case.module, monkeypatch)
     made, run, seen = case.trainer(**AUTO), case.module.train_once, []
+    case.module.make_safe(made)
 
     def runs(trainer, rows):
         seen.append(max(len(row["image_keys"]) for row in rows))
@@ -197,20 +199,26 @@ def test_a_run_on_a_cpu_has_the_recipes_numbers(case):
     assert args.as_given["gradient_accumulation_steps"] == accumulated
 
 
-def adopted(case, stored, note=8, **given):
-    """A run in output_dir with these stored settings, and the flags of a new command -> its Training."""
+def adopted(case, stored, is_earlier=False, **given):
+    """A run in output_dir with these stored settings and 8 rows in a step, on one process (earlier versions did not
+    write that down), and the flags of a new command -> its Training."""
     settings, training = case.parse(**{**AUTO, **given})
     out = case.tmp_path / "out"
     out.mkdir(exist_ok=True)
     old = {**training.as_given, **stored}
-    (out / "settings.yaml").write_text(f"# Rows in a step: {note}\n{yaml.safe_dump(old)}")
-    with contextlib.redirect_stdout(io.StringIO()):
-        case.module.require_same_settings(training)
+    notes = "# Rows in a step: 8\n" if is_earlier else "# Rows in a step: 8\n# Processes: 1\n"
+    (out / "settings.yaml").write_text(notes + yaml.safe_dump(old))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        case.module.require_same_settings(training, out)
+    assert "gradient_accumulation_steps" not in printed.getvalue()  # nothing had to be made up for
+    assert case.module.rows_per_step(training) == 8
     return training
 
 
-def test_the_same_command_goes_on_with_what_was_chosen(case):
-    training = adopted(case, {"per_device_train_batch_size": "auto:2", "per_device_eval_batch_size": "auto:16"})
+@pytest.mark.parametrize("is_earlier", [True, False])
+def test_the_same_command_goes_on_with_what_was_chosen(case, is_earlier):
+    stored = {"per_device_train_batch_size": "auto:2", "per_device_eval_batch_size": "auto:16"}
+    training = adopted(case, stored, is_earlier)
     assert training.per_device_train_batch_size == 2 and training.gradient_accumulation_steps == 4
     assert training.per_device_eval_batch_size == 16
     assert training.auto_batch == set(case.module.BATCH_SIZES)
@@ -228,7 +236,7 @@ def test_it_goes_on_also_where_a_step_is_given(case, given):
 def test_a_run_of_an_earlier_version_goes_on_with_its_numbers(case):
     """It had numbers as defaults, and no rows_per_step."""
     stored = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
-    training = adopted(case, stored)
+    training = adopted(case, stored, is_earlier=True)
     assert training.per_device_train_batch_size == 2 and training.gradient_accumulation_steps == 4
     assert training.per_device_eval_batch_size == 3 and training.auto_batch == set()
     assert training.as_given["gradient_accumulation_steps"] == 4
@@ -236,7 +244,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_numbers(case):
 
 def test_a_number_is_the_number_that_an_earlier_version_wrote(case):
     stored = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3}
-    training = adopted(case, stored, **stored)
+    training = adopted(case, stored, is_earlier=True, **stored)
     assert training.per_device_train_batch_size == 2 and training.gradient_accumulation_steps == 4
 
 
@@ -300,6 +308,7 @@ def step_of(case, batch):
     """One step of five unequal rows, `batch` at once -> (its loss, {name: gradient})."""
     more = {**NO_DROPOUT[case.name], "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
     trainer = case.trainer(**more, seed=3)
+    case.module.make_safe(trainer)
     with torch.no_grad():  # else half of the adapter's gradients are 0
         torch.manual_seed(0)
         for name, weight in trainer.model.named_parameters():

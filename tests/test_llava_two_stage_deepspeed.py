@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flag
     for end in ("trainer_state.json", "model.safetensors"):
         (out / end).unlink()
     checkpoint, argv = out / "checkpoint-2", flags_of("full", out, per_device_train_batch_size=1)
-    assert llava_two_stage.is_complete(checkpoint)
+    assert llava_two_stage.damage_of(checkpoint) is None
     one_process = [*argv, "--gradient_accumulation_steps", "4"]  # as many rows in a step
     in_the_same_way = "checkpoint-2 was written by 2 processes with DeepSpeed: resume it in the same way"
     with pytest.raises(SystemExit, match=in_the_same_way):
@@ -226,7 +226,8 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flag
     part = next((out / "checkpoint-4").glob("global_step*/*"))
     part.write_bytes(part.read_bytes()[:-500])
     (checkpoint / "latest").unlink()
-    assert not llava_two_stage.is_complete(out / "checkpoint-4") and not llava_two_stage.is_complete(checkpoint)
+    assert part.name in llava_two_stage.damage_of(out / "checkpoint-4")
+    assert "latest is missing" in llava_two_stage.damage_of(checkpoint)
 
 
 def test_a_run_without_deepspeed_is_not_gone_on_with_in_shares(flags_of, alone):

@@ -25,16 +25,19 @@ def runs(request, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
-# Twelve rows, four a step: three steps an epoch. Checkpoint 4 is in mid-epoch.
+# Eleven rows, four a step: the third and last step of an epoch has three, and its last row is for one process only.
 RUN = {"max_steps": 5, "eval_steps": 2, "save_steps": 2, "save_total_limit": 9, "gradient_accumulation_steps": 2}
 RUN |= {"learning_rate": 1e-4, "max_eval_rows": 5, "sample_rows": 5}
 STILL = {"lora_dropout": 0}
 JOINED = {"projector_learning_rate": 1e-3, "ddp_find_unused_parameters": False}  # a row without pictures uses all, too
 TWO = {  # a variant of runs.py -> what differs here
     "sft: float": STILL,
+    "sft: 4-bit": STILL,
     "sft: float, projector": STILL,
     "docvqa: float": STILL,
-    "dpo: float": {"max_eval_rows": 4},  # TRL's metrics are means of those of each batch, of one row or two
+    "docvqa: 4-bit": STILL,
+    "dpo: float": {"loss_type": ["sigmoid", "sft"]},
+    "dpo: 4-bit": {},
     "4.6: lora": STILL,
     "4.7: full": {},
     "2.6: vision": STILL,
@@ -83,20 +86,24 @@ def by_length(answer, accepted):
 @pytest.mark.parametrize("variant", TWO)
 def test_two_processes_train_like_one(variant, runs, tmp_path, monkeypatch):
     """Each has one row at a time, so that one may have a picture while the other has none. Of five rows that are
-    evaluated one answers three, the other two."""
+    evaluated one has three, the other two, in batches of other sizes than one process has."""
     case = Recipe(VARIANTS[variant].recipe, runs.folder(variant), tmp_path)
     rows = "captions-test" if "align" in variant else "test"
     settings = {**RUN, "eval_dataset_name": case.folder / "json" / f"{rows}.json", **TWO[variant]}
+    train = json.loads((runs.rows(case.name) / f"{'captions' if 'align' in variant else 'train'}.json").read_text())
+    assert len(train) == 12
+    (tmp_path / "train.json").write_text(json.dumps(train[:11]))
+    settings["dataset_name"] = tmp_path / "train.json"
     if case.name == "idefics2_docvqa":
         monkeypatch.setattr(case.module, "score", by_length)
     alone = {**settings, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     argv = runs.argv(variant, tmp_path / "two", **alone)
     printed, silent = in_two_processes(case.module.main, argv, tmp_path / "printed")
-    for words in ("12 rows to train on", " as the model sees it", "5 steps of 4 rows", "saved "):
+    for words in ("11 rows to train on", " as the model sees it", "5 steps of 4 rows", "saved "):
         assert printed.count(words) == 1
     assert silent == ""
 
-    double = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    double = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
     one = runs.run(variant, tmp_path / "one", **settings, **double)
     names = {name for entry in one.trainer.state.log_history for name in entry if not TIMES.search(name)}
     assert {"loss", "grad_norm", "eval_loss"} < names
@@ -106,10 +113,50 @@ def test_two_processes_train_like_one(variant, runs, tmp_path, monkeypatch):
     files = [next((tmp_path / name).glob("*model.safetensors")) for name in ("one", "two")]
     torch.testing.assert_close(load_file(files[0]), load_file(files[1]), atol=1e-3, rtol=1e-3)
 
-    again = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-4", "eval_strategy": "no"}
+    again = {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-4"}
     in_two_processes(case.module.main, runs.argv(variant, tmp_path / "again", **alone, **again), tmp_path / "printed2")
     for name in ("loss", "grad_norm"):  # in the second epoch, whose order is not the first one's
         assert log(tmp_path / "again", name) == log(tmp_path / "two", name)
+
+
+ONE_OF_EACH = {name: TWO[name] for name in ("sft: float", "docvqa: float", "dpo: float", "4.6: lora", "align")}
+
+
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_a_run_goes_on_with_another_number_of_processes(variant, runs, tmp_path):
+    """From one to two, and back: a step keeps its rows, by another accumulation, and the rest of the log is the same.
+    Where that is impossible, the run is refused."""
+    case = Recipe(VARIANTS[variant].recipe, runs.folder(variant), tmp_path)
+    settings = {**RUN, **ONE_OF_EACH[variant], "per_device_train_batch_size": 1, "per_device_eval_batch_size": 2}
+    flags = {"four": {**settings, "gradient_accumulation_steps": 4}, "two": settings}
+    one = runs.run(variant, tmp_path / "one", **flags["four"])
+    in_two_processes(case.module.main, runs.argv(variant, tmp_path / "two", **flags["two"]), tmp_path / "printed")
+
+    def copy_half(name, out):
+        """A run as it was at step 2."""
+        shutil.copytree(tmp_path / name / "checkpoint-2", tmp_path / out / "checkpoint-2")
+        shutil.copy(tmp_path / name / "settings.yaml", tmp_path / out)
+
+    copy_half("one", "one to two")
+    argv = runs.argv(variant, tmp_path / "one to two", **flags["four"])
+    printed = in_two_processes(case.module.main, argv, tmp_path / "printed 2")[0]
+    assert "processes 1 -> 2: gradient_accumulation_steps 4 -> 2, so that a step keeps its 4 rows" in printed
+    assert f"5 steps of 4 rows, 1.67 epochs; resuming from {tmp_path}/one to two/checkpoint-2" in printed
+    assert "# Processes: 2\n" in (tmp_path / "one to two" / "settings.yaml").read_text()
+
+    copy_half("two", "two to one")
+    text = runs.run(variant, tmp_path / "two to one", **flags["two"]).text
+    assert "processes 2 -> 1: gradient_accumulation_steps 2 -> 4, so that a step keeps its 4 rows" in text
+    for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+        for out in ("one to two", "two to one"):
+            assert log(tmp_path / out, name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), (name, out)
+
+    copy_half("two", "refused")
+    with pytest.raises(SystemExit) as stopped:
+        case.module.main(
+            runs.argv(variant, tmp_path / "refused", **{**flags["two"], "per_device_train_batch_size": 3})
+        )
+    assert re.search("rows in a step 4 -> 6, 3 at once on each of 1 processes", stopped.value.code)
 
 
 # ------------------------------------------------------------------------------------------------ the one file alone

@@ -187,9 +187,9 @@ def values(folder):
 
 
 def logged(out, after):
-    """What was logged after a step, but for times and for TRL's num_tokens, which counts from the last start."""
+    """What was logged after a step, but for times."""
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    other = re.compile("runtime|per_second|flos|num_tokens")
+    other = re.compile("runtime|per_second|flos")
     return [
         {name: value for name, value in entry.items() if not other.search(name)}
         for entry in history
@@ -239,7 +239,7 @@ def test_a_killed_run_started_again_comes_to_the_same_end(way, whole, dead, run,
     half = Path(shutil.copytree(out / "checkpoint-4", out / "checkpoint-5"))
     (half / "optimizer.pt").write_bytes((half / "optimizer.pt").read_bytes()[:1000])
     resumed = run(way, out, dataloader_num_workers=2)
-    assert f"{half} is incomplete, skipped" in resumed.text
+    assert f"{half}: optimizer.pt is damaged (it has 1000 bytes of " in resumed.text
     assert f"resuming from {out / 'checkpoint-4'}\n" in resumed.text
     assert_same_end(whole(way), resumed, after=4)
     samples = (out / "samples.md").read_text()
@@ -254,6 +254,15 @@ def test_whatever_is_trained_goes_on_from_the_checkpoint_that_is_named(way, whol
     resumed = run(way, tmp_path / "other", resume_from_checkpoint=checkpoint)
     assert f"resuming from {checkpoint}\n" in resumed.text
     assert_same_end(whole(way), resumed, after=step)
+
+
+@each_recipe
+def test_a_log_entry_of_several_steps_is_finished(way, run, tmp_path):
+    """It is a mean over three steps, of which one was taken before the checkpoint. Also an evaluation's tokens."""
+    first = run(way, tmp_path / "whole", logging_steps=3)
+    checkpoint = first.out / "checkpoint-4"
+    again = run(way, tmp_path / "again", logging_steps=3, resume_from_checkpoint=checkpoint)
+    assert list(log(first.out)) == [3, 6] and logged(again.out, after=4) == logged(first.out, after=4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -276,6 +285,7 @@ def test_a_best_checkpoint_that_is_gone_is_named(way, whole, flags_of, tmp_path)
     state = out / "checkpoint-7" / "trainer_state.json"
     gone = {"best_model_checkpoint": "elsewhere/checkpoint-1"}
     state.write_text(json.dumps(json.loads(state.read_text()) | gone))
+    (state.parent / "checksums.json").unlink()
     with pytest.raises(SystemExit, match="^error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged"):
         module_of(way).main(flags_of(way, out))
 
@@ -297,18 +307,36 @@ def test_a_finished_run_can_be_made_longer(way, whole, run, flags_of, tmp_path, 
 
 # -------------------------------------------------------------------------------------------- what is not gone on from
 @pytest.mark.parametrize("way", KILLED)
-def test_a_damaged_checkpoint_is_not_whole(way, whole, tmp_path):
-    """Missing, empty or cut off: any of its files."""
-    good, is_complete = whole(way).out / "checkpoint-4", module_of(way).is_complete
-    assert is_complete(good)
-    for file in (weights_in(good).name, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+@pytest.mark.parametrize("has_checksums", [True, False], ids=["checksums", "of an earlier version"])
+def test_a_damaged_checkpoint_is_not_whole(way, has_checksums, whole, tmp_path):
+    """Missing, empty or cut off: any of its files, which is named. A byte that differs is found by its checksum."""
+    good, damage_of = whole(way).out / "checkpoint-4", module_of(way).damage_of
+    assert damage_of(good) is None
+    others = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    names = {weights_in(good).name, *others}
+    if has_checksums:
+        names = {path.name for path in good.iterdir()} - {"checksums.json"}
+        assert others < names
+    copy = Path(shutil.copytree(good, tmp_path / "checkpoint-4"))
+    if not has_checksums:
+        (copy / "checksums.json").unlink()
+        assert damage_of(copy) is None
+    for file in names:
         content = (good / file).read_bytes()
-        for kept in (None, 0, len(content) // 2):
-            copy = Path(shutil.copytree(good, tmp_path / "checkpoint-4", dirs_exist_ok=True))
+        middle = len(content) // 2
+        damaged = [None, b"", content[:middle]]
+        if has_checksums:
+            damaged.append(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        for new in damaged:
             (copy / file).unlink()
-            if kept is not None:
-                (copy / file).write_bytes(content[:kept])
-            assert not is_complete(copy), (file, kept)
+            if new is not None:
+                (copy / file).write_bytes(new)
+            named = file
+            if new is None and not has_checksums:  # any name that fits would do
+                named = {weights_in(good).name: "*.safetensors", "rng_state.pth": "rng_state*"}.get(file, file)
+            assert named in damage_of(copy), (file, new)
+            (copy / file).write_bytes(content)
+        assert damage_of(copy) is None
 
 
 OTHERS = {  # settings of another run, and how each is named
@@ -352,6 +380,25 @@ def test_an_unfinished_run_is_not_overwritten(way, dead, flags_of, nothing_is_re
         message = stopped.value.code
         assert message.startswith("error: ") and [text for text in texts if text not in message] == []
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_settings_are_compared_with_those_of_the_checkpoint_that_is_named(way, dead, flags_of, run, tmp_path):
+    """As with auto. Only the length of the run may be another one, which is said."""
+    out, module = copied(dead(way), tmp_path), module_of(way)
+    named = {"resume_from_checkpoint": out / "checkpoint-4"}
+    settings, texts = OTHERS[way]
+    for folder in (out, tmp_path / "elsewhere"):
+        with pytest.raises(SystemExit) as stopped:
+            module.main(flags_of(way, folder, **named, **settings))
+        message = stopped.value.code
+        assert message.startswith(f"error: {out} holds a run with other settings:")
+        assert [text for text in [*texts, "--output_dir"] if text not in message] == []
+    with pytest.raises(SystemExit, match=r"max_eval_rows \d+ -> 3"):
+        module.main(flags_of(way, out, **named, max_eval_rows=3))
+    longer = run(way, out, **named, max_steps=8)
+    assert "max_steps 7 -> 8: from here on the learning rates" in longer.text
+    assert list(log(longer.out)) == list(range(1, 9))
 
 
 @each_recipe

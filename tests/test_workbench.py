@@ -1,12 +1,14 @@
 """What the workbench does is the same in every recipe: each test runs over all five copies."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import datasets
@@ -90,17 +92,12 @@ def test_no_more_rows_are_held_out_than_are_scored_and_always_the_same(divide, n
 
 
 def test_a_run_of_an_earlier_version_is_refused(recipe, begun, tmp_path):
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(
-        "".join(
-            line for line in settings.read_text().splitlines(keepends=True) if not line.startswith(recipe.ROWS_NOTE)
-        )
-    )
+    without_notes(tmp_path / "settings.yaml", recipe.ROWS_NOTE)
     with pytest.raises(
         SystemExit,
         match="holds a run of an earlier version, which held out or ordered rows differently.* --output_dir",
     ):
-        recipe.require_same_settings(begun())
+        recipe.require_same_settings(begun(), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -113,6 +110,7 @@ def begun(recipe, tmp_path):
     def make(**changes):
         values = {
             "train_batch_size": 2,
+            "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
             "world_size": 1,
             "auto_batch": set(),
@@ -125,6 +123,14 @@ def begun(recipe, tmp_path):
 
     recipe.write_settings(make())
     return make
+
+
+def without_notes(settings, *notes):
+    """Take these comments out of a settings.yaml: earlier versions did not write them."""
+    lines = settings.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(notes)]
+    assert len(kept) == len(lines) - len(notes)
+    settings.write_text("".join(kept))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,7 @@ def test_a_run_is_resumed_on_the_same_rows_only(recipe, begun, tmp_path, begun_w
         recipe.require_same_rows(first, None, rows(begun_with), None)
         recipe.write_settings(first)
     resumed = begun(differences=differences)
+    resumed.output_dir = str(tmp_path / "another")  # what counts is the run that the checkpoint is of
     expected = contextlib.nullcontext() if refused is None else pytest.raises(SystemExit, match=refused)
     with expected:
         recipe.require_same_rows(resumed, tmp_path / "checkpoint-1", rows(lengths), rows([9]))
@@ -162,6 +169,10 @@ GIVEN = {
     "learning_rate": 1e-4,
     "max_eval_rows": 8,
     "per_device_eval_batch_size": 4,
+    "rows_per_step": None,
+    "max_steps": 100,
+    "max_new_tokens": 64,
+    "stop_on_nonfinite": 3,
     "sample_rows": 2,
     "model_name_or_path": "llava",
     "dataset_name": "rows.json",
@@ -169,62 +180,141 @@ GIVEN = {
 } | {f"setting_{n}": n for n in range(12)}
 
 
+BEST = {"load_best_model_at_end": True}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"sample_rows": 0}, {"max_eval_rows": 2}, {"world_size": 2, "gradient_accumulation_steps": 2}]
+    "changes",
+    [
+        {},
+        {"sample_rows": 0},
+        {"stop_on_nonfinite": 1},
+        {"max_new_tokens": 8},
+        {**BEST, "per_device_eval_batch_size": 1},  # a score is the same in batches of any size
+        {"world_size": 2, "gradient_accumulation_steps": 2},
+    ],
 )
-def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, changes):
-    recipe.require_same_settings(begun(**changes))
+def test_a_run_is_resumed_where_what_is_trained_stays_the_same(recipe, begun, changes, tmp_path, capsys):
+    training = begun(**changes)
+    recipe.require_same_settings(training, tmp_path)
+    assert recipe.rows_per_step(training) == 8 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("changes", [{"world_size": 2}, {"world_size": 2, "rows_per_step": 8}, {"world_size": 4}])
+@pytest.mark.parametrize("old_processes", ["1", "(not written down)"])  # earlier versions did not write it down
+def test_another_number_of_processes_is_made_up_for(recipe, begun, changes, old_processes, tmp_path, capsys):
+    if old_processes != "1":
+        without_notes(tmp_path / "settings.yaml", recipe.PROCESSES_NOTE)
+    training = begun(**changes)
+    recipe.require_same_settings(training, tmp_path)
+    processes = changes["world_size"]
+    accumulation = 4 // processes
+    assert training.gradient_accumulation_steps == accumulation and recipe.rows_per_step(training) == 8
+    assert capsys.readouterr().out == (
+        f"processes {old_processes} -> {processes}: gradient_accumulation_steps 4 -> {accumulation}, so that a step "
+        "keeps its 8 rows\n"
+    )
+    recipe.write_settings(training)
+    text = (tmp_path / "settings.yaml").read_text()
+    assert f"{recipe.ROWS_NOTE}8\n{recipe.PROCESSES_NOTE}{processes}\n" in text
+    assert f"\ngradient_accumulation_steps: {accumulation}\n" in text
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"learning_rate": 2e-4}, r"learning_rate 0.0001 -> 0.0002"),
+        # On these, two rows at once do not make eight; or others are asked for.
+        ({"world_size": 3}, "rows in a step 8 -> 24, 2 at once on each of 3 processes \\(before: 1\\)"),
+        ({"world_size": 8}, "rows in a step 8 -> 64, 2 at once on each of 8 processes \\(before: 1\\)"),
         (
-            {"world_size": 2},
-            "rows in a step 8 -> 16; --gradient_accumulation_steps makes up for another number of GPUs",
+            {"world_size": 2, "rows_per_step": 16},
+            "rows in a step 8 -> 16, 2 at once on each of 2 processes \\(before: 1\\)",
         ),
-        ({"gradient_accumulation_steps": 2}, "rows in a step 8 -> 4"),
         (
-            {"load_best_model_at_end": True, "max_eval_rows": 2},
-            "max_eval_rows 8 -> 2",
-        ),  # the best would be compared on other rows
-        ({"load_best_model_at_end": True, "per_device_eval_batch_size": 1}, "per_device_eval_batch_size 4 -> 1"),
+            {"gradient_accumulation_steps": 2},
+            "rows in a step 8 -> 4, 2 at once on each of 1 processes \\(before: 1\\)",
+        ),
+        ({"max_steps": 200}, "max_steps 100 -> 200"),
+        ({"max_eval_rows": 2}, "max_eval_rows 8 -> 2"),  # scores before and after are of other rows
+        ({**BEST, "max_eval_rows": 2}, "max_eval_rows 8 -> 2"),
+        ({**BEST, "max_new_tokens": 8}, "max_new_tokens 64 -> 8"),  # the best would be one that may say more
     ],
 )
-def test_a_run_is_not_resumed_with_other_settings(recipe, begun, changes, message):
-    with pytest.raises(SystemExit, match=f"(?s)^error: .* holds a run with other settings:.*{message}.*{REMEDIES}"):
-        recipe.require_same_settings(begun(**changes))
+def test_a_run_is_not_resumed_with_other_settings(recipe, begun, changes, message, tmp_path):
+    expected = f"(?s)^error: {tmp_path} holds a run with other settings:\n  {message}\n{REMEDIES}"
+    with pytest.raises(SystemExit, match=expected):
+        recipe.require_same_settings(begun(**changes), tmp_path)
+
+
+def test_what_may_differ_as_well_is_said(recipe, begun, tmp_path, capsys):
+    """Of a checkpoint that is given by path the run may become longer."""
+    recipe.require_same_settings(begun(), tmp_path, ("max_steps",))
+    assert capsys.readouterr().out == ""
+    recipe.require_same_settings(begun(max_steps=200), tmp_path, ("max_steps",))
+    assert capsys.readouterr().out.startswith("max_steps 100 -> 200: ")
+    with pytest.raises(SystemExit, match="other settings:\n  learning_rate 0.0001 -> 0.0002\n[^ ]"):
+        recipe.require_same_settings(begun(max_steps=200, learning_rate=2e-4), tmp_path, ("max_steps",))
+
+
+def test_a_recipe_that_has_changed_is_named(recipe, begun, tmp_path, capsys):
+    def said_on_resume():
+        recipe.require_same_settings(begun(), tmp_path)
+        return capsys.readouterr().out
+
+    settings = tmp_path / "settings.yaml"
+    text, digest = settings.read_text(), hashlib.sha256(Path(recipe.__file__).read_bytes()).hexdigest()
+    assert f"\n{recipe.RECIPE_NOTE}{digest}\n" in text
+    assert said_on_resume() == ""
+    settings.write_text(text.replace(digest, hashlib.sha256(b"another file").hexdigest()))
+    assert said_on_resume() == f"note: {recipe.__name__}.py has changed since this run was begun\n"
+    without_notes(settings, recipe.RECIPE_NOTE)  # an earlier version did not say what it was
+    assert said_on_resume() == ""
+
+
+@pytest.mark.parametrize("is_earlier", [True, False])
+@pytest.mark.parametrize("changes", [BEST, {}])
+def test_an_eval_loss_that_was_another_mean_is_said(recipe, begun, is_earlier, changes, tmp_path, capsys):
+    """Where the best checkpoint is chosen: earlier versions, which did not write the number of processes, took the
+    mean over batches."""
+    if is_earlier:
+        without_notes(tmp_path / "settings.yaml", recipe.PROCESSES_NOTE, recipe.RECIPE_NOTE)
+    recipe.require_same_settings(begun(**changes), tmp_path)
+    expected = ""
+    if is_earlier and changes == BEST:
+        expected = "note: this run was begun by an earlier version, whose eval_loss was a mean over batches"
+        expected += ", not over tokens\n"
+    assert capsys.readouterr().out == expected
 
 
 REMEDIES = "Choose another --output_dir, or resume what is there: python .*.py --config .*settings.yaml$"
 
 
-def test_what_was_typed_is_shown_first_and_at_most_ten_lines(recipe, begun):
+def test_what_was_typed_is_shown_first_and_at_most_ten_lines(recipe, begun, tmp_path):
     changes = {f"setting_{n}": n + 1 for n in range(12)}
     training = begun(**changes, seed=1, learning_rate=2e-4)
     training.typed = {"learning_rate", "seed"}
     with pytest.raises(SystemExit) as end:
-        recipe.require_same_settings(training)
+        recipe.require_same_settings(training, tmp_path)
     first, *lines, remedy = end.value.code.splitlines()
     assert lines[:3] == ["  learning_rate 0.0001 -> 0.0002", "  seed 0 -> 1", "  setting_0 0 -> 1"]
     assert len(lines) == 11 and lines[-1] == "  and 4 more" and re.search(REMEDIES, remedy)
 
 
 @pytest.mark.parametrize("name, value", [("model_name_or_path", "llava"), ("dataset_name", "rows.json")])
-def test_another_model_or_other_data_are_another_run(recipe, begun, name, value):
+def test_another_model_or_other_data_are_another_run(recipe, begun, name, value, tmp_path):
     message = f"holds another run: its {name} is {value}. {REMEDIES}"
     with pytest.raises(SystemExit, match=message) as end:
-        recipe.require_same_settings(begun(**{name: "another"}, learning_rate=1))
+        recipe.require_same_settings(begun(**{name: "another"}, learning_rate=1), tmp_path)
     assert "\n" not in end.value.code and "learning_rate" not in end.value.code
 
 
 def test_a_run_that_named_its_data_by_the_other_name_is_resumed(recipe, begun, tmp_path):
     text = (tmp_path / "settings.yaml").read_text()
     (tmp_path / "settings.yaml").write_text(text.replace("dataset_name:", "data_path:"))
-    recipe.require_same_settings(begun())
+    recipe.require_same_settings(begun(), tmp_path)
     with pytest.raises(SystemExit, match="holds another run: its dataset_name is rows.json"):
-        recipe.require_same_settings(begun(dataset_name="others.json"))
+        recipe.require_same_settings(begun(dataset_name="others.json"), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- LoRA targets
