@@ -2,6 +2,7 @@
 browser."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -12,9 +13,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT, load_data
@@ -88,13 +91,13 @@ def by_generate(tmp_path):
     return make
 
 
-def check_both_answers(run, answers, by_generate, tmp_path):
+def check_both_answers(run, answers, by_generate, tmp_path, *flags):
     """Both answers to an example are those of generate.py, and differ."""
     (image, question, _), picture = run.examples[0], tmp_path / "asked.png"
     image.save(picture)
     found = []
     for side in (compare.TUNED, compare.BASE):
-        (line,) = by_generate(run, side, "--question", question, "--image", picture)
+        (line,) = by_generate(run, side, "--question", question, "--image", picture, *flags)
         pieces = answer(answers, run, side, question, picture)
         assert pieces[-1] == line["prediction"]
         found.append(pieces[-1])
@@ -167,8 +170,8 @@ def test_a_failure_of_the_model_is_raised_and_the_next_question_is_answered(load
 def test_minicpm_26_is_shown_at_once(tiny_minicpm26, tmp_path, by_generate):
     settings = {name: value for name, value in SHORT.items() if name != "load_in_4bit"} | {"max_steps": 2}
     finetune_minicpm_lora.main(minicpm_run(tiny_minicpm26, tmp_path / "run", **settings, eval_fraction=0.1))
-    (run,), answers = load(tmp_path / "run", "--examples", 2)
-    assert len(check_both_answers(run, answers, by_generate, tmp_path)) == 1
+    (run,), answers = load(tmp_path / "run", "--examples", 2, "--trust_remote_code")
+    assert len(check_both_answers(run, answers, by_generate, tmp_path, "--trust_remote_code")) == 1
 
 
 @pytest.mark.parametrize("kind", ["joined", "instruct", "align"])
@@ -347,9 +350,71 @@ def served(learnt, tmp_path_factory):
     while "open http" not in (out / "log").read_text():
         assert program.poll() is None and time.monotonic() < until, (out / "log").read_text()[-3000:]
         time.sleep(0.2)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", votes=out / "votes.jsonl")
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, votes=out / "votes.jsonl", pid=program.pid)
     program.terminate()
     assert program.wait(180) == 0 and not list((out / "tmp").glob("compare-*"))
+
+
+def get(served, path, body=None):
+    """The page's answer to a path, which is sent as it is, and to a JSON body, if there is one: (status, bytes)."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)) as connection:
+        options = {"body": json.dumps(body), "headers": {"Content-Type": "application/json"}} if body else {}
+        connection.request("POST" if body else "GET", path, **options)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def page_of(served):
+    """What the page is made of, as it tells every browser."""
+    return json.loads(get(served, "/config")[1])
+
+
+def test_it_listens_on_this_machine_only(served):
+    found = psutil.Process(served.pid).net_connections()
+    assert {one.laddr for one in found if one.status == psutil.CONN_LISTEN} == {("127.0.0.1", served.port)}
+
+
+def test_it_serves_no_file_but_its_own(served, learnt):
+    """By any of Gradio's ways to files: those of the run, of its data, of this repository and of the system. A picture
+    of the examples, which the page itself made, shows that the first of these ways is one."""
+    (examples,) = [part for part in page_of(served)["components"] if part["type"] == "dataset"]
+    own = examples["props"]["samples"][0][0]["path"]
+    status, picture = get(served, f"/gradio_api/file={own}")
+    assert status == 200 and picture.startswith(b"\x89PNG")
+    image = next((learnt / "images").glob("*.png"))
+    files = [learnt / "run/settings.yaml", learnt / "train.json", image, ROOT / "README.md", "/etc/passwd"]
+    for file in map(Path, files):
+        up = "../" * 20 + str(file).lstrip("/")
+        hidden = up.replace("/", "%2f").replace(".", "%2e")
+        names = [file, os.path.relpath(file, ROOT), f"{os.path.dirname(own)}/{up}", hidden]
+        paths = [f"{way}{name}" for way in ("/gradio_api/file=", "/file=", "/gradio_api/file/") for name in names]
+        paths += [f"{way}{name}" for way in ("/static/", "/assets/", "/svelte/") for name in (up, hidden)]
+        paths += [f"/gradio_api/proxy=file://{file}", f"/gradio_api/stream/x/0/1/{hidden}", f"/{up}"]
+        secret = file.read_bytes()[:40]
+        for path in paths:
+            status, text = get(served, path)
+            assert 400 <= status < 500 and secret not in text, (path, status)
+
+
+def test_it_asks_about_no_picture_of_another_place(served, learnt):
+    """A path that somebody sends, instead of an uploaded picture or an example's."""
+    page = page_of(served)
+    (button,) = [part["id"] for part in page["components"] if part["props"].get("elem_id") == "ask"]
+    asking = next(part["id"] for part in page["dependencies"] if [button, "click"] in part["targets"])
+    (examples,) = [part for part in page["components"] if part["type"] == "dataset"]
+    own, other = examples["props"]["samples"][0][0]["path"], next((learnt / "images").glob("*.png"))
+    answers = []
+    for path in (own, other):
+        picture = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        body = {
+            "data": [picture, "What is the total?", "run", False, ""],
+            "fn_index": asking,
+            "session_hash": str(path),
+        }
+        assert get(served, "/gradio_api/queue/join", body)[0] == 200
+        answers.append(get(served, f"/gradio_api/queue/data?session_hash={path}")[1].decode())
+    assert '"success":true' in answers[0] and "Which answer is better?" in answers[0]
+    assert '"success":false' in answers[1] and "Answering" not in answers[1]
 
 
 @pytest.fixture

@@ -49,6 +49,11 @@ RUNS = {  # recipe, fixture of the model where it is not the recipe's own, setti
 }
 
 
+def trust(name):
+    """The flag that allows the code of a model that brings its own."""
+    return ["--trust_remote_code"] if name == "minicpm 2.6" else []
+
+
 def quietly(main, *argv):
     """main(argv) -> what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
@@ -80,7 +85,7 @@ def merged(trained, tmp_path_factory):
 
     def make(name):
         case, out = trained(name), tmp_path_factory.mktemp("merged") / "model"
-        text = quietly(merge_adapter.main, case.tmp_path / "out", out, "--use_cpu")
+        text = quietly(merge_adapter.main, case.tmp_path / "out", out, "--use_cpu", *trust(name))
         assert [path.name for path in out.parent.iterdir()] == ["model"]
         return SimpleNamespace(case=case, run=case.tmp_path / "out", out=out, text=text)
 
@@ -115,7 +120,7 @@ def alone(merged, tmp_path_factory):
         done = merged(name)
         recipe, saved = done.case.module, folder / f"{number}.pt"
         with contextlib.redirect_stdout(io.StringIO()):
-            processor, settings, training = merge_adapter.load_run(recipe, done.run, ["--use_cpu"])
+            processor, settings, training = merge_adapter.load_run(recipe, done.run, ["--use_cpu", *trust(name)])
         collator = recipe.Collator(processor, settings, training)
         messages, prompt, source = merge_adapter.example(recipe, collator, settings)
         assert source.startswith("row ") and source in done.text
@@ -148,11 +153,11 @@ def test_the_merged_folder_alone_is_the_adapter_on_its_base(alone, name):
 
 @pytest.mark.parametrize("name", ["llava", "docvqa", "dpo, paligemma", "minicpm, vision", "minicpm 2.6", "two stages"])
 def test_it_answers_as_the_adapter_through_generate(merged, name, tmp_path, images):
-    """With no more flags than the run: which recipe, and how it asks, is in the folder."""
+    """With no more flags than the run, and for code of a model's own: which recipe, and how it asks, is there."""
     images(1)
     done, answers = merged(name), []
     packed = "--load_in_4bit" if hasattr(done.case.module.Settings, "load_in_4bit") else "--q_lora"
-    asked = ["--image", tmp_path / "red.png", "--question", "What is this?", "--max_new_tokens", 6]
+    asked = ["--image", tmp_path / "red.png", "--question", "What is this?", "--max_new_tokens", 6, *trust(name)]
     for folder, flags in ((done.run, [packed, "false"]), (done.out, [])):
         quietly(generate.main, folder, *asked, "--output", tmp_path / "out.jsonl", "--overwrite", *flags)
         answers.append((tmp_path / "out.jsonl").read_text())

@@ -5,6 +5,7 @@ which the better answer is voted for. Votes are pairs in the format of dpo_idefi
     python tools/compare.py llava-lora llava-dora --votes mine.jsonl    # several adapters of one model, one at a time
     python tools/compare.py llava-instruct                              # a whole model, and what it was trained from
     python tools/compare.py llava-lora --port 8000 --use_cpu            # any flag of the recipe goes behind the RUNs
+    python tools/compare.py minicpm26-lora --trust_remote_code          # MiniCPM-V 2.6 has code of its own
     python dpo_idefics2.py --dataset_name mine.jsonl                    # on to preference optimization
 
 RUN is what a recipe saved. With an adapter the model is in memory once: the adapter is switched off for the base's
@@ -96,7 +97,8 @@ def parse(argv=None):
     parser.add_argument(
         "--recipe",
         type=Path,
-        help="file that trained the RUNs (default: what each settings.yaml says, else sft_llava.py)",
+        help="file that trained the RUNs; it is executed (default: the recipe that each settings.yaml names, else "
+        "sft_llava.py)",
     )
     args, recipe_flags = parse_beside_recipe(parser, argv)
     args.labels = run_labels(args.runs)

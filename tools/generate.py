@@ -11,11 +11,13 @@
         --question_column query --append "Please answer yes or no." --output amber.jsonl     # on to evals/amber.py
 
 RUN is what a recipe saved (an adapter with its settings.yaml, or a whole model), what tools/merge_adapter.py made of
-it, or any model that a recipe can load. A row of several turns gives one prediction for each: asked with the right
-answers to the turns before it. Every other flag is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows
-skip, ...). A line of the output has: row, id, turn, images (how many), question, reference (a list where several
-answers are accepted, null where the row has none), prediction; of a run with --enable_thinking also thought, what the
-model said before its answer (all of it, where --max_new_tokens were too few for an answer).
+it, or any model that a recipe can load. No file of RUN chooses what is executed: its settings.yaml names one of the
+five recipes here, any other is named by --recipe, and a model's own code (MiniCPM-V 2.6) needs --trust_remote_code.
+A row of several turns gives one prediction for each: asked with the right answers to the turns before it. Every other
+flag is the recipe's own (--use_cpu, --load_in_4bit false, --on_bad_rows skip, ...). A line of the output has: row, id,
+turn, images (how many), question, reference (a list where several answers are accepted, null where the row has none),
+prediction; of a run with --enable_thinking also thought, what the model said before its answer (all of it, where
+--max_new_tokens were too few for an answer).
 """
 
 import bisect
@@ -82,7 +84,10 @@ def parse(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy; above it, sampled")
     parser.add_argument(
-        "--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)"
+        "--recipe",
+        type=Path,
+        help="file that trained RUN; it is executed (default: the recipe that RUN's settings.yaml names, else "
+        "sft_llava.py)",
     )
     args, recipe_flags = parse_beside_recipe(parser, argv)
     check_question(args, recipe_flags)

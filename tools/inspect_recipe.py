@@ -57,7 +57,7 @@ from transformers.generation.utils import GenerationMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail, flag_parser, parse_beside_recipe, start, text_table  # noqa: E402
-from tools.runs import base_name, load_recipe  # noqa: E402
+from tools.runs import base_name, code_not_executed, load_recipe, trust_only_flags  # noqa: E402
 
 CONTRACT = """Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator
 load_model main"""
@@ -160,6 +160,7 @@ def read_flags(recipe, recipe_flags, gpus):
     as_on_a_cpu = "--use_cpu true --bf16 false --fp16 false --tf32 false".split()
     with for_gpus(recipe, gpus):
         settings, training = recipe.parse([*recipe_flags, *as_on_a_cpu])
+    trust_only_flags(settings, recipe_flags)
     recipe.check(settings, training)
     training.bf16, training.for_gpu = is_half, not cpu  # fp16 has the same sizes, but no CPU runs it
     dtype = torch.float32
@@ -1395,7 +1396,13 @@ def inspect(recipe, args, recipe_flags):
     """A recipe, own arguments and the recipe's flags -> the report, a dict as --json prints it. Raises SystemExit."""
     settings, training, dtype = read_flags(recipe, recipe_flags, args.gpus)
     is_evaluated = training.eval_strategy != "no"
-    processor = recipe.load_processor(settings)
+    try:
+        processor = recipe.load_processor(settings)
+    except SystemExit:
+        message = code_not_executed(settings)
+        if message:
+            fail(message)
+        raise
     collator = recipe.Collator(processor, settings, training)
     data, train, held_out = Data(recipe, args.rows), None, None
     with (

@@ -3,6 +3,7 @@
     python tools/merge_adapter.py llava-lora llava-merged
     python tools/merge_adapter.py minicpm-lora minicpm-merged --model_name_or_path /models/MiniCPM-V-4.6  # base moved
     python tools/merge_adapter.py idefics2-docvqa docvqa-merged --use_cpu --bf16 true    # no GPU: slow, and enough
+    python tools/merge_adapter.py minicpm26-lora minicpm26-merged --trust_remote_code    # MiniCPM-V 2.6: its own code
     python tools/generate.py llava-merged --image cat.jpg --question "What is this?"
 
 RUN is what a recipe saved: adapter, processor, settings.yaml. Every other flag is the recipe's own; its precision is
@@ -34,6 +35,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.program import fail, flag_parser, parse_beside_recipe, start  # noqa: E402
 from tools.runs import (  # noqa: E402
+    UNREADABLE,
+    cannot_load,
     four_bit_flag,
     home,
     load,
@@ -56,7 +59,10 @@ def parse(argv=None):
     parser.add_argument("run", metavar="RUN", type=Path, help="folder that a recipe wrote, with an adapter in it")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; it must not exist")
     parser.add_argument(
-        "--recipe", type=Path, help="file that trained RUN (default: what RUN's settings.yaml says, else sft_llava.py)"
+        "--recipe",
+        type=Path,
+        help="file that trained RUN; it is executed (default: the recipe that RUN's settings.yaml names, else "
+        "sft_llava.py)",
     )
     args, recipe_flags = parse_beside_recipe(parser, argv)
     if not args.run.is_dir():
@@ -280,8 +286,8 @@ def load_base(recipe, settings, training):
                 "original by --model_name_or_path"
             )
         return recipe.load_model(settings, training)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        fail(f"cannot load {base}, the base model (another place: --model_name_or_path): {' '.join(str(e).split())}")
+    except UNREADABLE as e:
+        fail(cannot_load(settings, e))
 
 
 def check_space(model, args):

@@ -5,20 +5,28 @@ import functools
 import importlib.util
 import json
 import os
+import pickle
+import re
 import sys
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, dynamic_module_utils
+from transformers.hf_argparser import string_to_bool
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.program import fail  # noqa: E402
-from workbench.workbench import question_turn  # noqa: E402
+from tools.program import fail, flag_parser  # noqa: E402
+from workbench.sync import RECIPES  # noqa: E402
+from workbench.workbench import RECIPE_NOTE, question_turn, sha256_of  # noqa: E402
 
+# What a model's file raises that is missing, damaged, no file of weights, or a pickle that would run code.
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+# Only a flag allows a model's own code: Transformers would ask in the terminal, where a recipe does not say no.
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 # What a recipe must have to be asked.
 CONTRACT = """parse check load_processor load_data load_model load_image text_of BadRow Settings Collator.messages_of
 Collator.tokenize"""
@@ -44,15 +52,41 @@ def recipe_of(run):
     return name if name.endswith(".py") else None
 
 
+def trained_by(run):
+    """The recipe of this repository that trained a run, by its name. Raises SystemExit for any other file: whoever
+    wrote settings.yaml would choose what is executed here."""
+    name = recipe_of(run)
+    if name is None:
+        name = "sft_llava.py"
+        note = f"no settings.yaml says which recipe {run} is of: taken for {name}'s, or else give --recipe"
+        print(f"note: {note}", file=sys.stderr)
+    if name not in RECIPES:
+        fail(
+            f"{run}: its settings.yaml says that {name[:200]!r} trained it, which is none of {', '.join(RECIPES)}. "
+            "Name the file yourself: --recipe PATH. It is executed, so only one that you trust"
+        )
+    return Path(__file__).parents[1] / name
+
+
+def warn_of_another_recipe(run, path):
+    """Say where a run was trained by a file with other contents than this recipe."""
+    config = home(run) / "settings.yaml"
+    if not config.is_file():
+        return
+    recorded = re.search(f"^{RECIPE_NOTE}(\\w+)", config.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    if recorded and recorded[1] != sha256_of(path):  # earlier versions recorded none
+        print(
+            f"note: {run} was trained by another version of {path}, or by an edited one (settings.yaml has its "
+            "SHA-256), which may have asked otherwise. If you have that file, give it by --recipe",
+            file=sys.stderr,
+        )
+
+
 def load_recipe(path, run, contract=CONTRACT):
-    """The recipe as a module: this file, or else the one that the run's settings.yaml names. Raises SystemExit."""
+    """The recipe as a module: this file, or else the one of this repository that the run's settings.yaml names. Raises
+    SystemExit."""
     if path is None:
-        name = recipe_of(run)
-        if name is None:
-            name = "sft_llava.py"
-            note = f"no settings.yaml says which recipe {run} is of: taken for {name}'s, or else give --recipe"
-            print(f"note: {note}", file=sys.stderr)
-        path = Path(__file__).parents[1] / name
+        path = trained_by(run)
     if not path.is_file():
         message = f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}; needed is a recipe"
         if run:
@@ -62,6 +96,8 @@ def load_recipe(path, run, contract=CONTRACT):
     missing = [part for part in contract.split() if not has(module, part)]
     if missing:
         fail(f"{path} is no recipe: it has no {', '.join(missing)}")
+    if run:
+        warn_of_another_recipe(run, path)
     return module
 
 
@@ -123,6 +159,15 @@ def four_bit_flag(recipe):
     return "load_in_4bit" if hasattr(recipe.Settings, "load_in_4bit") else "q_lora"
 
 
+def trust_only_flags(settings, flags):
+    """settings.trust_remote_code becomes what the flags on the command line say of it, whatever a file says: false
+    without them. Of recipes that have no such setting nothing changes."""
+    if hasattr(settings, "trust_remote_code"):
+        parser = flag_parser(None)
+        parser.add_argument("--trust_remote_code", nargs="?", const="true", default="false")
+        settings.trust_remote_code = string_to_bool(parser.parse_known_args(flags)[0].trust_remote_code)
+
+
 def base_name(settings):
     """The model that a run began with, as messages name it."""
     return settings.model_name_or_path or f"{settings.vision_tower} + {settings.language_model}"
@@ -176,8 +221,11 @@ def check_files(run):
         if any(name.startswith("checkpoint-") for name in names):
             remedy = ", but checkpoints: the same training command finishes it"
         fail(f"{run} holds no adapter (adapter_config.json) and no model (config.json){remedy}")
-    if is_adapter and not names & {"adapter_model.safetensors", "adapter_model.bin"}:
-        fail(f"{run} holds an adapter without its weights (adapter_model.safetensors)")
+    if is_adapter and "adapter_model.safetensors" not in names:
+        message = f"{run} holds an adapter without its weights (adapter_model.safetensors)"
+        if "adapter_model.bin" in names:
+            message += "; adapter_model.bin is a pickle, which could run code: it is not read"
+        fail(message)
     if not names & {"processor_config.json", "preprocessor_config.json"}:
         fail(
             f"{run} holds no processor (processor_config.json); recipes save it beside the weights: "
@@ -207,11 +255,12 @@ def read_settings(recipe, run, flags, is_adapter, trained_on):
     try:
         settings, training = recipe.parse([*own, *flags])
     except SystemExit as e:
-        trained_by = recipe_of(run)
-        if trained_by and trained_by != Path(recipe.__file__).name:
+        name = recipe_of(run)
+        if name and name != Path(recipe.__file__).name:
             cause = str(e.code).removeprefix("error: ")
-            fail(f"{run} is of {trained_by}, and {recipe.__file__} does not take its settings: {cause}")
+            fail(f"{run} is of {name}, and {recipe.__file__} does not take its settings: {cause}")
         raise
+    trust_only_flags(settings, flags)
     recipe.check(settings, training)
     return settings, training
 
@@ -241,7 +290,7 @@ def forget_projector(settings):
 
 
 def load_processor(recipe, run, settings):
-    """The processor that was saved with a run. Raises SystemExit."""
+    """The processor that was saved with a run, or that a model has. Raises SystemExit."""
     settings.model_name_or_path = str(run)
     try:
         return recipe.load_processor(settings)
@@ -249,7 +298,20 @@ def load_processor(recipe, run, settings):
         cause = str(e.code).removeprefix("error: ")
         if not Path(run).is_dir():
             cause = f"{run}: there is no such folder, and as a model of the hub: {cause}"
-        fail(cause)
+        fail(code_not_executed(settings) or cause)
+
+
+def code_not_executed(settings):
+    """What to say of a model whose own code a recipe would execute, and was not allowed to; None of any other."""
+    if getattr(settings, "trust_remote_code", True):  # recipes without this setting execute no such code
+        return None
+    model = settings.model_name_or_path
+    if not any("auto_map" in values for values in processor_files(model, settings.model_revision)):
+        return None
+    return (
+        f"{model} brings code of its own, which is executed only with --trust_remote_code on the command line, "
+        "whatever settings.yaml says: read that code, then give the flag"
+    )
 
 
 def check_kind(run, settings, trained_on, processor):
@@ -268,11 +330,16 @@ def check_kind(run, settings, trained_on, processor):
 
 def processors_named_by(model, revision):
     """The classes of processors that a model's own files name."""
-    found = set()
+    return {values.get("processor_class") for values in processor_files(model, revision)}
+
+
+def processor_files(model, revision):
+    """The contents, each a dict, of a model's own files about its processor, of those that can be read."""
+    found = []
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             path = cached_file(model, name, revision=revision)
-            found.add(json.loads(Path(path).read_text(encoding="utf-8")).get("processor_class"))
+            found.append(dict(json.loads(Path(path).read_text(encoding="utf-8"))))
     return found
 
 
@@ -289,19 +356,25 @@ def load_model(recipe, settings, training):
     """The model that settings.model_name_or_path names, for answering. Raises SystemExit."""
     try:
         return recipe.load_model(settings, training).eval()
-    except (OSError, ValueError, SafetensorError) as e:
+    except UNREADABLE as e:
         fail(cannot_load(settings, e))
 
 
 def cannot_load(settings, error):
-    """The message for a model that is not where it should be."""
+    """The message for a model that is not where it should be, or that cannot be read."""
     cause = " ".join(str(error).split())
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):  # torch's own text advises to execute what is in it
+        cause = (
+            "its weights are in a pickle (pytorch_model.bin) that is damaged, or holds more than weights; nothing of "
+            "it was executed. Take the model from where it has them as .safetensors"
+        )
     return f"cannot load {base_name(settings)} (another place: --model_name_or_path): {cause}"
 
 
 def put_on(model, run, base, name="default"):
     """A base model, of that name, or one that has adapters already -> with the adapter of a run on it, too. Raises
     SystemExit where that is damaged, or one for another model."""
+    # PEFT takes adapter_model.bin only where this file is missing: no pickle is read.
     try:
         with safe_open(Path(run, "adapter_model.safetensors"), "pt") as file:
             saved = {key for key in file.keys() if ".base_layer." not in key}  # noqa: SIM118, it is no dict
