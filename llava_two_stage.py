@@ -21,7 +21,7 @@ Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer
 Trained tokens: align, the caption and the newline that ends it; instruct, the answers, each with its EOS.
 Trained weights: parts with a learning rate above 0, each with its own. The vision tower has 0: it stays frozen.
 Result: the last weights, or with --load_best_model_at_end true those with the lowest eval_loss: this loss on held-out
-images, averaged over evaluation batches. Each whole model takes 13 GB on the disk (7B in 16 bits).
+images, averaged over trained tokens. Each whole model takes 13 GB on the disk (7B in 16 bits).
 All rows that are used, with their images, are checked before training. The same command resumes a run that was
 interrupted, if data, settings and rows in a step are unchanged (with DeepSpeed also the number of GPUs).
 Every setting is a flag: --help. `accelerate config --config_file zero3.yaml` writes that file."""
@@ -39,7 +39,6 @@ import itertools
 import json
 import math
 import multiprocessing.util
-import operator
 import os
 import pickle
 import platform
@@ -82,6 +81,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import rotate_checkpoints
 
 # The parts of the model, each with a learning rate of its own. lm_head belongs to the language model.
 VISION, PROJECTOR, LANGUAGE = "model.vision_tower", "model.multi_modal_projector", "model.language_model"
@@ -771,8 +771,8 @@ def blank_image(llava, inputs):
 
 # =====================================================================================================================
 # The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
-# Its last three sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
-# train_and_save, and above this line.
+# Its last sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
+# SafeTrainer, in train_and_save, and above this line.
 # In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 # =====================================================================================================================
 
@@ -2015,6 +2015,8 @@ class SafeTrainer:
     metric_counts_of_batches = ()  # of the evaluation: see trained_tokens
     num_nonfinite = 0  # steps in a row whose gradient was not finite
     evaluation_is_due = False  # at a checkpoint that SIGTERM asked for
+    saved_step = None  # of the newest checkpoint
+    is_saving_result = False
 
     def _get_dataloader(self, *args, **kwargs):
         with patch("accelerate.data_loader.BatchSamplerShard", RowsOnce):
@@ -2025,11 +2027,13 @@ class SafeTrainer:
         return loader
 
     def find_repeats(self, num_rows, batch_size):
-        """Note whether the batch that was loaded last is the last of its rows, and what that means. See RowsOnce."""
-        rest = num_rows % (batch_size * self.args.world_size)
-        is_last = self.accelerator.gradient_state.end_of_dataloader
-        self.is_uneven = is_last and rest > 0 and self.args.world_size > 1
-        self.is_repeat = self.is_uneven and rest <= batch_size * self.args.process_index
+        """At the end of an epoch the processes may have unequal numbers of rows (is_uneven), and some have none: their
+        batch repeats a row (is_repeat), see RowsOnce. To be called right after a batch was loaded."""
+        is_last_batch = self.accelerator.gradient_state.end_of_dataloader
+        rows_left = num_rows % (batch_size * self.args.world_size)  # for the last batches of all processes
+        rows_before_mine = batch_size * self.args.process_index
+        self.is_uneven = is_last_batch and rows_left > 0 and self.args.world_size > 1
+        self.is_repeat = self.is_uneven and rows_left <= rows_before_mine
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and how many trained tokens they have, in all processes."""
@@ -2065,16 +2069,22 @@ class SafeTrainer:
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, counts = self.accelerator.gather(self.eval_totals[None]).sum(dim=0)
         output.metrics[f"{metric_key_prefix}_loss"] = (sums / counts).sum().item()
-        starts = list(self.metric_counts_of_batches[0])
-        counts = torch.stack([torch.stack(list(counts.values())) for counts in self.metric_counts_of_batches])
-        counts = self.accelerator.gather(counts[None]).sum(dim=0)  # (batches, starts)
-        weights_of = dict(zip(starts, counts.T.tolist(), strict=True))
-        for name, means in getattr(self, "_metrics", {"eval": {}})["eval"].items():
-            weights = weights_of[max((start for start in starts if name.startswith(start)), key=len)]
-            if len(means) == len(weights):  # num_tokens is one number
-                means[:] = [sum(map(operator.mul, means, weights)) / sum(weights)]
+        if hasattr(self, "_metrics"):
+            self.weigh_metrics(self._metrics["eval"])
         self.is_uneven = self.is_repeat = False
         return output
+
+    def weigh_metrics(self, metrics):
+        """TRL's metrics, {name: means of the batches} -> {name: [mean]}, in which a large batch counts more."""
+        starts = list(self.metric_counts_of_batches[0])  # how names of metrics begin; "" fits all
+        counts = torch.stack([torch.stack(list(of_batch.values())) for of_batch in self.metric_counts_of_batches])
+        counts = self.accelerator.gather(counts[None]).sum(dim=0)  # of all processes: (batches, starts)
+        for name, means in metrics.items():
+            start = max((start for start in starts if name.startswith(start)), key=len)  # the longest that fits
+            weights = counts[:, starts.index(start)].tolist()
+            if len(means) == len(weights):  # num_tokens is one number
+                total = sum(mean * weight for mean, weight in zip(means, weights, strict=True))
+                means[:] = [total / sum(weights)]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -2114,26 +2124,32 @@ class SafeTrainer:
         if self.num_nonfinite > 0:
             say(f"step {self.state.global_step}: no checkpoint, since the gradient is not finite")
             return
+        if self.saved_step == self.state.global_step and not self.evaluation_is_due:
+            return  # SIGTERM came while it was saved
         require_finite(self)
-        folder = checkpoint_folder(self)
-        if self.args.should_save:
+        folder, args = checkpoint_folder(self), self.args
+        if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed as it wrote it
             folder.mkdir()
             write_whole(folder / CHECKSUMS, "{}")  # of no files yet: it is incomplete
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with patch.object(args, "save_total_limit", None):  # it would remove old ones before this one is whole
+            super()._save_checkpoint(model, trial)
         write_log_state(self)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if args.should_save:
             write_checksums(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(args.output_dir, args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()  # before SIGTERM may end a process
+        self.saved_step = self.state.global_step
 
     def save_state(self):
         """Trainer's, but it writes a whole trainer_state.json or none: the file says that the run is finished."""
         if self.args.should_save:
-            self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.part"))
-            os.replace(
-                Path(self.args.output_dir, "trainer_state.part"), Path(self.args.output_dir, "trainer_state.json")
-            )
+            part = os.path.join(self.args.output_dir, "trainer_state.part")
+            self.state.save_to_json(part)
+            os.replace(part, os.path.join(self.args.output_dir, "trainer_state.json"))
 
     def _save(self, output_dir=None, state_dict=None):
         with patch.object(self.args, "hub_token", None):  # it would stand in training_args.bin
@@ -2151,8 +2167,9 @@ class RowsOnce(BatchSamplerShard):
             return
         num_rows = len(self.batch_sampler.sampler)
         for n, batch in enumerate(super().__iter__()):
-            num_before = (n * self.num_processes + self.process_index) * self.batch_size
-            yield batch[: max(1, num_rows - num_before)]
+            number = n * self.num_processes + self.process_index  # of this batch, among those of all processes
+            rows_left = num_rows - number * self.batch_size  # 0 or less: all rows are taken
+            yield batch[: max(1, rows_left)]
 
 
 def sum_token_losses(trainer, model, inputs):
@@ -2235,11 +2252,13 @@ def train_and_save(trainer, checkpoint=None):
     with fail_on_trouble(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
         require_finite(trainer)
+        trainer.is_saving_result = True
         trainer.save_model()  # also pushes to the hub with --push_to_hub
         trainer.save_state()  # last: its file says that the run is finished
     if args.load_best_model_at_end:
         print_best(trainer.state, args.metric_for_best_model)
     trainer.accelerator.wait_for_everyone()  # a process that leaves while another one writes may take it down
+    RUN.peers = ()  # from here on they may end
     if args.world_size > 1:
         time.sleep(0.5)  # Gloo ends that barrier in a thread, which aborts as Python ends: PyTorch's issue 190489
     trainer.accelerator.end_training()
@@ -2264,9 +2283,11 @@ def fail_on_trouble(trainer, checkpoint):
     except (OSError, RuntimeError, SafetensorError) as error:
         if DISK_TROUBLE.search(str(error)):
             sys.exit(f"error: {output_dir} cannot be written: {remove_half_written(trainer, error)}")
-        time.sleep(1 if RUN.peers[1:] else 0)  # a process that is being killed seems to live
-        if all(map(is_alive, RUN.peers)):
-            raise
+        # Perhaps another process died, and this error only follows from that.
+        if len(RUN.peers) > 1:
+            time.sleep(1)  # a process that was just killed is still listed as alive
+        if all(is_alive(pid) for pid in RUN.peers):
+            raise  # an error of this process
         sys.exit("error: another process of this run has ended, and with it this one; the same command resumes")
 
 
@@ -2318,7 +2339,7 @@ def write_settings(training):
 
 def write_whole(file, text):
     """Write a file so that whoever reads it finds the old text or the new one, and no part of one."""
-    part = file.with_suffix(".part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
@@ -2686,6 +2707,7 @@ def checkpoint_to_resume(training):
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     checkpoints.sort(key=lambda folder: int(folder.name.split("-")[1]))
     finished = (output_dir / "trainer_state.json").exists()
+    training.found_at_start = contents_of(output_dir)
 
     if wanted.lower() == "false":
         remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, output_dir)
@@ -2694,8 +2716,8 @@ def checkpoint_to_resume(training):
     if wanted.lower() != "auto":
         problem = damage_of(Path(wanted))
         require(problem is None, f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {problem}")
-        may_be_longer = ("max_steps", "num_train_epochs")
-        require_same_settings(training, Path(wanted).absolute().parent, may_be_longer)
+        require_no_other_checkpoints(Path(wanted), output_dir, checkpoints)
+        require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"))
         return wanted
     damaged = {}
     newest = None
@@ -2714,6 +2736,16 @@ def checkpoint_to_resume(training):
         if problem is not None:
             say(f"{folder}: {problem}, skipped")
     return None if newest is None else str(newest)
+
+
+def require_no_other_checkpoints(wanted, output_dir, checkpoints):
+    """Stop if output_dir has checkpoints of another run, or newer ones than this: the next start would resume from
+    them. Raises SystemExit."""
+    others = [path.name for path in checkpoints]
+    if wanted.absolute().parent == output_dir.absolute():
+        others = others[others.index(wanted.name) + 1 :]
+    remedy = "delete them, or choose another --output_dir: a later start would resume from them"
+    require(not others, f"{output_dir} holds other checkpoints than {wanted}: {' '.join(others)}; {remedy}")
 
 
 def require_same_rows(training, checkpoint, train_rows, eval_rows):
@@ -2799,8 +2831,12 @@ def adopt_rows_per_step(training, old, old_rows, old_processes):
         before = training.gradient_accumulation_steps
         if "gradient_accumulation_steps" in training.typed:
             return None
-    after, rest = divmod(old_rows, training.per_device_train_batch_size * training.world_size)
-    if rest or after in (0, before) or training.as_given["rows_per_step"] not in (None, old_rows):
+    rows_at_once = training.per_device_train_batch_size * training.world_size
+    wants_other_rows = training.as_given["rows_per_step"] not in (None, old_rows)
+    if wants_other_rows or old_rows % rows_at_once != 0:
+        return None  # require_same_settings says so
+    after = old_rows // rows_at_once
+    if after == before:
         return None
     training.gradient_accumulation_steps = training.as_given["gradient_accumulation_steps"] = after
     return f"gradient_accumulation_steps {before} -> {after}, so that a step keeps its {old_rows} rows"
@@ -2826,16 +2862,25 @@ def adopt_batch(training, old, old_rows):
             new["gradient_accumulation_steps"] = training.gradient_accumulation_steps
 
 
+def best_of(state, checkpoint):
+    """The folder of the best checkpoint, or None. If output_dir was moved, it is the one beside this checkpoint."""
+    best = None if state.best_model_checkpoint is None else Path(state.best_model_checkpoint)
+    beside = Path(checkpoint).parent / f"checkpoint-{state.best_global_step}"
+    is_gone = best is None or not best.exists()
+    return beside if is_gone and damage_of(beside) is None else best
+
+
 def only_load_the_result(args, checkpoint, steps, steps_per_epoch):
     """If a run was killed between its last step and the saving of its result: let train() only load the result."""
     state = transformers.TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
     all_steps_done = state.global_step >= max(steps, state.max_steps)  # as now asked for, and as it was begun
     if not all_steps_done:
         return
-    best = Path(state.best_model_checkpoint or checkpoint)
+    best = best_of(state, checkpoint) or Path(checkpoint)
     if args.load_best_model_at_end:  # without it Trainer would save the last weights
         require(damage_of(best) is None, f"{best}, the best checkpoint, is missing or damaged")
-    # If the last epoch is incomplete, Trainer would take one more step. So ask for complete epochs only: none is left.
+    # Asked for the same steps again, Trainer would take one more if the last epoch is incomplete. So ask for complete
+    # epochs only. They are all done: train() takes no step, and loads the best checkpoint.
     args.max_steps, args.num_train_epochs = -1, state.global_step // steps_per_epoch
 
 
@@ -2932,8 +2977,7 @@ def read_log_state(trainer, checkpoint):
 
 # What the errors of a full or broken disk have in their texts: of Python, of torch.save, of safetensors.
 DISK_TROUBLE = re.compile(
-    "No space left|[Qq]uota exceeded|File too large|Input/output error|Read-only file system|Permission denied"
-    "|inline_container|PytorchStreamWriter"
+    "No space left|[Qq]uota exceeded|File too large|Read-only file system|inline_container|PytorchStreamWriter"
 )
 
 
@@ -2941,10 +2985,10 @@ def remove_half_written(trainer, error):
     """Remove a checkpoint or a result that is not whole. Returns the cause of the error, and what is left."""
     output_dir = Path(trainer.args.output_dir)
     cause = " ".join(str(error).split()) if isinstance(error, OSError) else "the disk is full, or broken"
-    if damage_of(checkpoint_folder(trainer)) is None:  # then it was the result
+    if trainer.is_saving_result:
         for file in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.part")]:
             file.unlink()
-    else:
+    elif damage_of(checkpoint_folder(trainer)) is not None:
         shutil.rmtree(checkpoint_folder(trainer), ignore_errors=True)
     free = shutil.disk_usage(output_dir).free
     return f"{cause} ({free / 1e9:.2f} GB are free). Checkpoints before are whole: make room, and start it again"
@@ -2972,7 +3016,7 @@ def warn_if_disk_is_small(trainer, steps):
 
 # -------------------------------------------------------------------------- only for resuming: one run, ended well
 # RUN: what the thread that listens to signals, and StopAndResume, know of each other. `lock` is the file of lock().
-RUN = SimpleNamespace(connections=None, is_stepping=False, num_sigterms=0, peers=(), lock=None)
+RUN = SimpleNamespace(connections=None, saves_soon=False, num_sigterms=0, peers=(), lock=None)
 
 
 def listen_to_signals(when_interrupted):
@@ -3013,6 +3057,7 @@ def forget_signals():
 
 def act_on_signals(listener, when_interrupted):
     """What the thread does: wait for signals, and look whether other processes live while it is to end."""
+    asked_at = -math.inf
     while True:
         listener.settimeout(0.5 if RUN.num_sigterms else None)
         try:
@@ -3024,20 +3069,24 @@ def act_on_signals(listener, when_interrupted):
         if number == signal.SIGINT:
             end_now(f"error: {when_interrupted}", 1)
         if number == signal.SIGTERM:
-            RUN.num_sigterms += 1
-            if not RUN.is_stepping or RUN.num_sigterms > 1:
+            is_repeated = time.monotonic() - asked_at < 2  # Slurm sends one, and torchrun passes its own on
+            if not RUN.saves_soon or (RUN.num_sigterms > 0 and not is_repeated):
                 end_now("SIGTERM: ended at once; the same command resumes from the newest checkpoint, if any", 143)
+            if RUN.num_sigterms == 0:
+                asked_at = time.monotonic()
+            RUN.num_sigterms += 1
 
 
 def end_now(message, status):
     """End this process and its children, whatever they do."""
+    threading.Timer(1, os._exit, [status]).start()  # whatever keeps this thread waiting, too
     children = psutil.Process().children(recursive=True)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{message}\n".encode())
     unlock()
-    # From here on nothing lets the main thread run: it would raise an error since its loader processes are dead.
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    # The main thread should not run any more: it would raise an error since its loader processes are dead.
     for child in children:
         with contextlib.suppress(OSError):
             os.kill(child.pid, signal.SIGKILL)
@@ -3065,11 +3114,13 @@ class StopAndResume(transformers.TrainerCallback):
         if self.checkpoint is None:
             return
         self.evaluation_is_due = read_log_state(self.trainer, self.checkpoint)
-        best = state.best_model_checkpoint
-        problem = "it is gone" if best is None else damage_of(Path(best))
-        if state.best_global_step and problem is not None:
-            say(f"the best checkpoint, of step {state.best_global_step}: {problem}. The best will be a later one")
-            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+        if args.load_best_model_at_end and state.best_global_step:
+            best = best_of(state, self.checkpoint)
+            problem = "it is gone" if best is None else damage_of(best)
+            state.best_model_checkpoint = None if best is None else str(best)
+            if problem is not None:
+                say(f"the best checkpoint, of step {state.best_global_step}: {problem}. The best will be a later one")
+                state.best_model_checkpoint = state.best_metric = state.best_global_step = None
         if state.global_step >= state.max_steps:
             self.evaluate_if_due(state)
 
@@ -3082,11 +3133,12 @@ class StopAndResume(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.evaluate_if_due(state)  # not before: now the random numbers are what they were
-        RUN.is_stepping = True
+        RUN.saves_soon = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not float(state.epoch).is_integer():  # else on_epoch_end follows, where more may be due
-            self.stop_if_asked(args, control)
+        self.stop_if_asked(args, control)
+        if self.is_asked and float(state.epoch).is_integer():
+            control.should_save = False  # on_epoch_end follows, where more may be due
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.stop_if_asked(args, control)
@@ -3098,15 +3150,17 @@ class StopAndResume(transformers.TrainerCallback):
                 asked = torch.tensor([self.is_asked], device=args.device)
                 self.is_asked = bool(self.trainer.accelerator.gather(asked).any())
         if self.is_asked:
-            self.trainer.evaluation_is_due = control.should_evaluate
+            self.trainer.evaluation_is_due |= control.should_evaluate
             control.should_save, control.should_evaluate = True, False
-        RUN.is_stepping = not control.should_evaluate
+        # A SIGTERM can wait for the end of a step, but not for an evaluation, which may take minutes.
+        RUN.saves_soon = not control.should_evaluate
 
     def on_evaluate(self, args, state, control, **kwargs):
-        RUN.is_stepping = True
+        RUN.saves_soon = True
 
     def on_save(self, args, state, control, **kwargs):
         if self.is_asked:
+            RUN.peers = ()  # from here on they may end
             self.trainer.callback_handler.on_train_end(args, state, control)  # closes logs
             say(f"SIGTERM: ended after step {state.global_step}; the same command resumes")
             if args.world_size > 1:
@@ -3115,7 +3169,7 @@ class StopAndResume(transformers.TrainerCallback):
             sys.exit(143)
 
     def on_train_end(self, args, state, control, **kwargs):
-        RUN.is_stepping = False
+        RUN.saves_soon = False
 
 
 def is_alive(pid):
@@ -3133,12 +3187,20 @@ def lock(training):
     file = Path(training.output_dir, "run.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     require_no_other_run(file.parent)
+    now = contents_of(file.parent)
+    is_unchanged = getattr(training, "found_at_start", now) == now
+    require(is_unchanged, f"another run has written into {file.parent} since this one began: start it again")
     mine = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     write_whole(file, json.dumps(mine))
     time.sleep(0.2)  # of two that begin at once, both see who came last
     require(read_lock(file) == mine, f"another run began in {training.output_dir} at the same moment, and has it")
     RUN.lock = file
     atexit.register(unlock)
+
+
+def contents_of(output_dir):
+    """The checkpoints and the end of the run in output_dir."""
+    return sorted(path.name for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob("trainer_state.json")])
 
 
 def require_no_other_run(output_dir):
@@ -3163,9 +3225,10 @@ def read_lock(file):
 
 def is_running(owner):
     """Whether the process of a lock runs on this machine. (Another one may have its number by now.)"""
-    if owner["host"] != platform.node() or not is_alive(owner["pid"]):
-        return False
-    return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 5
+    if owner["host"] == platform.node() and is_alive(owner["pid"]):
+        with contextlib.suppress(psutil.Error):
+            return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 5
+    return False
 
 
 def unlock():

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 
@@ -190,6 +191,37 @@ def test_an_evaluation_that_sigterm_left_no_time_for_comes_later(variant, steps,
 
 
 # ---------------------------------------------------------------------------------------------- the disk, other starts
+@pytest.mark.parametrize("seconds, ends", [(0.1, False), (60, True)])
+def test_a_second_sigterm_ends_the_run_at_once(seconds, ends, runs, monkeypatch):
+    """But not one that comes with the first: Slurm sends one to all, and torchrun passes on its own."""
+    module, clock, ended = runs.module("sft: float"), iter([100.0, 100.0, 100.0 + seconds]), []
+
+    class Listener:
+        signals = [signal.SIGTERM, signal.SIGTERM]
+
+        def settimeout(self, seconds):
+            pass
+
+        def recv(self, count):
+            return [self.signals.pop(0)]
+
+    monkeypatch.setattr(module.RUN, "saves_soon", True)
+    monkeypatch.setattr(module.RUN, "num_sigterms", 0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "end_now", lambda message, status: ended.append(status))
+    with pytest.raises(IndexError):  # there are no more
+        module.act_on_signals(Listener(), "")
+    assert module.RUN.num_sigterms == 2 and ended == ([143] if ends else [])
+
+
+def test_overflows_of_fp16_do_not_count(runs):
+    """As long as the scaler can answer them with a smaller scale."""
+    has_overflow = runs.module("sft: float").has_overflow
+    options = [{"init_scale": 2.0}, {"init_scale": 1.0}, {"init_scale": 2.0, "enabled": False}]
+    scalers = [torch.amp.GradScaler("cpu", **each) for each in options]
+    assert [has_overflow(scaler) for scaler in (None, *scalers)] == [False, True, False, False]
+
+
 DISK = {
     "python": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),

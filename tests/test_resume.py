@@ -286,8 +286,23 @@ def test_a_best_checkpoint_that_is_gone_is_named(way, whole, flags_of, tmp_path)
     gone = {"best_model_checkpoint": "elsewhere/checkpoint-1"}
     state.write_text(json.dumps(json.loads(state.read_text()) | gone))
     (state.parent / "checksums.json").unlink()
+    shutil.rmtree(out / "checkpoint-2")  # nor is it beside this one
     with pytest.raises(SystemExit, match="^error: elsewhere/checkpoint-1, the best checkpoint, is missing or damaged"):
         module_of(way).main(flags_of(way, out))
+
+
+@each_recipe
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_found(way, whole, run, tmp_path):
+    """By its name, beside the one that is resumed from."""
+    out = copied(whole(way).out, tmp_path)
+    for gone in ("trainer_state.json", "checkpoint-6", "checkpoint-7"):
+        path = out / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    state = out / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": "elsewhere/checkpoint-2"}))
+    (out / "checkpoint-4" / "checksums.json").unlink()
+    again = run(way, out)
+    assert "at step 2; that is saved" in again.text and values(out) == values(out / "checkpoint-2")
 
 
 @each_recipe
@@ -396,6 +411,9 @@ def test_settings_are_compared_with_those_of_the_checkpoint_that_is_named(way, d
         assert [text for text in [*texts, "--output_dir"] if text not in message] == []
     with pytest.raises(SystemExit, match=r"max_eval_rows \d+ -> 3"):
         module.main(flags_of(way, out, **named, max_eval_rows=3))
+    older = {"resume_from_checkpoint": out / "checkpoint-2"}
+    with pytest.raises(SystemExit, match="holds other checkpoints than .*checkpoint-2: checkpoint-4; delete them"):
+        module.main(flags_of(way, out, **older))
     longer = run(way, out, **named, max_steps=8)
     assert "max_steps 7 -> 8: from here on the learning rates" in longer.text
     assert list(log(longer.out)) == list(range(1, 9))

@@ -15,8 +15,8 @@ RECIPES = ["sft_llava.py", "idefics2_docvqa.py", "dpo_idefics2.py", "finetune_mi
 LINE = "# " + "=" * 117
 MARKER = f"""{LINE}
 # The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
-# Its last three sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
-# train_and_save, and above this line.
+# Its last sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
+# SafeTrainer, in train_and_save, and above this line.
 # In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 {LINE}
 """
