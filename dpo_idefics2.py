@@ -3069,22 +3069,20 @@ def act_on_signals(listener, when_interrupted):
 def end_now(message, status):
     """End this process and its children, whatever they do."""
     threading.Timer(1, os._exit, [status]).start()  # whatever keeps this thread waiting, too
-    children = psutil.Process().children(recursive=True)
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{message}\n".encode())
     unlock()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    # The main thread should not run any more: it would raise an error since its loader processes are dead.
-    for child in children:
-        with contextlib.suppress(OSError):
-            os.kill(child.pid, signal.SIGKILL)
+    kill_children(psutil.Process().children(recursive=True))
     os._exit(status)
 
 
-def kill_children():
-    """Kill the loader processes: they ignore SIGTERM, by which Python would end them, and wait."""
-    for child in psutil.Process().children(recursive=True):
+def kill_children(children=None):
+    """Kill these processes, or the loader processes: as they ignore SIGTERM, Python would wait for them as it ends."""
+    # PyTorch would raise an error in the main thread, which ends, since its loader processes are dead.
+    patch.object(torch.utils.data._utils.signal_handling, "_error_if_any_worker_fails", int, create=True).start()
+    for child in children or multiprocessing.active_children():
         with contextlib.suppress(psutil.Error):
             child.kill()
 
@@ -3175,7 +3173,9 @@ def lock(training):
         return
     file = Path(training.output_dir, "run.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
-    require_no_other_run(file.parent)
+    stale = require_no_other_run(file.parent)
+    if stale:
+        say(f"{file} is of {stale}, which no longer runs (or runs on another machine): taken over")
     now = contents_of(file.parent)
     is_unchanged = getattr(training, "found_at_start", now) == now
     require(is_unchanged, f"another run has written into {file.parent} since this one began: start it again")
@@ -3193,14 +3193,14 @@ def contents_of(output_dir):
 
 
 def require_no_other_run(output_dir):
-    """Stop if a run lives that writes into output_dir, by its run.lock. Raises SystemExit. A lock of another host is
-    taken over, since nobody can tell from here whether that run lives."""
+    """Stop if a run lives that writes into output_dir, by its run.lock. Raises SystemExit. Returns the process of a
+    stale lock, in words, or None. One of another host is stale: nobody can tell from here whether that run lives."""
     old = read_lock(output_dir / "run.lock")
-    if old is not None and old["pid"] != os.getpid():
-        owner = f"process {old['pid']} on {old['host']}"
-        require(not is_running(old), f"{owner} is training in {output_dir}: choose another --output_dir")
-        say(f"{output_dir}/run.lock is of {owner}, which no longer runs (or runs on another machine): taken over")
-        (output_dir / "run.lock").unlink(missing_ok=True)
+    if old is None or old["pid"] == os.getpid():
+        return None
+    owner = f"process {old['pid']} on {old['host']}"
+    require(not is_running(old), f"{owner} is training in {output_dir}: choose another --output_dir")
+    return owner
 
 
 def read_lock(file):

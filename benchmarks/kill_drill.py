@@ -160,6 +160,7 @@ class Attempt:
             if outcome.kills > 1:
                 self.note_restart(run, whole)
             self.step = run.step
+        self.ended_at_once = ENDED_AT_ONCE in run.text
         return True
 
     def wait_for_moment(self, run, in_save):
@@ -205,7 +206,6 @@ class Attempt:
         if None in codes:
             return [f"hangs after {self.sent}: exit status {codes}"]
         faults, name = [], self.trial.signal
-        self.ended_at_once = ENDED_AT_ONCE in text
         expected = {"KILL": -9, "TERM": 143, "INT": 1}[name]
         if name == "KILL" and self.trial.ranks == 2:
             if 0 in codes:
