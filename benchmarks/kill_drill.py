@@ -55,7 +55,8 @@ TRIES = 5  # a random moment may come after the end of the run
 HANGS = 180  # seconds
 HANDLERS = 1  # seconds a recipe has to install its handlers; before that a signal meets Python's own
 LIMITS = {"KILL": 10, "TERM": 10, "INT": 2}  # seconds in which all processes must have ended after the signal
-ENDED_AT_ONCE = "SIGTERM: ended at once"
+# What the first process prints if TERM came when no step ran, to it or to the other one, which prints nothing.
+ENDED_AT_ONCE = re.compile("SIGTERM: ended at once|another process is dead|another process of this run has ended")
 DAMAGES = ("flipped", "halved", "emptied", "deleted")
 LARGE, SPARE = 2**30, 40 * 1024  # bytes of a disk with room, and of one that is nearly full
 
@@ -160,7 +161,7 @@ class Attempt:
             if outcome.kills > 1:
                 self.note_restart(run, whole)
             self.step = run.step
-        self.ended_at_once = ENDED_AT_ONCE in run.text
+        self.ended_at_once = bool(ENDED_AT_ONCE.search(run.text))
         return True
 
     def wait_for_moment(self, run, in_save):
@@ -210,7 +211,7 @@ class Attempt:
         if name == "KILL" and self.trial.ranks == 2:
             if 0 in codes:
                 faults.append(f"exit status {codes} after {self.sent}: one ended as if finished")
-        elif name == "TERM" and self.trial.ranks == 2 and ENDED_AT_ONCE in text:
+        elif name == "TERM" and self.trial.ranks == 2 and ENDED_AT_ONCE.search(text):
             # The other one, which is told later, may end by the error that this one is gone.
             if 143 not in codes or not set(codes) <= {1, 143}:
                 faults.append(f"exit status {codes} after {self.sent}, expected 143 and perhaps 1: {last_line(text)}")
