@@ -168,7 +168,8 @@ class Attempt:
         """Wait for a random moment of the run's time, or of the writing of one of its checkpoints, or its result."""
         share, case = self.rng.random(), self.case
         if not in_save:
-            wait_until(lambda: run.has_ended, share * self.reference.seconds)
+            earlier = 0.7 ** int(self.out.name.removeprefix("out"))  # than the last time, when it had ended before
+            wait_until(lambda: run.has_ended, share * earlier * self.reference.seconds)
             return
         step = case.save_steps * (1 + int(share * (1 + case.steps // case.save_steps)))
         folder = self.out / f"checkpoint-{step}"
