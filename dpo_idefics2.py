@@ -76,6 +76,7 @@ from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -540,8 +541,6 @@ def main(argv=None):
 
 # ------------------------------------------------------------ optional, for speed: prompt and image once for each pair
 
-SHARED = ("idefics2", "llava", "paligemma")  # families whose forward pass takes a 4-D mask and restarting positions
-
 
 class SharedPromptDPOTrainer(Trainer):
     """Optional, for speed: runs a pair as one sequence, its image once. Losses, gradients and logs stay the same.
@@ -610,12 +609,19 @@ class SharedPromptDPOTrainer(Trainer):
         if packed is None:  # the batch of another collator
             packed = pack_pairs(ids, mask, labels != -100, self._tokenizer.pad_token_id)
         pairs = SimpleNamespace(**packed)
-        inputs.pop("token_type_ids", None)  # PaliGemma would make a mask of them
+        model, needs = self.model.get_base_model(), SHARED[self.model.config.model_type]
+        positions, block = pairs.position, None
+        if needs.positions:
+            positions = needs.positions(model, pairs, ids, mask, inputs)
+        if needs.block:
+            block = needs.block(model, pairs)
+        mask = shared_start_mask(pairs.part, pairs.position, pairs.real, model, block)
+        for name in ("token_type_ids", "mm_token_type_ids"):  # models make positions or a mask of them, given here
+            inputs.pop(name, None)
         for name, value in list(inputs.items()):
             if isinstance(value, torch.Tensor):
                 inputs[name] = value[: len(value) // 2]  # the images of the chosen rows, which the others repeat
-        inputs |= {"input_ids": pairs.ids, "position_ids": pairs.position, "shift_labels": pairs.targets[None]}
-        mask, model = attention_of(pairs, self.model), self.model.get_base_model()
+        inputs |= {"input_ids": pairs.ids, "position_ids": positions, "shift_labels": pairs.targets[None]}
         with scored_at(model, pairs.predicted_from):
             output = forward(*args, attention_mask=mask, fused_lm_head=True, **inputs)
         for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
@@ -627,8 +633,9 @@ class SharedPromptDPOTrainer(Trainer):
 
 def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     """DPOTrainer's batch, all (2B, L), chosen rows first, padded on any side -> B pairs, each one sequence of S tokens
-    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), all (B, S); and the N
-    tokens of the loss: targets, and where they stand, flattened: predicted in (2B, L - 1), predicted_from in (B, S).
+    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), order (the indices of
+    tokens in the two rows side by side), all (B, S); and the N tokens of the loss: targets, and where they stand,
+    flattened: predicted in (2B, L - 1), predicted_from in (B, S).
     Made in the collator, on the CPU: on a GPU the host would have to wait for sizes that depend on content."""
     num_pairs, real = len(input_ids) // 2, attention_mask.bool()
     is_answer = completion_mask.bool()
@@ -658,6 +665,7 @@ def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
         "position": pack(real.cumsum(dim=1) - 1),
         "part": part,
         "in_prompt": pack(real & ~is_answer),
+        "order": order,
         # In the same order: those of all chosen rows, then those of all rejected ones.
         "predicted_from": predicted_from,
         "targets": predicts.flatten()[predicted_from],
@@ -665,19 +673,42 @@ def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     }
 
 
-def attention_of(pairs, model):
-    """The attention mask (B, 1, S, S) of packed pairs: tokens along dim 2 see those along dim 3."""
-    part, seen_part = pairs.part[:, :, None], pairs.part[:, None, :]
-    is_earlier = pairs.position[:, None, :] <= pairs.position[:, :, None]  # or the token itself
-    mask = ((seen_part == 0) | (seen_part == part)) & is_earlier
-    if model.config.model_type == "paligemma":  # its prompt sees all of itself
-        in_prompt = pairs.in_prompt & (pairs.part < 2)  # without the second copy of the prompt's last token
-        mask |= in_prompt[:, None, :] & in_prompt[:, :, None]
-    mask &= pairs.real[:, None, :]
-    mask |= torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)  # padding sees itself, or gives NaN
-    if model.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the scores
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    return mask[:, None]
+def in_three_axes(model, pairs, ids, mask, inputs):
+    """Qwen-VL's positions (3, B, S): time, height and width in an image. Those of the rows apart, packed like tokens.
+    ids, mask, inputs: DPOTrainer's batch."""
+    if "image_grid_thw" not in inputs:
+        return pairs.position  # a batch without images
+    positions = model.model.get_rope_index(ids, attention_mask=mask, **inputs)[0]
+    return torch.stack([torch.cat(axis.chunk(2), dim=1).gather(1, pairs.order) for axis in positions])
+
+
+def whole_prompt(model, pairs):
+    """PaliGemma's prompt sees all of itself: one block, without the second copy of the prompt's last token. (B, S)"""
+    return torch.where(pairs.in_prompt & (pairs.part < 2), 0, -1)
+
+
+def each_image(model, pairs):
+    """Gemma 3's image tokens see all of their image: a block for each run of them. (B, S)"""
+    is_image = pairs.ids == model.config.image_token_id
+    is_first = is_image & ~torch.nn.functional.pad(is_image, (1, -1))
+    return torch.where(is_image, is_first.cumsum(dim=1), -1)
+
+
+# The families whose prompts can be shared: what else but a mask their forward pass needs. To add one, run its tests.
+Needs = namedtuple("Needs", "positions block", defaults=(None, None))
+SHARED = {
+    "gemma3": Needs(block=each_image),
+    "idefics2": Needs(),
+    "idefics3": Needs(),
+    "internvl": Needs(),
+    "llava": Needs(),
+    "llava_onevision": Needs(),
+    "paligemma": Needs(block=whole_prompt),
+    "qwen2_5_vl": Needs(positions=in_three_axes),
+    "qwen2_vl": Needs(positions=in_three_axes),
+    "qwen3_vl": Needs(positions=in_three_axes),
+    "smolvlm": Needs(),
+}
 
 
 def unpack(values, pairs, shape):
@@ -3349,6 +3380,33 @@ def evaluate_once(trainer, rows):
     with torch.no_grad():
         trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
     answer_batch(trainer, rows, max_new_tokens=2)
+
+
+def shared_start_mask(part, position, real, model, block=None):
+    """The attention mask of sequences in which several texts follow one start: a token sees those before it that are
+    in the start or in its own text, as if each text had a sequence of its own. All (B, S):
+    part: 0 in the start, n in the n-th text. position: in a sequence of its own. real: not padding.
+    block: tokens with the same number see each other, later ones, too; -1 has no block.
+    -> (B, 1, S, S), tokens along dim 2 see those along dim 3: booleans for sdpa, what is added to the scores for eager
+    attention, a BlockMask for flex_attention, which then skips blocks of the mask in which nothing is seen."""
+
+    def sees(row, head, token, other):
+        is_seen = (part[row, other] == 0) | (part[row, other] == part[row, token])
+        is_seen = is_seen & (position[row, other] <= position[row, token])
+        if block is not None:
+            is_seen = is_seen | ((block[row, other] == block[row, token]) & (block[row, token] >= 0))
+        return (is_seen & real[row, other]) | (token == other)  # padding sees itself, or gives NaN
+
+    num_rows, length = part.shape
+    attention = model.config.get_text_config()._attn_implementation
+    if attention == "flex_attention":
+        return create_block_mask(sees, num_rows, None, length, length, device=part.device)
+    rows = torch.arange(num_rows, device=part.device)[:, None, None]
+    tokens = torch.arange(length, device=part.device)
+    mask = sees(rows, None, tokens[:, None], tokens)
+    if attention == "eager":
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return mask[:, None]
 
 
 @contextlib.contextmanager
