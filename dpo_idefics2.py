@@ -30,6 +30,7 @@ import ast
 import atexit
 import base64
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -72,12 +73,13 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import HfApi
+from jinja2 import TemplateError
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import rotate_checkpoints
@@ -89,10 +91,16 @@ class Settings:
     """Model, adapter, data, samples. Each line is a flag: --lora_r 32."""
 
     # model
-    model_name_or_path: str = HfArg(default="HuggingFaceM4/idefics2-8b", help="Idefics2, LLaVA, PaliGemma: hub id.")
+    model_name_or_path: str = HfArg(
+        default="HuggingFaceM4/idefics2-8b", help="Idefics2, Qwen-VL, ...: hub id, folder."
+    )
     model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the model, to repeat a run.")
     load_in_4bit: bool = HfArg(default=True, help="Language model and connector in 4-bit NF4; false needs 11 GB more.")
+    attn_implementation: str | None = HfArg(default=None, help="Attention kernel. Default: sdpa. Or flex_attention.")
     longest_edge: int = HfArg(default=490, help="Longest side of an image in pixels (Idefics2). 980: more detail.")
+    image_splitting: bool = HfArg(default=False, help="Also show parts of an image, enlarged (Idefics, SmolVLM).")
+    min_pixels: int | None = HfArg(default=None, help="Enlarge smaller images to so many pixels, for Qwen-VL.")
+    max_pixels: int | None = HfArg(default=None, help="Shrink larger images to so many pixels, for Qwen-VL.")
     shared_prompt: bool = HfArg(default=True, help="Faster, same losses: compute prompt and image once for a pair.")
     # adapter
     adapters: Literal["all", "language"] = HfArg(default="all", help="All linear layers, or the language model's.")
@@ -164,6 +172,8 @@ class Training(DPOConfig):
     def __post_init__(self):
         pick_precision(self)
         pick_batch(self, batch=2, accumulation=32, eval_batch=4)
+        if self.router_aux_loss_coef is None:
+            self.router_aux_loss_coef = 0.0  # of a mixture of experts, which are frozen: no loss for their balance
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
@@ -180,6 +190,8 @@ def check(settings, training):
     require(training.learning_rate > 0, "--learning_rate must be above 0")
     require(settings.lora_r >= 1, "--lora_r must be at least 1: the reference is the model without its adapter")
     check_losses(training)
+    check_pixels(settings)
+    check_attention_kernel(settings, training)
 
 
 def load_processor(settings):
@@ -193,11 +205,14 @@ def load_processor(settings):
     require(processor.tokenizer.eos_token, f"{name}: tokenizer without an eos_token (no tokenizer_config.json?)")
     # Edit the prompt here: set processor.chat_template to your own. Nothing else changes: the loss and samples.md
     # follow the template, and the processor is saved with the adapter, for inference. An answer must begin where the
-    # prompt ends. It ends with <end_of_utterance> or EOS; if the template writes neither, the collator adds EOS.
+    # prompt ends. It ends with the next stop token; if the template writes none, the collator adds EOS.
     # PaliGemma has no template: edit its prompt in Collator.render, and the newline after it in Collator.answer_ids.
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template  # of older models
     if kind != "PaliGemmaProcessor":
         require(processor.chat_template, f"{name} has a {kind} without a chat template, which makes the prompt")
-    set_image_size(processor, settings.longest_edge)
+        if not is_adapter_folder(name):
+            set_thinking(processor, False)  # answers without thoughts, where a template knows them (Qwen3.5)
+    set_image_size(processor, settings)
     if processor.tokenizer.pad_token is None:  # any token will do: padding is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     fit_image_tokens(processor, settings)
@@ -206,7 +221,8 @@ def load_processor(settings):
 
 def load_data(settings, training, collator):
     """-> (train, eval): rows that the collator accepts; eval is None if nothing is evaluated. Raises SystemExit.
-    An image is a path, bytes or an embedded image, or a list of one; a text may be messages, as in TRL's data:
+    An image is a path, bytes or an embedded image; there may be none, or a list of several, each shown by an <image>
+    in the question. A text may be messages, as in TRL's data:
         {"image": "sofa.png", "question": "What is on it?", "chosen": "A cat.", "rejected": "A cat and a dog."}
         {"images": ["sofa.png"], "prompt": [{"role": "user", "content": "What is on it?"}], "chosen": ...}"""
     train_rows = read_rows(settings.dataset_name, settings.dataset_train_split, settings)
@@ -228,33 +244,37 @@ class Collator:
         self.max_length = training.max_length or math.inf
         tokenizer = processor.tokenizer
         self.control_tokens = {*special_tokens(tokenizer), tokenizer.eos_token, processor.image_token}
-        self.end_tokens = [end for end in ("<end_of_utterance>", tokenizer.eos_token) if end in self.control_tokens]
-        self.stop_ids = tokenizer.convert_tokens_to_ids(self.end_tokens)  # where generation ends
+        self.images_first = not processor.chat_template or shows_images_first(processor)
+        end_of_turn = {"<end_of_utterance>"} & self.control_tokens  # Idefics2's, if its generation_config lacks it
+        stop_ids = {*stop_ids_of(tokenizer, settings), *tokenizer.convert_tokens_to_ids(sorted(end_of_turn))}
+        self.stop_ids = sorted(stop_ids)  # where generation ends
+        self.stops = set(tokenizer.convert_ids_to_tokens(self.stop_ids))
+        self.stop = re.compile("|".join(map(re.escape, sorted(self.stops))))
         self.shares_prompts = False  # SharedPromptDPOTrainer may set it
 
     def __call__(self, rows):
         conversations, chosen_ids, rejected_ids = zip(*[self.encode(row) for row in rows], strict=True)
         prompts = self.tokenize(conversations, prompt=True)
-        # Answers follow the prompts directly: take off the padding of the prompts, append the answers, pad again.
-        is_token = prompts["attention_mask"].bool()
-        prompt_ids = [ids[mask].tolist() for ids, mask in zip(prompts["input_ids"], is_token, strict=True)]
-        sequences, masks = [], []
-        for prompt, answer in zip(prompt_ids * 2, chosen_ids + rejected_ids, strict=True):
-            length = len(prompt) + len(answer)
+        is_token, answers = prompts["attention_mask"].bool(), chosen_ids + rejected_ids
+        ones, zeros = ([[value] * len(answer) for answer in answers] for value in (1, 0))
+        pad_id = self.processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": append_answers(prompts["input_ids"], is_token, answers, pad_id),
+            "attention_mask": append_answers(is_token.long(), is_token, ones),
+            "completion_mask": append_answers(torch.zeros_like(prompts["input_ids"]), is_token, ones),
+        }
+        for length in batch["attention_mask"].sum(dim=1).tolist():
             if length > self.max_length:
                 raise BadRow("too long", f"{length} tokens, --max_length is {self.max_length}")
-            sequences.append(prompt + answer)
-            masks.append(torch.tensor([0] * len(prompt) + [1] * len(answer)))
-        batch = dict(self.processor.tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt"))
-        batch["completion_mask"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
         if self.shares_prompts:
-            batch["pairs"] = pack_pairs(**batch, pad_token_id=self.processor.tokenizer.pad_token_id)
-        if "token_type_ids" in prompts:  # PaliGemma: 0 in the prompt, which sees all of itself, and 1 in the answer
-            batch["token_type_ids"] = batch["completion_mask"].clone()  # another meaning, but the same values
-        if "mm_token_type_ids" in prompts:  # 1 on image tokens
-            batch["mm_token_type_ids"] = (batch["input_ids"] == self.processor.image_token_id).long()
+            batch["pairs"] = pack_pairs(**batch, pad_token_id=pad_id)
         for name, values in prompts.items():
-            if name not in batch:  # images: once for the chosen rows, once for the rejected rows
+            if name not in batch and values.shape == is_token.shape:
+                # Kinds of tokens, such as those of images. PaliGemma's, which has no template: 1 in an answer.
+                batch[name] = append_answers(values, is_token, zeros if self.processor.chat_template else ones)
+            elif name == "cross_attention_mask":
+                raise BadRow("cross-attention", "the text does not hold its images, as in Llama 3.2 Vision")
+            elif name not in batch:  # images: once for the chosen rows, once for the rejected rows
                 batch[name] = torch.cat([values, values])
         return batch
 
@@ -276,17 +296,20 @@ class Collator:
         prompt = self.render(messages, prompt=True)
         if not self.processor.chat_template:
             prompt += "\n"  # PaliGemma's processor adds it to a prompt, render does not
-        whole = self.render([*messages, answer_turn(answer)])
-        require_texts(whole, [*messages, answer_turn(answer)])
-        after_prompt = whole.removeprefix(prompt)
-        if not whole.startswith(prompt) or answer not in after_prompt:
+        turn = answer_turn(answer)
+        whole = self.render([*messages, turn])
+        require_texts(whole, [*messages, turn])
+        whole = follow_prompt(prompt, whole, answer)
+        if not whole.startswith(prompt):
             raise BadRow("prompt changed", f"{answer!r:.200} changes the prompt: {where_they_differ(prompt, whole)}")
-        before, _, tail = after_prompt.partition(answer)
-        end = re.search("|".join(map(re.escape, self.end_tokens)), tail)
-        # Train up to the first end: Idefics2's template has a newline after it. LLaVA's template writes no end at all,
-        # and a model that is trained without one never learns to stop.
-        ending = tail[: end.end()] if end else self.processor.tokenizer.eos_token
-        whole = prompt + before + answer + ending
+        # Train up to the first stop: Idefics2's template has a newline after it. LLaVA's template writes no stop at
+        # all, and a model that is trained without one never learns to stop.
+        stop = self.stop.search(whole, len(prompt))
+        if stop is None:
+            whole = whole.rstrip() + self.processor.tokenizer.eos_token
+            stop = self.stop.search(whole, len(prompt))
+        whole = whole[: stop.end()]
+        require_answer(whole[len(prompt) :], turn, self.control_tokens | self.stops)
         prompt_ids, ids = self.processor.tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
         if ids[: len(prompt_ids)] != prompt_ids:
             raise BadRow("prompt changed", f"{answer!r:.200}: {where_they_differ(prompt, whole)}")
@@ -294,18 +317,22 @@ class Collator:
 
     def render(self, messages, prompt=False):
         """Messages -> text with a token for each image. With `prompt` it ends where the model is to answer."""
-        if self.processor.chat_template:
+        if not self.processor.chat_template:
+            return self.processor.image_token + "\n".join(map(text_of, messages))  # PaliGemma: no roles, one image
+        try:
             return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-        return self.processor.image_token + "\n".join(map(text_of, messages))  # PaliGemma: no roles, one image
+        except TemplateError as error:  # some templates refuse some orders of roles
+            raise BadRow("order of turns", str(error)) from error
+        except Exception as error:  # or cannot write some kinds of turns
+            raise BadRow("unfit for the chat template", f"{type(error).__name__}: {error}") from error
 
     def tokenize(self, conversations, prompt=False):
         """Lists of messages -> the processor's batch, padded on the left, as generation needs it."""
         texts = [self.render(messages, prompt) for messages in conversations]
-        images = [pil_images(messages) for messages in conversations]
-        bos = self.processor.tokenizer.bos_token
-        add_bos = bos is None or not texts[0].startswith(bos)  # some templates write it themselves
-        padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        batch = self.processor(text=texts, images=images, add_special_tokens=add_bos, **padding)
+        try:
+            batch = encode_chats(self.processor, texts, conversations, "left")[0]
+        except Exception as error:  # processors raise many kinds, for images too small or too narrow for them
+            raise BadRow("unfit for the processor", f"{type(error).__name__}: {error}") from error
         batch.pop("labels", None)  # PaliGemma's: all -100
         return batch
 
@@ -316,9 +343,8 @@ class Collator:
 
     def with_image(self, prompt):
         """A prompt's messages from `read` -> the same with a PIL image. Raises BadRow."""
-        # Edit images here, to crop or augment them (for evaluation, too). For two images in a row raise the 1 in
-        # read_prompt, and show them by <image> in the question (PaliGemma: also in render). Each needs room in
-        # --max_length: 64 tokens (LLaVA 576).
+        # Edit images here, to crop or augment them (for evaluation, too). A row may have several. Each needs room in
+        # --max_length: 64 tokens (LLaVA 576, Qwen-VL one for 28 x 28 or 32 x 32 pixels).
         return load_images(prompt, max_aspect_ratio=20)  # Idefics2 would stretch narrower ones
 
     def read(self, row):
@@ -363,10 +389,13 @@ class Collator:
             raise BadRow("no question", "a prompt must end with a turn of the user, and for PaliGemma be one turn")
         folder = row.get("folder") or self.folder
         images = as_image_list(row.get("image"), folder)
-        if count_images(prompt, images) != 1:
-            raise BadRow("not one image", f"{count_images(prompt, images)} images; give one: see --image_column")
+        count = count_images(prompt, images)
+        if count != 1 and not self.processor.chat_template:
+            raise BadRow("not one image", f"{count} images; PaliGemma takes one: see --image_column")
         show_single_image(prompt, images)
-        join_texts(prompt, images_first=True, strip=True)
+        join_texts(prompt, self.images_first or count == 1, strip=True)
+        if count == 0:
+            prompt[-1].setdefault("notes", []).append("no image")
         place_images(prompt, images, folder)
         check_texts(prompt, self.control_tokens, always=True)
         return prompt
@@ -374,37 +403,35 @@ class Collator:
 
 def load_model(settings, training):
     """The base model, frozen: language model and connector in NF4 if asked for, the rest in 16 bits (32 on a CPU)."""
-    dtype = weight_dtype(training)
-    # lm_head, and the vision tower by its names in Idefics2, in LLaVA and PaliGemma, and in others.
-    in_16_bits = ["lm_head", "model.vision_model", "model.vision_tower", "model.visual"]
+    dtype, parts = weight_dtype(training), find_parts(settings, PROJECTORS)
     model = AutoModelForImageTextToText.from_pretrained(
         settings.model_name_or_path,
         revision=settings.model_revision,
         dtype=dtype,
         device_map={"": training.device},
-        quantization_config=nf4_quantization(settings.load_in_4bit, dtype, in_16_bits),
+        attn_implementation=attention_kernel(settings),
+        quantization_config=nf4_quantization(settings.load_in_4bit, dtype, [parts.head, parts.vision]),
     )
     keep_4bit_trainable_on_cpu(model)
     return model.requires_grad_(False)
 
 
-# For --adapters language. (For --adapters all, the default, it is PEFT's "all-linear".)
-LANGUAGE_TARGETS = r"model\.(text_model|language_model)\..*\.(q|k|v|o|gate|up|down)_proj"
 UNTRAINABLE = {"lm_head": "which DPOTrainer merges with the loss and cannot adapt"}  # refused targets, and why
 
 
 def lora_config(settings):
     """LoRA on all linear layers, also of vision tower and connector, not on lm_head; or on the language model's."""
-    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"):
-        config = AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
-    language_model = "model.text_model" if config.model_type == "idefics2" else "model.language_model"
-    default = "all-linear" if settings.adapters == "all" else LANGUAGE_TARGETS
+    parts = find_parts(settings, PROJECTORS)
+    default = "all-linear"
+    if settings.adapters == "language":
+        names = {layer.rpartition(".")[2] for layer in linear_layers_in(parts, parts.decoder)}
+        default = layers_within(parts.decoder, sorted(names))
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         use_dora=settings.use_dora,
-        target_modules=lora_targets(settings.lora_target_modules, language_model, default),
-        exclude_modules=unused_tower_layers(config, r".*vision_tower"),
+        target_modules=lora_targets(settings.lora_target_modules, parts.decoder, default),
+        exclude_modules=unused_tower_layers(image_text_config(settings), re.escape(parts.vision)),
         task_type="CAUSAL_LM",
     )
 
@@ -412,6 +439,9 @@ def lora_config(settings):
 def check_adapter(settings, training, adapter):
     """Stop if the adapter or --max_length does not fit the model; its weights are not needed. Raises SystemExit."""
     model = empty_model(settings)
+    if settings.attn_implementation:
+        with fail_on_error("--attn_implementation"):
+            model.set_attn_implementation(attention_kernel(settings))
     check_lora_targets(settings, adapter, model, UNTRAINABLE)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
     is_longer = (training.max_length or math.inf) > window  # attention_of leaves the window out
@@ -520,9 +550,11 @@ def main(argv=None):
     set_seed(training.seed)
 
     processor = load_processor(settings)
-    collator = Collator(processor, settings, training)
+    with fail_on_error(f"{settings.model_name_or_path}: its chat template does not fit this recipe"):
+        collator = Collator(processor, settings, training)
     check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
     train_dataset, eval_dataset = load_data(settings, training, collator)
+    check_mixed_batches(collator, train_dataset, eval_dataset, training)
     require_same_rows(training, checkpoint, train_dataset, eval_dataset)
     example = mark_trained_pair(collator([train_dataset[0]]), processor)
     say(f"\nOne pair as the model sees it, trained tokens in «»:\n\n{example}\n")
@@ -590,12 +622,12 @@ class SharedPromptDPOTrainer(Trainer):
     def run_once(self, part, forward, *args, **kwargs):
         """Stands in for a frozen part's `forward`: no graph, and within compute_loss the output of its first call."""
         if part in (self.frozen_outputs or {}):
-            return self.frozen_outputs[part]
+            return copy.copy(self.frozen_outputs[part])
         with torch.no_grad():
             output = forward(*args, **kwargs)
         if self.frozen_outputs is not None:
             self.frozen_outputs[part] = output
-        return output
+        return copy.copy(output)  # Qwen-VL replaces tensors in what it gets
 
     def forward_pairs(self, forward, *args, **inputs):
         """Stands in for the model's `forward`, to which TRL added a fused head: log-probabilities instead of logits.
@@ -694,21 +726,14 @@ def each_image(model, pairs):
     return torch.where(is_image, is_first.cumsum(dim=1), -1)
 
 
-# The families whose prompts can be shared: what else but a mask their forward pass needs. To add one, run its tests.
+# The families whose prompts can be shared, and what the forward pass of some needs beside the mask. To add one, add it
+# here and run tests/test_dpo_shared_prompt.py.
 Needs = namedtuple("Needs", "positions block", defaults=(None, None))
-SHARED = {
-    "gemma3": Needs(block=each_image),
-    "idefics2": Needs(),
-    "idefics3": Needs(),
-    "internvl": Needs(),
-    "llava": Needs(),
-    "llava_onevision": Needs(),
-    "paligemma": Needs(block=whole_prompt),
-    "qwen2_5_vl": Needs(positions=in_three_axes),
-    "qwen2_vl": Needs(positions=in_three_axes),
-    "qwen3_vl": Needs(positions=in_three_axes),
-    "smolvlm": Needs(),
-}
+ONLY_THE_MASK = """aria aya_vision cohere2_vision deepseek_vl idefics2 idefics3 internvl lighton_ocr llava llava_next
+llava_onevision mistral3 ovis2 smolvlm video_llama_3 video_llava""".split()
+IN_THREE_AXES = "glm46v glm4v glm4v_moe qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe".split()
+SHARED = dict.fromkeys(ONLY_THE_MASK, Needs()) | dict.fromkeys(IN_THREE_AXES, Needs(positions=in_three_axes))
+SHARED |= {"gemma3": Needs(block=each_image), "paligemma": Needs(block=whole_prompt)}
 
 
 def unpack(values, pairs, shape):
@@ -720,10 +745,10 @@ def obstacle_to_sharing(model, ref_model=None):
     """Why a model's prompts cannot be shared; None if they can."""
     attention = model.config.get_text_config()._attn_implementation
     if model.config.model_type not in SHARED:
-        return f"sharing is for {', '.join(SHARED)}, this is {model.config.model_type}"
+        return f"no way is known to share prompts of a {model.config.model_type}"
     if not isinstance(model, PeftModel) or ref_model is not None:
         return "there is a reference model beside the policy"
-    return None if attention in ("sdpa", "eager") else f"{attention} takes no 4-D attention mask"
+    return None if attention in ("sdpa", "eager", "flex_attention") else f"{attention} takes no 4-D attention mask"
 
 
 # ---------------------------------------------------------------------------------------- details: rows, flags, losses
@@ -738,6 +763,8 @@ ONLY_REVERSE_KL = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
+# Names of modules between vision tower and language model.
+PROJECTORS = """multi_modal_projector connector merger deepstack_merger_list""".split()
 DUMMY_ROW = {"question": "What?", "chosen": "seven", "rejected": "No."}
 
 
@@ -763,6 +790,14 @@ def read_rows(name, split, settings):
     return rename_columns(rows, columns)
 
 
+def append_answers(values, is_token, of_answers, padding=0):
+    """Values of the tokens of B prompts, (B, L), and lists of those of 2B answers -> (2B, L'), padded on the right.
+    The answers follow the prompts directly: the prompts' padding is taken off."""
+    of_prompts = [row[mask] for row, mask in zip(values, is_token, strict=True)]
+    rows = [torch.cat([row, torch.tensor(more)]) for row, more in zip(of_prompts * 2, of_answers, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+
+
 def mark_trained_pair(batch, processor):
     """The first pair of a batch as text: the prompt, then both answers, tokens of the loss in «»."""
     is_answer = batch["completion_mask"] == 1
@@ -774,11 +809,14 @@ def mark_trained_pair(batch, processor):
     return f"{prompt}\n  chosen:   {chosen}\n  rejected: {rejected}"
 
 
-def set_image_size(processor, edge):
-    """No image splitting and, for Idefics2, this longest edge. Raises SystemExit if the model does not take it."""
-    image_processor = processor.image_processor
-    if hasattr(image_processor, "do_image_splitting"):
-        image_processor.do_image_splitting = False
+def set_image_size(processor, settings):
+    """Image splitting, pixels and, for Idefics2, the longest edge. Raises SystemExit if the model does not take it."""
+    image_processor, edge = processor.image_processor, settings.longest_edge
+    splits = hasattr(image_processor, "do_image_splitting")
+    require(splits or not settings.image_splitting, f"--image_splitting: {type(image_processor).__name__} has none")
+    if splits:
+        image_processor.do_image_splitting = settings.image_splitting
+    set_pixels(processor, settings)
     if type(processor).__name__ != "Idefics2Processor":
         require(edge == Settings.longest_edge, "--longest_edge is for Idefics2; other models have a size of their own")
         return
@@ -1828,6 +1866,28 @@ def require_texts(rendered, messages):
                     raise BadRow("text left out", detail)
 
 
+def require_answer(said, message, control_tokens):
+    """Raises BadRow unless `said`, the text that is trained, ends with this answer, then only control tokens and white
+    space, and contains its thought."""
+    text, answer = said.strip(), text_of(message).strip()
+    while not text.endswith(answer):
+        ending = next((token for token in control_tokens if text.endswith(token)), None)
+        if ending is None:
+            detail = f"{answer!r:.100} is not all that stands before a stop token, but {said!r:.200}"
+            raise BadRow("answer not ended", f"{detail}: the next turn must be a question, and no stop token be typed")
+        text = text.removesuffix(ending).rstrip()
+    thought = message.get("reasoning_content", "")
+    if thought not in said:
+        raise BadRow("text left out", f"the chat template leaves out or changes the thought {thought!r:.200}")
+
+
+def shows_images_first(processor):
+    """Whether the chat template puts the images of a turn before its text, wherever they are."""
+    parts = [{"type": "text", "text": "question"}, {"type": "image"}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    return text.find(processor.image_token) < text.rfind("question")
+
+
 # ---------------------------------------------------------------------------------------------------- texts and labels
 
 
@@ -1873,6 +1933,63 @@ def load_images(messages, max_aspect_ratio=200):
 def last_answer(messages):
     """The index of the assistant's last message."""
     return max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def stop_ids_of(tokenizer, settings):
+    """The ids of the tokens at which a model stops: the tokenizer's EOS, and those of its generation_config.json or,
+    without one, of its config.json."""
+    name, revision = settings.model_name_or_path, settings.model_revision
+    ids = None
+    with contextlib.suppress(OSError, ValueError):  # a processor's folder has neither
+        try:
+            ids = transformers.GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        except OSError:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+            ids = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def no_second_bos(tokenizer, text):
+    """The tokenizer's option for a text that begins with BOS: not to add one."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return {"add_special_tokens": False} if has_bos else {}
+
+
+def encode_chats(processor, texts, conversations, padding_side="right"):
+    """Texts of chats, and the messages with their PIL images -> (the processor's batch; for each text what the
+    processor put in for its images, or None if it does not say)."""
+    images = [pil_images(messages) for messages in conversations]
+    offsets, replace = [], processor.get_text_with_replacements
+
+    # return_text_replacement_offsets would do, but some processors fail with it if the first text has no image.
+    def replace_and_keep_offsets(*args, **options):
+        replaced = replace(*args, **options)
+        offsets.append(replaced[1])
+        return replaced
+
+    with patch.object(processor, "get_text_with_replacements", replace_and_keep_offsets):
+        batch = processor(
+            text=list(texts),
+            images=images if any(images) else None,
+            return_tensors="pt",
+            padding=True,
+            padding_side=padding_side,
+            **no_second_bos(processor.tokenizer, texts[0]),
+        )
+    return batch, offsets[0] if any(offsets) else [None] * len(texts)
+
+
+def follow_prompt(prompt, text, answer):
+    """The text of a row, whose last turn is this answer, in which it follows the prompt of inference: if nothing but
+    white space is in the way, that of the prompt is kept."""
+    pattern = r"\s*".join(map(re.escape, "".join(prompt.split())))
+    found = re.match(rf"\s*{pattern}\s*", text)
+    if found is None or text.startswith(prompt):
+        return text
+    start = found.end()
+    space = answer[: len(answer) - len(answer.lstrip())]  # of the answer's own
+    return prompt + text[start - len(space) if answer in text else start :]
 
 
 def next_tokens(labels):
@@ -1921,6 +2038,11 @@ def keep_4bit_trainable_on_cpu(model):
             module.support_avx512bf16_for_cpu = False
 
 
+def is_inside(name, path):
+    """Whether a weight or module is the module `path` or inside it. PEFT's prefix may be in front of its name."""
+    return f".{path}." in f".{name}."
+
+
 def lora_targets(names, language_model, default):
     """--lora_target_modules -> what LoraConfig takes: `default`, or a regex that must match a module's full path.
     One name with regex characters is that regex. Others are names of layers within `language_model`, a path."""
@@ -1934,6 +2056,41 @@ def lora_targets(names, language_model, default):
     except re.error as error:
         fail(f"--lora_target_modules {names[0]!r} is not a valid regular expression: {error}")
     return names[0]
+
+
+# Where the parts of a model are: paths of modules, several of projectors, and in `linear` those of all linear layers.
+Parts = namedtuple("Parts", "vision projectors decoder head linear")
+
+
+def find_parts(settings, projector_names):
+    """The Parts of a model, as it says itself, before any weights load. Its projectors are found by the last names of
+    their paths. Raises SystemExit if it has no vision tower, language model or head of its own."""
+    model = empty_model(settings)
+    path_of = {module: path for path, module in model.named_modules()}
+    vision, decoder, head = model.get_encoder(modality="image"), model.get_decoder(), model.get_output_embeddings()
+    if model.base_model is model:  # SFTTrainer's loss needs a model that runs without its head
+        head = None
+    parts = {"vision tower": vision, "language model": decoder, "LM head": head}
+    missing = [part for part, module in parts.items() if not path_of.get(module)]  # without a part, it is the model
+    kind = f"{settings.model_name_or_path} is a {model.config.model_type}"
+    require(not missing, f"{kind}, in which no {' and no '.join(missing)} can be found: this recipe cannot train it")
+    projectors = []
+    for path, module in model.named_modules():
+        is_new = not any(is_inside(path, part) for part in (path_of[decoder], *projectors))
+        if is_new and path.rpartition(".")[2] in projector_names:
+            is_list = isinstance(module, torch.nn.ModuleList)  # which PEFT cannot copy as one
+            projectors += [f"{path}.{n}" for n in range(len(module))] if is_list else [path]
+    is_linear = torch.nn.Linear.forward  # some routers of experts inherit from Linear, but do more
+    linear = [path for path, module in model.named_modules() if type(module).forward is is_linear]
+    return Parts(path_of[vision], projectors, path_of[decoder], path_of[head], linear)
+
+
+def linear_layers_in(parts, path):
+    """Paths of the linear layers in one part of a model, without those of other parts that are inside it."""
+    others = [other for other in (parts.vision, *parts.projectors, parts.decoder, parts.head) if other != path]
+    others = [other for other in others if is_inside(other, path)]
+    inside = [layer for layer in parts.linear if is_inside(layer, path)]
+    return [layer for layer in inside if not any(is_inside(layer, other) for other in others)]
 
 
 def layers_within(path, names):
@@ -1955,6 +2112,22 @@ def unused_tower_layers(config, tower):
     return rf"{tower}\.(.*\.)?layers\.({unused})\..*" if unused else None
 
 
+def image_text_config(settings):
+    """The configuration of a model that reads images and text, and has no encoder for text. Raises SystemExit for
+    another, and for one that needs code from the hub."""
+    name = settings.model_name_or_path
+    with fail_on_source("--model_name_or_path", name):
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=settings.model_revision, trust_remote_code=False
+        )
+    is_known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    require(is_known, f"{name} is a {config.model_type}, which Transformers does not have for images and text")
+    texts = config.get_text_config()
+    has_encoder = getattr(config, "is_encoder_decoder", False) or getattr(texts, "is_encoder_decoder", False)
+    require(not has_encoder, f"{name} is a {config.model_type}, an encoder-decoder: this recipe trains decoders only")
+    return config
+
+
 def train_in_float32(model):
     """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
     for parameter in model.parameters():
@@ -1967,6 +2140,19 @@ def empty_model(settings):
     with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
         return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def check_attention_kernel(settings, training):
+    """Stop if --attn_implementation cannot train on this machine. Raises SystemExit."""
+    on_gpu_only = ("flex_attention", "flash_attention_2", "flash_attention_3")
+    if settings.attn_implementation in on_gpu_only:
+        name = f"--attn_implementation {settings.attn_implementation}"
+        require(training.device.type == "cuda", f"{name} needs a GPU: it has no backward pass on a CPU")
+
+
+def attention_kernel(settings):
+    """--attn_implementation as from_pretrained takes it: for the language model. All else keeps its own, sdpa."""
+    return {"text_config": settings.attn_implementation} if settings.attn_implementation else None
 
 
 def is_adapter_folder(name):
@@ -2018,6 +2204,31 @@ def fit_image_tokens(processor, settings):
             return
         if num_tokens != num_features:
             raise ValueError(f"it writes {num_tokens} tokens for an image, of which the model makes {num_features}")
+
+
+def set_thinking(processor, enable_thinking):
+    """Write this choice into a chat template that knows it, for inference with the saved processor, too."""
+    if "enable_thinking" in processor.chat_template:
+        beginning = "{%- if enable_thinking is not defined %}{%- set enable_thinking = CHOICE %}{%- endif %}"
+        beginning = beginning.replace("CHOICE", str(enable_thinking).lower())
+        processor.chat_template = beginning + processor.chat_template
+
+
+def check_pixels(settings):
+    """Stop if --min_pixels and --max_pixels are no range of an image's pixels. Raises SystemExit."""
+    smallest = 1 if settings.min_pixels is None else settings.min_pixels
+    largest = smallest if settings.max_pixels is None else settings.max_pixels
+    require(0 < smallest <= largest, "--min_pixels and --max_pixels: from 1 up, and the first not above the second")
+
+
+def set_pixels(processor, settings):
+    """Limit the pixels of an image, if asked. Raises SystemExit for a processor that has no such limits."""
+    images = processor.image_processor
+    for edge, pixels in (("shortest_edge", settings.min_pixels), ("longest_edge", settings.max_pixels)):
+        if pixels is not None:
+            counts = "max_pixels" in images.valid_kwargs.__annotations__
+            require(counts, f"--min_pixels, --max_pixels: {type(images).__name__} does not resize images by pixels")
+            images.size[edge] = pixels
 
 
 def print_parameters(model, parts):
@@ -2688,6 +2899,17 @@ def check_with_dummy_row(collator, row, name):
             fail(f"{name}: its processor or chat template does not fit this recipe, whatever the rows: {problem}")
     except Exception as error:  # templates and processors raise many kinds of exceptions
         fail(f"{name}: its processor or chat template cannot make a row: {type(error).__name__}: {error}")
+
+
+def check_mixed_batches(collator, train_rows, eval_rows, training):
+    """Stop if a processor cannot make a batch of rows with and without images, and there will be such. Raises
+    SystemExit."""
+    for rows, name in zip((train_rows, eval_rows), BATCH_SIZES, strict=True):
+        is_single = getattr(training, name) == 1 and name not in training.auto_batch
+        has_images = [] if rows is None or is_single else [len(keys) > 0 for keys in rows["image_keys"]]
+        if len(set(has_images)) == 2:
+            with fail_on_error("this processor cannot mix rows with and without images; leave out those of one kind"):
+                collator([rows[has_images.index(False)], rows[has_images.index(True)]])
 
 
 def where_they_differ(prompt, whole):

@@ -14,7 +14,7 @@ ROOMS = "Settings Training parse check load_processor load_data Collator load_mo
 LINES = {  # at most: above the line, whole file
     "sft_llava.py": (590, 3500),
     "idefics2_docvqa.py": (640, 3260),
-    "dpo_idefics2.py": (860, 3520),
+    "dpo_idefics2.py": (860, 3690),
     "finetune_minicpm_lora.py": (785, 3385),
     "llava_two_stage.py": (805, 3470),
 }

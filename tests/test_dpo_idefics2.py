@@ -10,13 +10,14 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import log, prefers
+from families import marked
 from PIL import Image
 from recipes import Recipe, same
 from runs import run
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 import dpo_idefics2
-from tiny import idefics2, preferences
+from tiny import families, idefics2, preferences
 from tools import generate
 
 END = "<end_of_utterance>"
@@ -117,12 +118,28 @@ def test_an_eos_that_is_not_special_ends_answers(dpo, tiny_llava):
     collator = dpo.collator(model_name_or_path=tiny_llava / "model")
     marked = {str(token): token.special for token in collator.processor.tokenizer.added_tokens_decoder.values()}
     unmarked = [SimpleNamespace(content=text, special=special) for text, special in {**marked, "</s>": False}.items()]
-    tokenizer = SimpleNamespace(added_tokens_decoder=dict(enumerate(unmarked)), eos_token="</s>")
+    tokenizer = SimpleNamespace(added_tokens_decoder=dict(enumerate(unmarked)), eos_token="</s>", eos_token_id=2)
     tokenizer.convert_tokens_to_ids = list
-    settings = SimpleNamespace(image_folder=None, ignore_columns=None, max_length=None)
-    processor = SimpleNamespace(tokenizer=tokenizer, image_token="<image>")
+    tokenizer.convert_ids_to_tokens = lambda ids: ["</s>" for _ in ids]
+    names = {"model_name_or_path": "nowhere", "model_revision": None, "image_folder": None, "ignore_columns": None}
+    settings = SimpleNamespace(**names, max_length=None)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token="<image>", chat_template=None)
     made = dpo_idefics2.Collator(processor, settings, settings)
-    assert made.end_tokens == ["</s>"] and made.control_tokens == collator.control_tokens
+    assert made.stops == {"</s>"} and made.control_tokens == collator.control_tokens
+
+
+def test_pairs_without_an_image_are_trained_on_and_counted(dpo, tiny_paligemma, write):
+    rows = [
+        prefers("Is the digit odd?", "yes", "no"),
+        *(prefers("What is odd?", "one", "two", image=cell) for cell in NO_IMAGE),
+    ]
+    settings = {"dataset_name": write(rows), "eval_fraction": 0, "image_folder": dpo.tmp_path, "max_steps": 1}
+    printed = dpo.run(**settings, logging_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=1)
+    assert f"rows.json: {len(NO_IMAGE)} rows with no image\n" in printed
+    assert log(dpo.tmp_path / "out")[1] == pytest.approx(math.log(2), abs=1e-6)
+    other = {"model_name_or_path": tiny_paligemma / "model", "output_dir": dpo.tmp_path / "other"}
+    message = dpo.refusal(dpo.flags(**settings, **other))
+    assert "row 1: not one image: 0 images; PaliGemma takes one: see --image_column" in message
 
 
 def test_a_row_without_answers_is_a_question(dpo):
@@ -172,8 +189,8 @@ def test_answers_are_counted_up_to_their_end(dpo, monkeypatch):
     bounds = {"max_eval_rows": 5, "per_device_eval_batch_size": 3, "sample_rows": 2, "max_new_tokens": 4}
     trainer = dpo.trainer(load_in_4bit=False, **bounds)
     collator, tokenizer = trainer.data_collator, trainer.data_collator.processor.tokenizer
-    assert tokenizer.convert_ids_to_tokens(collator.stop_ids) == [END, "</s>"]
-    (end, eos), pad = collator.stop_ids, tokenizer.pad_token_id
+    assert tokenizer.convert_ids_to_tokens(collator.stop_ids) == ["</s>", END]
+    (eos, end), pad = collator.stop_ids, tokenizer.pad_token_id
     a, b = tokenizer("Yes No", add_special_tokens=False)["input_ids"][:2]
     batches = iter([[[a, b, end, pad], [a, b, a, b], [end, pad, pad, pad]], [[a, eos], [b, a]]])
 
@@ -189,21 +206,39 @@ def test_answers_are_counted_up_to_their_end(dpo, monkeypatch):
     assert (metrics["eval_samples/tokens"], metrics["eval_samples/ended"]) == (3, 0.5)  # of the first two
 
 
-@pytest.mark.parametrize("folder", ["tiny_llava", "tiny_next", "tiny_paligemma", "tiny_paligemma2"])
-def test_another_family(folder, dpo, request, tmp_path):
+LANGUAGE_MODELS = {"language_model", "text_model"}
+NO_IMAGE = [None, "", [], [None], {"bytes": None, "path": None}]
+IN_FIXTURES = ["tiny_llava", "tiny_next", "tiny_paligemma", "tiny_paligemma2"]
+BUILT = "qwen2_5_vl qwen3_vl qwen3_5 smolvlm idefics3 internvl llava_onevision gemma3".split()
+
+
+@pytest.mark.parametrize("family", [*IN_FIXTURES, *marked(BUILT)])
+def test_another_family(family, dpo, request, tmp_path):
     """Nothing is changed but --model_name_or_path: from the first step to the answers that the result gives."""
+    if family in IN_FIXTURES:
+        folder = request.getfixturevalue(family)
+    else:
+        folder = tmp_path / "family"
+        families.build(family, folder)
+        if family == "gemma3":  # its window is as small as the rest of it
+            config = AutoConfig.from_pretrained(folder / "model")
+            config.text_config.sliding_window = 256
+            config.save_pretrained(folder / "model")
     settings = {"max_steps": 2, "eval_steps": 2, "save_strategy": "no", "logging_steps": 1, "warmup_steps": 0}
     settings |= {"gradient_accumulation_steps": 1, "learning_rate": 0.01, "max_eval_rows": 3, "sample_rows": 2}
     settings |= {"max_new_tokens": 4, "max_length": 256}  # PaliGemma 2 has such a window
-    done = run(dpo_idefics2, dpo.flags(model_name_or_path=request.getfixturevalue(folder) / "model", **settings))
-    path = "stock DPOTrainer, since sharing is for idefics2, llava, paligemma, this is llava_next"
-    assert f"path: {path if folder == 'tiny_next' else 'shared prompts'}" in done.text
-    assert [name for name, weight in done.weights[0].items() if torch.equal(weight, done.weights[2][name])] == []
+    done = run(dpo_idefics2, dpo.flags(model_name_or_path=folder / "model", **settings))
+    path = "stock DPOTrainer, since no way is known to share prompts of a qwen3_5"
+    assert f"path: {path if family == 'qwen3_5' else 'shared prompts'}" in done.text
+    same_as_before = [name for name, weight in done.weights[0].items() if torch.equal(weight, done.weights[2][name])]
+    # With 2 layers Qwen3-VL's second merger would be seen by a third: in the published ones there are more.
+    assert [name for name in same_as_before if "deepstack_merger_list.1" not in name] == []
     losses = log(done.out)
     assert losses[1] == pytest.approx(math.log(2), abs=1e-6) and losses[2] != losses[1]
     assert list(log(done.out, "eval_loss")) == [2]
     packed = [n for n, m in done.trainer.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert {name.split(".")[3] for name in packed} == {"language_model", "multi_modal_projector"}
+    assert {name.split(".")[3] for name in packed} <= {*LANGUAGE_MODELS, "multi_modal_projector", "connector"}
+    assert {name.split(".")[3] for name in packed} & LANGUAGE_MODELS
 
     generate.main([str(done.out), "--output", str(tmp_path / "answers.jsonl"), "--max_new_tokens", "4"])
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
