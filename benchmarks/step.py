@@ -49,6 +49,7 @@ with checkpointing and without --report_only, the scaled model misses its THRESH
 import contextlib
 import copy
 import functools
+import math
 import os
 import sys
 import tempfile
@@ -113,6 +114,8 @@ def trl_sides(stock_class, own_class, setup, base, rows):
         "peft_config": setup.case.module.lora_config(setup.settings),
     }
     stock = stock_class(model=base, **options)
+    if getattr(setup.settings, "attn_implementation", None):
+        copied.set_attn_implementation(setup.case.module.attention_kernel(setup.settings))
     recipe = own_class(setup.settings, model=copied, **options)
     assert getattr(recipe, "why_not_shared", None) is None
     return {"stock": stock, "recipe": recipe}
@@ -366,6 +369,8 @@ def prepare(args, checkpointing, folder, size, picture=None, spread=1, **more):
         flags["adapters"] = args.adapters
         if args.arch == "idefics2":
             flags["longest_edge"] = sizes["side"]
+        if args.attn_implementation:
+            flags.setdefault("attn_implementation", args.attn_implementation)
     settings, training = case.module.parse(measure.as_flags(flags))
     collator = case.module.Collator(case.module.load_processor(settings), settings, training)
     setup = SimpleNamespace(case=case, folder=folder, sizes=sizes, config=config, collator=collator)
@@ -429,6 +434,9 @@ def counted_sides(args, checkpointing, folder, size, picture=None, spread=0):
     setup = prepare(cpu, checkpointing, folder, size, picture, spread)
     rows, case, found = setup.rows[: args.batch_size], setup.case, {}
     batch = setup.collator(rows)
+    if args.recipe == "dpo_idefics2":
+        setup.collator.shares_prompts = True  # as its trainer sets it
+        found["mask"] = setup.config, setup.collator(rows)
     with mock.patch.object(transformers.Trainer, "_move_model_to_device"):  # weights without storage cannot be moved
         base = make_model(setup.config, setup.sizes, "meta", torch.float32)
         for side, trainer in case.sides(setup, base, rows).items():
@@ -513,6 +521,26 @@ def report_check(check, is_equal, report):
     report(text)
 
 
+def report_mask(config, batch, report):
+    """What the mask of shared prompts costs, by arithmetic from a batch of pairs at real size."""
+    pairs, text = SimpleNamespace(**batch["pairs"]), config.get_text_config()
+    num_pairs, length = pairs.ids.shape
+    width = text.num_attention_heads * (text.head_dim or text.hidden_size // text.num_attention_heads)
+    per_score = 4 * width * text.num_hidden_layers / num_pairs / 1e12  # of q k and p v, both 2 FLOPs a number
+
+    model = SimpleNamespace(config=copy.deepcopy(config), dtype=torch.bfloat16)
+    model.config.get_text_config()._attn_implementation = "flex_attention"
+    blocks = dpo_idefics2.shared_start_mask(pairs.part, pairs.position, pairs.real, model)
+    size = math.prod(blocks.BLOCK_SIZE)
+    counts = {"each with each": num_pairs * length**2, "flex_attention": int(blocks.kv_num_blocks.sum()) * size}
+    if blocks.full_kv_num_blocks is not None:
+        counts["flex_attention"] += int(blocks.full_kv_num_blocks.sum()) * size
+    counts["stock, causal"] = int((batch["attention_mask"].sum(dim=1) ** 2).sum()) / 2
+    scores = ", ".join(f"{name} {count * per_score:.3f}" for name, count in counts.items())
+    report(f"  mask: {length} x {length} for a pair, {2 * length**2 / 1e6:.2f} MB in 16 bits; TFLOP of attention in a")
+    report(f"  forward pass of the language model: {scores}")
+
+
 def count_real(args, checkpointing, folder, report):
     """FLOPs of the real model for each of its PICTURES; reports them."""
     case, found = CASES[args.recipe], {}
@@ -522,6 +550,8 @@ def count_real(args, checkpointing, folder, report):
         found[name] = counted_sides(args, checkpointing, folder, "real", picture)
         note = f"{args.model}, image {name}"
         case.report_counts(found[name], "TFLOP", 1e12, args.batch_size, note, report)
+        if args.recipe == "dpo_idefics2":
+            report_mask(*found[name].pop("mask"), report)
     return found
 
 
@@ -537,6 +567,8 @@ def measure_setting(args, checkpointing, folder, report):
 
     small = "tiny" if args.size == "tiny" else "scaled"
     exact = {"bf16": False, "fp16": False, **case.flags_of_check}
+    if args.attn_implementation:
+        exact["attn_implementation"] = "sdpa"  # kernels for GPUs know no float64
     both, batches, alone = measured_sides(args, checkpointing, folder, small, torch.float32, **exact)
     found["check"] = difference(both, batches[0])
     found["equal"] = equal(found["check"])
@@ -589,6 +621,8 @@ def parse(argv=None):
     parser.add_argument("--recipe", choices=list(CASES), help=recipe_help)
     parser.add_argument("--arch", choices=list(ARCHITECTURES), help="Of dpo_idefics2: the model. Default: idefics2.")
     parser.add_argument("--adapters", choices=["language", "all"], help="Of dpo_idefics2, as there. Default: all.")
+    kernel = "Of dpo_idefics2: its attention; the stock side keeps sdpa. On a GPU also flex_attention."
+    parser.add_argument("--attn_implementation", help=kernel)
     parser.add_argument("--steps", type=int, help="Measured steps of each side. Default: 5 or 9, by recipe.")
     parser.add_argument("--batch_size", type=int, help="Rows of a step. Default: 1, or of idefics2_docvqa 2.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
@@ -608,8 +642,10 @@ def parse(argv=None):
         return check_host(parser, args)
     args.recipe = args.recipe or "sft_llava"
     case = CASES[args.recipe]
-    if args.recipe != "dpo_idefics2" and (args.arch or args.adapters):
-        parser.error("--arch and --adapters are for --recipe dpo_idefics2")
+    if args.recipe != "dpo_idefics2" and (args.arch or args.adapters or args.attn_implementation):
+        parser.error("--arch, --adapters and --attn_implementation are for --recipe dpo_idefics2")
+    if args.attn_implementation not in (None, "sdpa", "eager") and args.device == "cpu":
+        parser.error(f"--attn_implementation {args.attn_implementation}: on a CPU it has no backward pass")
     args.arch, args.adapters = args.arch or "idefics2", args.adapters or "all"
     args.model = case.model or ARCHITECTURES[args.arch]
     args.steps = case.steps if args.steps is None else args.steps

@@ -273,7 +273,8 @@ step --seed -1 | --seed: from 0
 step --json nowhere/x.json | --json nowhere/x.json cannot be written: No such file
 step --steps 0 | at least 1
 step --device cuda | no GPU found
-step --arch llava | --arch and --adapters are for --recipe dpo_idefics2
+step --arch llava | --arch, --adapters and --attn_implementation are for --recipe dpo_idefics2
+step --recipe dpo_idefics2 --attn_implementation flex_attention | on a CPU it has no backward pass
 estimate no_recipe | no recipe no_recipe; there are sft_llava
 estimate --rows 15 | at least 16
 estimate --batch_size 2 | are for --measure
