@@ -11,7 +11,7 @@
     python dpo_idefics2.py                                                # idefics2-8b on RLAIF-V-Dataset
     python dpo_idefics2.py --dataset_name pairs.jsonl --image_folder pictures   # your own pairs
     python dpo_idefics2.py --loss_type sigmoid sft                        # also keeps the chosen answer likely
-    python dpo_idefics2.py --model_name_or_path llava-hf/llava-1.5-7b-hf  # LLaVA-1.5, or google/paligemma-3b-mix-224
+    python dpo_idefics2.py --model_name_or_path Qwen/Qwen3-VL-8B-Instruct --max_pixels 1000000    # or LLaVA, Gemma 3
     accelerate launch --num_processes 4 dpo_idefics2.py                   # several GPUs, DDP
     python dpo_idefics2.py --config idefics2-dpo/settings.yaml            # resume that run after a crash
 
@@ -197,6 +197,8 @@ def check(settings, training):
 def load_processor(settings):
     """The model's processor, set to --longest_edge. Raises SystemExit if it does not fit this recipe."""
     name = settings.model_name_or_path
+    if not is_adapter_folder(name):
+        image_text_config(settings)
     needed = "this needs the processor of a model of images and text, such as idefics2-8b"
     with fail_on_source("--model_name_or_path", name, f": {needed}"):
         processor = AutoProcessor.from_pretrained(name, revision=settings.model_revision)
@@ -553,14 +555,16 @@ def main(argv=None):
     with fail_on_error(f"{settings.model_name_or_path}: its chat template does not fit this recipe"):
         collator = Collator(processor, settings, training)
     check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
+    adapter = lora_config(settings)
+    check_adapter(settings, training, adapter)
     train_dataset, eval_dataset = load_data(settings, training, collator)
     check_mixed_batches(collator, train_dataset, eval_dataset, training)
+    if not all(train_dataset["image_keys"]):  # adapters in the tower get no gradient from rows without an image
+        training.ddp_find_unused_parameters = True
     require_same_rows(training, checkpoint, train_dataset, eval_dataset)
     example = mark_trained_pair(collator([train_dataset[0]]), processor)
     say(f"\nOne pair as the model sees it, trained tokens in «»:\n\n{example}\n")
 
-    adapter = lora_config(settings)
-    check_adapter(settings, training, adapter)
     with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
         model = load_model(settings, training)
     # For the plain version write Trainer in place of SharedPromptDPOTrainer: the same losses, slower.
@@ -622,12 +626,13 @@ class SharedPromptDPOTrainer(Trainer):
     def run_once(self, part, forward, *args, **kwargs):
         """Stands in for a frozen part's `forward`: no graph, and within compute_loss the output of its first call."""
         if part in (self.frozen_outputs or {}):
-            return copy.copy(self.frozen_outputs[part])
-        with torch.no_grad():
-            output = forward(*args, **kwargs)
+            output = self.frozen_outputs[part]
+        else:
+            with torch.no_grad():
+                output = forward(*args, **kwargs)
         if self.frozen_outputs is not None:
             self.frozen_outputs[part] = output
-        return copy.copy(output)  # Qwen-VL replaces tensors in what it gets
+        return copy.copy(output) if isinstance(output, dict) else output  # Qwen-VL replaces tensors in what it gets
 
     def forward_pairs(self, forward, *args, **inputs):
         """Stands in for the model's `forward`, to which TRL added a fused head: log-probabilities instead of logits.

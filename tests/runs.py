@@ -160,6 +160,9 @@ def write_rows(folder, out):
             for row in json.loads((folder / "json" / f"{name}.json").read_text()):
                 kinds[row["id"].split("-", 2)[-1]].append(row)
             rows = [row for some in itertools.zip_longest(*kinds.values()) for row in some if row]
+            if "chosen" in rows[0]:  # pairs: some about two images, or none
+                rows[1] |= {"image": [rows[1]["image"], rows[2]["image"]], "question": "<image><image>What are these?"}
+                rows[4] |= {"image": None}
             (out / f"{name}.json").write_text(json.dumps(rows[:12]))
             (out / f"{name}-held.json").write_text(json.dumps(rows[12:16]))
     return out

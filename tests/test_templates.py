@@ -205,11 +205,11 @@ FAULTS = {  # what is wrong with a chat template: the template, what the message
         "capital letters": (edited(IDEFICS2, CAPITALS), LEFT_OUT),
     },
     "dpo_idefics2": {
-        "another header": (edited(IDEFICS2, ("'Assistant:'", "'Assistant:\\n'")), DIFFER),
+        "another header": (edited(IDEFICS2, ("'Assistant:'", "'Assistant now:'")), CHANGED),
         "no answers": (edited(IDEFICS2, NO_ANSWERS), LEFT_OUT),
         "capital letters": (edited(IDEFICS2, CAPITALS), LEFT_OUT),
     },
-    "dpo_idefics2, LLaVA": {"another header": (edited(LLAVA, ("'ASSISTANT:'", "'ASSISTANT:\\n'")), DIFFER)},
+    "dpo_idefics2, LLaVA": {"another header": (edited(LLAVA, ("'ASSISTANT:'", "'ASSISTANT now:'")), CHANGED)},
     "finetune_minicpm_lora": {
         "another header": (edited(MINICPM, ("</think>\\n\\n' if loop", "</think>\\n' if loop")), CHANGED),
         "no answers": (edited(MINICPM, ("else '' }}{{ text }}", "else '' }}")), "left out"),
