@@ -161,6 +161,16 @@ def test_a_step_is_that_of_the_same_rows_apart(docvqa, flags, splitting, checkpo
     assert any("perceiver" in name for name in shared[1]) and any("lm_head" in name for name in shared[1])
 
 
+def test_a_question_that_is_asked_twice_is_trained_twice(docvqa, flags, tmp_path):
+    """With the same answer, and with one that begins alike: each predicts all of its own answer."""
+    row = asks("What is the total?", "seven hundred", image="page-0.png")
+    rows = [row, row, row | {"answers": ["seven"]}, row | {"answers": ["seven hundred and one"]}]
+    trainer = made(docvqa, flags)
+    shared, apart = (batch_of(trainer, rows, share) for share in (True, False))
+    assert len(shared["input_ids"]) == 1 and len(shared["targets"]) == len(apart["targets"])
+    assert_same_step(step(trainer, [shared]), step(trainer, [apart]))
+
+
 def test_in_float64_nothing_is_left_of_the_difference(docvqa, flags):
     trainer = made(docvqa, flags)
     trainer.model.double()
@@ -437,6 +447,9 @@ def test_an_evaluation_is_of_the_same_rows(docvqa, flags):
     for name in ("eval_loss", "eval_anls", "eval_exact_match"):
         assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-5)
     assert pages[False] == 30 and pages[True] <= 16
+    trainer.data_collator.share_pages = True
+    shown = [rows["image"][n] for n in trainer.get_eval_dataloader(rows).batch_sampler.batch_sampler.sampler]
+    assert len(shown) == 15 and len(list(itertools.groupby(shown))) == 5
 
 
 def test_what_fits_a_gpu_is_tried_without_sharing(docvqa, flags, monkeypatch):
