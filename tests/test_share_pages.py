@@ -448,7 +448,7 @@ def test_an_evaluation_is_of_the_same_rows(docvqa, flags):
         assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-5)
     assert pages[False] == 30 and pages[True] <= 16
     trainer.data_collator.share_pages = True
-    shown = [rows["image"][n] for n in trainer.get_eval_dataloader(rows).batch_sampler.batch_sampler.sampler]
+    shown = [rows["image"][n] for n in trainer.get_eval_dataloader(rows).batch_sampler.sampler]
     assert len(shown) == 15 and len(list(itertools.groupby(shown))) == 5
 
 
