@@ -77,6 +77,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
@@ -92,6 +93,7 @@ class Settings:
     model_name_or_path: str = HfArg(default="HuggingFaceM4/idefics2-8b", help="Idefics2: hub id or folder.")
     model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the model, to repeat a run.")
     load_in_4bit: bool = HfArg(default=True, help="Language model and connector in 4-bit NF4; false needs 11 GB more.")
+    attn_implementation: str | None = HfArg(default=None, help="Attention kernel. Default: sdpa. Or flex_attention.")
     # adapter
     lora_r: int = HfArg(default=8, help="Rank of the adapter.")
     lora_alpha: int = HfArg(default=8, help="The adapter is scaled by alpha / r.")
@@ -106,6 +108,7 @@ class Settings:
     image_splitting: bool = HfArg(default=False, help="Also show the page's four quarters; helps with small print.")
     longest_edge: int | None = HfArg(default=None, help="Longest side of a page in pixels. Default: the model's 980.")
     max_length: int = HfArg(default=1024, help="Longest row in tokens; a page takes 64 (if split, 320). Never cut.")
+    share_pages: bool | None = HfArg(default=None, help="Run a page once for all its questions. Default: from 1.5 on.")
     # data
     dataset_name: str = HfArg(default="nielsr/docvqa_1200_examples", help="Hub id, folder or file of rows.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
@@ -184,6 +187,9 @@ def check(settings, training):
     check_common_flags(settings, training, "Idefics2-8b needs 16 GB", metrics)
     require(training.learning_rate > 0, "--learning_rate must be above 0")
     require(settings.lora_r >= 1, "--lora_r must be at least 1")
+    if settings.share_pages:
+        message = "--share_pages true orders the rows itself: --train_sampling_strategy random, or --share_pages false"
+        require(training.train_sampling_strategy == "random", message)
 
 
 END = "<end_of_utterance>"  # what Idefics2's chat template puts after each turn
@@ -225,7 +231,9 @@ def load_data(settings, training, collator):
 class Collator:
     """Rows -> a batch: input_ids, attention_mask, labels (B, L), pixel_values (B, n, 3, H, W), pixel_attention_mask
     (B, n, H, W); n is 1, or 5 with image splitting. labels are the input_ids of the answer and the END after it, and
-    -100 elsewhere: on prompt, image tokens, padding, the template's last newline. Raises BadRow."""
+    -100 elsewhere: on prompt, image tokens, padding, the template's last newline. Raises BadRow.
+    If pages are shared, a sequence is page | question, answer | question, answer | ..., and a batch that has such also
+    has position_ids and parts (B, L): 0 is the page and what is before it, n the n-th question, -1 padding."""
 
     def __init__(self, processor, settings, training):
         # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
@@ -236,6 +244,7 @@ class Collator:
         self.ignored = settings.ignore_columns or []
         self.max_length = settings.max_length
         self.seed = training.seed
+        self.share_pages = False  # main decides it when the rows are known
         self.control_tokens = special_tokens(processor.tokenizer)
         self.end_id = processor.tokenizer.convert_tokens_to_ids(END)
         self.stop_ids = [self.end_id, processor.tokenizer.eos_token_id]  # where generation ends
@@ -246,12 +255,18 @@ class Collator:
 
     def __call__(self, rows):
         examples = [self.encode(row) for row in rows]
-        pages, input_ids, labels = zip(*examples, strict=True)
+        if self.share_pages:
+            examples = join_rows_by_image(rows, examples, self.processor.image_token_id)
+        pages, input_ids, labels, *positions_and_parts = zip(*examples, strict=True)
         ids = {"input_ids": list(input_ids)}
         batch = self.processor.tokenizer.pad(ids, padding_side="right", return_tensors="pt")
         batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
         batch.update(where_trained(batch["labels"]))
         batch.update(self.processor.image_processor(list(pages), return_tensors="pt"))
+        if positions_and_parts:
+            positions, parts = positions_and_parts
+            batch["position_ids"] = pad_sequence(positions, batch_first=True)
+            batch["parts"] = pad_sequence(parts, batch_first=True, padding_value=-1)
         return batch
 
     def encode(self, row):
@@ -377,6 +392,7 @@ def load_model(settings, training):
         revision=settings.model_revision,
         dtype=dtype,
         device_map={"": training.device},
+        attn_implementation=attention_kernel(settings),
         quantization_config=nf4_quantization(settings.load_in_4bit, dtype, ["lm_head", "model.vision_model"]),
     )
     keep_4bit_trainable_on_cpu(model)
@@ -432,7 +448,7 @@ class Trainer(transformers.Trainer):
         """The stock loop, which computes eval_loss; then the mean scores of the model's answers to the same rows."""
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows = dataloader.dataset
-        answers = answer_rows(self, rows, self.settings.max_new_tokens)
+        answers = self.answer(rows)
         scores = []
         for row, answer in zip(rows, answers, strict=True):
             scores.append(score(answer.text, self.data_collator.answers_of(row)))
@@ -443,6 +459,16 @@ class Trainer(transformers.Trainer):
             title = f"Step {self.state.global_step}: ANLS {output.metrics[f'{metric_key_prefix}_anls']:.3f}"
             self.write_samples(title, zip(rows, answers, scores, strict=True))
         return output
+
+    def answer(self, rows):
+        """The model's answers to these rows, a list of Answer. If pages are shared, one that several questions of a
+        batch are about is encoded once."""
+        if not self.data_collator.share_pages:
+            return answer_rows(self, rows, self.settings.max_new_tokens)
+        order = order_by_image(rows)
+        with repeated_images_once(self.model.get_base_model().model):
+            answers = answer_rows(self, rows.select(order), self.settings.max_new_tokens)
+        return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
     def write_samples(self, title, scored_rows):
         """Append the first --sample_rows of these (row, answer, scores) to samples.md, as a table."""
@@ -457,20 +483,39 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of the trained tokens' losses in the whole step, as in the stock Trainer."""
         with losses_as_logits(self.model.get_output_embeddings(), inputs) as inputs:
+            if "parts" in inputs:  # questions about one page do not see each other
+                parts, positions = inputs.pop("parts"), inputs["position_ids"]
+                inputs["attention_mask"] = shared_start_mask(parts, positions, parts >= 0, self.model)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.data_collator.share_pages:
+            return super()._get_train_sampler(train_dataset)
+        keys = map(tuple, self.train_dataset.with_format(None)["image_keys"][:])
+        batch_size, rows_in_step = self.args.train_batch_size, rows_per_step(self.args)
+        sampler = RowsOfAnImageTogether(keys, batch_size, rows_in_step, lambda: epoch_generator(self))
+        if sampler.largest_chunk == 1:
+            say(f"no page is shared in training: batches of {batch_size}, steps of {rows_in_step} rows are too small")
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        if not self.data_collator.share_pages:
+            return super()._get_eval_sampler(eval_dataset)
+        return order_by_image(eval_dataset)
 
 
 def main(argv=None):
     """Parse, check, read the rows, show an example, load the model, train, save."""
     settings, training = parse(argv)
     check(settings, training)
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training, before={"share_pages": False})
     set_seed(training.seed)
 
     processor = load_processor(settings)
     collator = Collator(processor, settings, training)
     check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
     train_dataset, eval_dataset = load_data(settings, training, collator)
+    collator.share_pages = choose_share_pages(settings, training, collator, train_dataset)
     require_same_rows(training, checkpoint, train_dataset, eval_dataset)
     example = mark_trained_tokens(collator([train_dataset[0]]), processor)
     say(f"\nOne row as the model sees it, trained tokens in «»:\n\n{example}\n")
@@ -495,10 +540,47 @@ def main(argv=None):
     train_and_save(trainer, checkpoint)
 
 
-# -------------------------------------------------------------------------------- details: flags, metric, rows, epochs
+# ----------------------------------------------------------------- details: flags, shared pages, metric, rows, epochs
 
 # TrainingArguments' flags that this recipe does not use, besides REFUSED_EVERYWHERE.
 REFUSED_HERE = "label_smoothing_factor label_names prediction_loss_only use_liger_kernel".split()
+
+
+def choose_share_pages(settings, training, collator, rows):
+    """Whether questions about one page share it: --share_pages or, by default, if there are 1.5 a page and nothing
+    prevents it. Says so, and notes it for settings.yaml. Raises SystemExit."""
+    questions = len(rows) / len(set(map(tuple, rows["image_keys"][:])))
+    obstacle = obstacle_to_sharing(settings, training, collator)
+    share = training.as_given["share_pages"]  # or what was chosen when the run to resume began
+    if share and obstacle is not None:
+        fail(f"--share_pages true: {obstacle}; or --share_pages false")
+    how = "each question has a page of its own"
+    if share is None:
+        share = questions >= 1.5 and obstacle is None
+        how += f", since {obstacle or 'there are few'}"
+    if share:
+        how = "each page is shown once for its questions in a batch"
+    say(f"{questions:.1f} questions a page: {how} (--share_pages {str(share).lower()})")
+    training.as_given["share_pages"] = share
+    return share
+
+
+def obstacle_to_sharing(settings, training, collator):
+    """Why questions about one page cannot share it; None if they can."""
+    model = empty_model(settings)
+    check_attention_kernel(settings, training, model)
+    config = model.config.get_text_config()
+    if training.train_sampling_strategy != "random":
+        return "the rows would not be in the order of --train_sampling_strategy"
+    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return f"{config._attn_implementation} takes no 4-D attention mask"
+    if settings.max_length > (config.sliding_window or math.inf):  # the mask leaves the window out
+        return f"--max_length must be at most {config.sliding_window}, this model's sliding window"
+    rows = [DUMMY_ROW | {"question": question, "image": Image.new("RGB", (64, 64))} for question in ("What?", "Who?")]
+    sequences = join_rows_by_image(rows, [collator.encode(row) for row in rows], collator.processor.image_token_id)
+    if len(sequences) > 1:
+        return "in user_turn the page must come before what differs from question to question"
+    return None
 
 
 def anls(answer, accepted):
@@ -1681,6 +1763,23 @@ def empty_model(settings):
         return transformers.AutoModelForImageTextToText.from_config(config)
 
 
+def check_attention_kernel(settings, training, model):
+    """Give a model without weights the kernel of --attn_implementation. Raises SystemExit if it does not take it, or
+    cannot train with it on this machine."""
+    flag = f"--attn_implementation {settings.attn_implementation}"
+    if settings.attn_implementation:
+        with fail_on_error(flag):
+            model.set_attn_implementation(attention_kernel(settings))
+        on_any_machine = settings.attn_implementation in ("sdpa", "eager")
+        needs_gpu = f"{flag} needs a GPU: it has no backward pass on a CPU"
+        require(on_any_machine or training.device.type == "cuda", needs_gpu)
+
+
+def attention_kernel(settings):
+    """--attn_implementation as from_pretrained takes it: for the language model. All else keeps its own, sdpa."""
+    return {"text_config": settings.attn_implementation} if settings.attn_implementation else None
+
+
 def is_adapter_folder(name):
     """Whether a name is a folder with a processor, but without a model, as that of an adapter."""
     return os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json"))
@@ -2102,10 +2201,11 @@ Answer = namedtuple("Answer", "text num_tokens ended")  # ended: by itself, not 
 
 def answer_rows(trainer, rows, max_new_tokens):
     """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each process
-    answers a share of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
+    answers a run of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
     share = range(len(rows))
     if not is_deepspeed_zero3_enabled():
-        share = share[PartialState().process_index :: PartialState().num_processes]
+        process, processes = PartialState().process_index, PartialState().num_processes
+        share = share[len(rows) * process // processes : len(rows) * (process + 1) // processes]
     batch_size = trainer.args.per_device_eval_batch_size
     answers = []  # (number of the row, Answer)
     for start in range(0, len(share), batch_size):
@@ -2426,8 +2526,9 @@ CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python
 INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
 
-def checkpoint_to_resume(training):
-    """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit."""
+def checkpoint_to_resume(training, before=()):
+    """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit.
+    before: {setting whose default is chosen by the rows: what versions of this file did that did not have it}."""
     if __name__ == "__main__":  # not where a notebook or a test has imported this file
         listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
@@ -2449,7 +2550,7 @@ def checkpoint_to_resume(training):
         problem = damage_of(Path(wanted))
         require(problem is None, f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {problem}")
         require_no_other_checkpoints(Path(wanted), output_dir, checkpoints)
-        require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"))
+        require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"), before)
         return wanted
     damaged = {}
     newest = None
@@ -2459,7 +2560,7 @@ def checkpoint_to_resume(training):
             newest = folder
             break
     if newest or finished:
-        require_same_settings(training, output_dir)
+        require_same_settings(training, output_dir, before=before)
     if finished:
         say(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
         PartialState().destroy_process_group()
@@ -2502,9 +2603,9 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
                 fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
 
 
-def require_same_settings(training, folder, may_also_differ=()):
+def require_same_settings(training, folder, may_also_differ=(), before=()):
     """Stop if the run in this folder is another one, with other settings, or with other rows in a step. Another number
-    of processes is made up for, where that is possible. Raises SystemExit."""
+    of processes is made up for, where that is possible. before: see checkpoint_to_resume. Raises SystemExit."""
     remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, folder)
     try:
         text = (folder / "settings.yaml").read_text(encoding="utf-8")
@@ -2518,6 +2619,7 @@ def require_same_settings(training, folder, may_also_differ=()):
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
     old_rows, old_processes = int(notes[ROWS_NOTE]), notes.get(PROCESSES_NOTE, "(not written down)")
+    adopt_choices(training, old, before)
     made_up_for = adopt_rows_per_step(training, old, old_rows, old_processes)
     may_differ = {*MAY_CHANGE_ON_RESUME, *may_also_differ}
     # How answers are scored may only change if checkpoints are not compared by it.
@@ -2550,6 +2652,14 @@ def say_what_changed(training, notes):
         say("note: this run was begun by an earlier version, whose eval_loss was a mean over batches, not over tokens")
     if notes.get(RECIPE_NOTE, "") not in ("", sha256_of(__file__)):
         say(f"note: {Path(__file__).name} has changed since this run was begun")
+
+
+def adopt_choices(training, old, before):
+    """Where the rows choose a default, take what they chose for the run to resume, or what its version did before."""
+    for name, value in dict(before).items():
+        old.setdefault(name, value)
+        if training.as_given[name] is None:
+            training.as_given[name] = old[name]
 
 
 def adopt_rows_per_step(training, old, old_rows, old_processes):
@@ -3039,6 +3149,8 @@ def fill_card(trainer):
         stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
         for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
             stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        # The rows of a batch may all have images of their own, even if those that are tried do not.
+        stack.enter_context(patch.object(trainer.data_collator, "share_pages", False, create=True))
         for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
             if name in args.auto_batch and rows is not None:
                 before = int(args.as_given[name].partition(":")[2] or 0)
@@ -3120,6 +3232,97 @@ def evaluate_once(trainer, rows):
     answer_batch(trainer, rows, max_new_tokens=2)
 
 
+def join_rows_by_image(rows, examples, image_token_id):
+    """Examples (images, token ids, labels) of these rows -> for shared_start_mask, sequences (images, token ids,
+    labels, positions, parts), one for all rows that show the same images. The examples themselves, if rows differ
+    before the end of their images, or if with padding the batch would be larger (fill_card tries batches without)."""
+    keys, groups = [], []
+    for row, example in zip(rows, examples, strict=True):
+        key = (row.get("image_keys"), example[0])  # of one image a row may show another part
+        if key not in keys:
+            keys.append(key)
+            groups.append([])
+        groups[keys.index(key)].append(example)
+    sequences = []
+    for group in groups:
+        texts = [(ids, labels) for _, ids, labels in group]
+        ids, labels, positions, parts = one_sequence(texts)
+        if parts[torch.tensor(ids) == image_token_id].any():
+            return examples
+        sequences.append((group[0][0], ids, labels, positions, parts))
+    size, size_apart = (len(some) * max(len(ids) for _, ids, *_ in some) for some in (sequences, examples))
+    return sequences if len(sequences) < len(examples) and size <= size_apart else examples
+
+
+def one_sequence(texts):
+    """Texts (token ids, labels) that begin alike -> their common start, then what follows in each: token ids, labels,
+    positions, parts (S,). The start ends before the first token that predicts a trained one: each text has its own."""
+    start = len(os.path.commonprefix([ids for ids, _ in texts]))  # despite its name not only for paths
+    for _, labels in texts:
+        first_trained = int((labels != -100).nonzero()[0])
+        start = min(start, first_trained - 1)
+    all_ids, labels_before = texts[0][0][:start], texts[0][1][:start]
+    pieces = [(labels_before, torch.arange(start), torch.zeros(start, dtype=torch.int64))]
+    for n, (ids, labels) in enumerate(texts, start=1):
+        all_ids = all_ids + ids[start:]
+        positions = torch.arange(start, len(ids))
+        pieces.append((labels[start:], positions, torch.full_like(positions, n)))
+    labels, positions, parts = map(torch.cat, zip(*pieces, strict=True))
+    return all_ids, labels, positions, parts
+
+
+def order_by_image(rows):
+    """The indices of these rows, those that show the same image next to each other."""
+    keys = rows["image_keys"][:]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+@contextlib.contextmanager
+def repeated_images_once(model):
+    """Optional, for speed, in generation: within the `with` block an image that equals the one before it in a batch
+    does not go through vision tower and connector again."""
+    features_of = model.get_image_features
+
+    @functools.wraps(features_of)  # generate() reads the names of its arguments
+    def features_of_distinct(pixel_values, pixel_attention_mask, **kwargs):
+        is_new = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+        is_new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(dim=1)
+        outputs = features_of(pixel_values[is_new], pixel_attention_mask[is_new], **kwargs)
+        numbers = is_new.cumsum(0) - 1  # of each row's image, among the distinct ones
+        outputs.pooler_output = [outputs.pooler_output[number] for number in numbers.tolist()]
+        return outputs
+
+    with patch.object(model, "get_image_features", features_of_distinct):
+        yield
+
+
+def shared_start_mask(part, position, real, model, block=None):
+    """The attention mask of sequences in which several texts follow one start: a token sees those before it that are
+    in the start or in its own text, as if each text had a sequence of its own. All (B, S):
+    part: 0 in the start, n in the n-th text. position: in a sequence of its own. real: not padding.
+    block: tokens with the same number see each other, later ones, too; -1 has no block.
+    -> (B, 1, S, S), tokens along dim 2 see those along dim 3: booleans for sdpa, what is added to the scores for eager
+    attention, a BlockMask for flex_attention, which then skips blocks of the mask in which nothing is seen."""
+
+    def sees(row, head, token, other):
+        is_seen = (part[row, other] == 0) | (part[row, other] == part[row, token])
+        is_seen = is_seen & (position[row, other] <= position[row, token])
+        if block is not None:
+            is_seen = is_seen | ((block[row, other] == block[row, token]) & (block[row, token] >= 0))
+        return (is_seen & real[row, other]) | (token == other)  # padding sees itself, or gives NaN
+
+    num_rows, length = part.shape
+    attention = model.config.get_text_config()._attn_implementation
+    if attention == "flex_attention":
+        return create_block_mask(sees, num_rows, None, length, length, device=part.device)
+    rows = torch.arange(num_rows, device=part.device)[:, None, None]
+    tokens = torch.arange(length, device=part.device)
+    mask = sees(rows, None, tokens[:, None], tokens)
+    if attention == "eager":
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return mask[:, None]
+
+
 @contextlib.contextmanager
 def losses_as_logits(lm_head, inputs):
     """Optional, for speed and memory: within the `with` block the model's logits are the losses (N,) of its trained
@@ -3149,6 +3352,86 @@ def mean_of_losses(outputs, labels, num_items_in_batch=None):
     """The trained tokens' losses: their sum, divided by how many there are in the whole step, or in this batch."""
     losses = outputs.logits  # see losses_as_logits
     return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+
+class RowsOfAnImageTogether(torch.utils.data.Sampler):
+    """Optional, for speed: rows that show the same image come in chunks, each within a batch if possible, but of at
+    most half a step; images and chunks are in random order. A step has rows of two images, as far as the data allow.
+    keys: of each row, equal for the same image. `generator()` returns the random numbers of the current epoch."""
+
+    def __init__(self, keys, batch_size, rows_per_step, generator):
+        self.keys = list(keys)
+        self.batch_size, self.rows_per_step, self.generator = batch_size, rows_per_step, generator
+        self.largest_chunk = max(1, min(batch_size, rows_per_step // 2))
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __iter__(self):
+        generator = self.generator()
+        rows_of = defaultdict(list)
+        for n in torch.randperm(len(self.keys), generator=generator).tolist():
+            rows_of[self.keys[n]].append(n)
+        chunks = []
+        for rows in rows_of.values():
+            chunks += [rows[start : start + self.largest_chunk] for start in range(0, len(rows), self.largest_chunk)]
+        *batches, last = self.fill_batches([chunks[n] for n in torch.randperm(len(chunks), generator=generator)])
+        order = []
+        for n in torch.randperm(len(batches), generator=generator):
+            order += batches[n]
+        order += last  # it may be short
+        steps = [order[start : start + self.rows_per_step] for start in range(0, len(order), self.rows_per_step)]
+        self.mix_images(steps)
+        return itertools.chain(*steps)
+
+    def fill_batches(self, chunks):
+        """Chunks -> batches. Each takes the largest chunk that is left, and then again and again the largest that
+        fits. If none does, the smallest is cut."""
+        by_size = defaultdict(list)
+        for chunk in chunks:
+            by_size[len(chunk)].append(chunk)
+        batches = [[]]
+        while by_size:
+            room = self.batch_size - len(batches[-1])
+            if room == 0:
+                batches.append([])
+                room = self.batch_size
+            size = max((size for size in by_size if size <= room), default=min(by_size))
+            chunk = by_size[size].pop()
+            batches[-1] += chunk[:room]
+            if size > room:
+                by_size[size - room].append(chunk[room:])
+            if not by_size[size]:
+                del by_size[size]
+        return batches
+
+    def mix_images(self, steps):
+        """Each step, a list of rows, that shows one image only swaps a row with a step that has two rows of others."""
+        counts = [Counter(self.keys[row] for row in step) for step in steps]
+        used_up = set()  # images for which there is no such step
+        for n, step in enumerate(steps):
+            image = self.keys[step[0]]
+            if len(counts[n]) > 1 or len(step) == 1 or image in used_up:
+                continue
+            for k in itertools.chain(range(n + 1, len(steps)), range(n)):
+                others = len(steps[k]) - counts[k][image]
+                if others >= min(2, len(steps[k])):
+                    break
+            else:
+                used_up.add(image)
+                continue
+            rarest = min((key for key in counts[k] if key != image), key=counts[k].get)
+            place = [self.keys[row] for row in steps[k]].index(rarest)
+            step[-1], steps[k][place] = steps[k][place], step[-1]
+            for changed in (n, k):
+                counts[changed] = Counter(self.keys[row] for row in steps[changed])
+
+
+def epoch_generator(trainer):
+    """Random numbers for the order of rows in the current epoch, the same on all GPUs and after a resume."""
+    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+    epoch = int(trainer.state.epoch or 0)  # after a resume Trainer does not call set_epoch on samplers of ours
+    return torch.Generator().manual_seed(seed + epoch)
 
 
 if __name__ == "__main__":

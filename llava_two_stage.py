@@ -2350,10 +2350,11 @@ Answer = namedtuple("Answer", "text num_tokens ended")  # ended: by itself, not 
 
 def answer_rows(trainer, rows, max_new_tokens):
     """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each process
-    answers a share of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
+    answers a run of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
     share = range(len(rows))
     if not is_deepspeed_zero3_enabled():
-        share = share[PartialState().process_index :: PartialState().num_processes]
+        process, processes = PartialState().process_index, PartialState().num_processes
+        share = share[len(rows) * process // processes : len(rows) * (process + 1) // processes]
     batch_size = trainer.args.per_device_eval_batch_size
     answers = []  # (number of the row, Answer)
     for start in range(0, len(share), batch_size):
@@ -2694,8 +2695,9 @@ CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python
 INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
 
-def checkpoint_to_resume(training):
-    """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit."""
+def checkpoint_to_resume(training, before=()):
+    """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit.
+    before: {setting whose default is chosen by the rows: what versions of this file did that did not have it}."""
     if __name__ == "__main__":  # not where a notebook or a test has imported this file
         listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
@@ -2717,7 +2719,7 @@ def checkpoint_to_resume(training):
         problem = damage_of(Path(wanted))
         require(problem is None, f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {problem}")
         require_no_other_checkpoints(Path(wanted), output_dir, checkpoints)
-        require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"))
+        require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"), before)
         return wanted
     damaged = {}
     newest = None
@@ -2727,7 +2729,7 @@ def checkpoint_to_resume(training):
             newest = folder
             break
     if newest or finished:
-        require_same_settings(training, output_dir)
+        require_same_settings(training, output_dir, before=before)
     if finished:
         say(f"{output_dir} holds this run, finished. For another one choose another --output_dir.")
         PartialState().destroy_process_group()
@@ -2770,9 +2772,9 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
                 fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
 
 
-def require_same_settings(training, folder, may_also_differ=()):
+def require_same_settings(training, folder, may_also_differ=(), before=()):
     """Stop if the run in this folder is another one, with other settings, or with other rows in a step. Another number
-    of processes is made up for, where that is possible. Raises SystemExit."""
+    of processes is made up for, where that is possible. before: see checkpoint_to_resume. Raises SystemExit."""
     remedy = CHOOSE_OR_RESUME.format(Path(__file__).name, folder)
     try:
         text = (folder / "settings.yaml").read_text(encoding="utf-8")
@@ -2786,6 +2788,7 @@ def require_same_settings(training, folder, may_also_differ=()):
         fail(f"{problem}. Choose another --output_dir, or resume what is there with that version")
 
     old_rows, old_processes = int(notes[ROWS_NOTE]), notes.get(PROCESSES_NOTE, "(not written down)")
+    adopt_choices(training, old, before)
     made_up_for = adopt_rows_per_step(training, old, old_rows, old_processes)
     may_differ = {*MAY_CHANGE_ON_RESUME, *may_also_differ}
     # How answers are scored may only change if checkpoints are not compared by it.
@@ -2818,6 +2821,14 @@ def say_what_changed(training, notes):
         say("note: this run was begun by an earlier version, whose eval_loss was a mean over batches, not over tokens")
     if notes.get(RECIPE_NOTE, "") not in ("", sha256_of(__file__)):
         say(f"note: {Path(__file__).name} has changed since this run was begun")
+
+
+def adopt_choices(training, old, before):
+    """Where the rows choose a default, take what they chose for the run to resume, or what its version did before."""
+    for name, value in dict(before).items():
+        old.setdefault(name, value)
+        if training.as_given[name] is None:
+            training.as_given[name] = old[name]
 
 
 def adopt_rows_per_step(training, old, old_rows, old_processes):
@@ -3307,6 +3318,8 @@ def fill_card(trainer):
         stack.enter_context(patch.object(trainer, "compute_loss_context_manager", accelerator.autocast))
         for gather in ("gather", "gather_for_metrics"):  # a process whose GPU is full must not keep others waiting
             stack.enter_context(patch.object(accelerator, gather, lambda values, *args, **kwargs: values))
+        # The rows of a batch may all have images of their own, even if those that are tried do not.
+        stack.enter_context(patch.object(trainer.data_collator, "share_pages", False, create=True))
         for name, (run, rows, sizes) in zip(BATCH_SIZES, jobs, strict=True):
             if name in args.auto_batch and rows is not None:
                 before = int(args.as_given[name].partition(":")[2] or 0)

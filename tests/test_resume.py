@@ -42,6 +42,7 @@ WAYS = {  # recipe, then what is trained -> the checkpoint that is named, settin
     "idefics2_docvqa": (6, {}),
     "idefics2_docvqa, DoRA": (4, DORA | LAST),
     "idefics2_docvqa, float": (2, FLOAT),
+    "idefics2_docvqa, shared pages": (4, LAST),
     "dpo_idefics2": (6, {}),
     "dpo_idefics2, float, DoRA": (4, FLOAT | DORA | LAST),
     "finetune_minicpm_lora": (6, {}),
@@ -60,7 +61,13 @@ WAYS = {  # recipe, then what is trained -> the checkpoint that is named, settin
     "llava_two_stage, LoRA, vision": (4, LORA | TOWER),
     "llava_two_stage, 4-bit": (2, LORA | {"load_in_4bit": True}),
 }
-KILLED = [*recipes.NAMES[:4], "finetune_minicpm_lora, 2.6", "llava_two_stage, align", "llava_two_stage, joined"]
+KILLED = [
+    *recipes.NAMES[:4],
+    "idefics2_docvqa, shared pages",
+    "finetune_minicpm_lora, 2.6",
+    "llava_two_stage, align",
+    "llava_two_stage, joined",
+]
 EACH = [*recipes.NAMES[:4], "llava_two_stage, joined"]  # of each recipe one
 each_recipe = pytest.mark.parametrize("way", EACH)
 
@@ -103,6 +110,8 @@ def flags_of(request, tmp_path_factory):
         rows = mixed(json.loads((case.folder / "json" / f"{file}.json").read_text()), 14)
         if name == "idefics2_docvqa":
             rows = [{**row, "answers": answers(n)} for n, row in enumerate(rows)]
+        if "shared pages" in way:
+            rows = [{**row, "image": rows[n % 4]["image"]} for n, row in enumerate(rows)]
         settings = {**RUN, **OWN[name], "image_folder": case.folder / "json" / "images", **WAYS[way][1]}
         for flag, some in (("dataset_name", rows[:10]), ("eval_dataset_name", rows[10:])):
             settings[flag] = case.tmp_path / f"{flag}.json"
@@ -242,6 +251,7 @@ def test_a_killed_run_started_again_comes_to_the_same_end(way, whole, dead, run,
     assert f"{half}: optimizer.pt is damaged (it has 1000 bytes of " in resumed.text
     assert f"resuming from {out / 'checkpoint-4'}\n" in resumed.text
     assert_same_end(whole(way), resumed, after=4)
+    assert ("(--share_pages true)" in resumed.text) == ("shared pages" in way)
     samples = (out / "samples.md").read_text()
     assert samples == (whole(way).out / "samples.md").read_text()
     assert re.findall(r"^## Step (\d+)", samples, re.M) == ["2", "4", "6", "7"]

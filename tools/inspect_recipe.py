@@ -406,7 +406,7 @@ def build(recipe, settings, training, train, held_out):
     stand_ins = {
         "parse": lambda argv=None: (settings, training),
         "check": lambda *args: None,
-        "checkpoint_to_resume": lambda training, *args: None,
+        "checkpoint_to_resume": lambda training, *args, **options: None,
         "load_data": lambda *args: (train, held_out),
         # a joined model is written to the disk before it is adapted: of that only what from_pretrained reads above
         "save_renamed": lambda model, names, dtype, folder, *args, **kwargs: model.config.save_pretrained(folder),
@@ -428,7 +428,10 @@ def build(recipe, settings, training, train, held_out):
         try:
             recipe.main([])
         except Seen as seen:
-            return seen.args[0]
+            trainer = seen.args[0]
+            if hasattr(trainer.data_collator, "share_pages"):
+                trainer.data_collator.share_pages = False  # rows about different pages take the most
+            return trainer
         finally:
             os.makedirs(folder, exist_ok=True)
     return fail(f"{recipe.__file__}: its main() trains nothing by a Trainer")
