@@ -155,13 +155,14 @@ def noise_rows(args, setup, picture, spread):
 
 def page_rows(args, setup, picture, spread):
     """Rows of idefics2_docvqa: a printed page, a question of 12-20 tokens, an answer of 2-14 digits, each of them a
-    token. A page is as large as the model sees it."""
+    token. A page is as large as the model sees it. Several rows have the same, if args.questions says so."""
     draw, rows, side = random.Random(args.seed), [], setup.sizes["side"]
     for n in range(args.batch_size * args.steps):
-        page = Image.new("RGB", (draw.randrange(680, 721) * side // 980, side), "white")
-        pen = ImageDraw.Draw(page)
-        for y in range(20, page.height - 20, 24):
-            pen.text((20, y), f"{draw.random()} " * draw.randrange(1, 5), fill="black")
+        if n % args.questions == 0:
+            page = Image.new("RGB", (draw.randrange(680, 721) * side // 980, side), "white")
+            pen = ImageDraw.Draw(page)
+            for y in range(20, page.height - 20, 24):
+                pen.text((20, y), f"{draw.random()} " * draw.randrange(1, 5), fill="black")
         question, length = "What is", draw.randrange(12, 21)
         while count_tokens(setup.collator.processor.tokenizer, question) < length:
             question += " " + draw.choice(["the", "total", "on", "this", "form", "number"])

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                      # sft_llava, scaled down: 1 minute of one CPU
     python benchmarks/step.py --recipe idefics2_docvqa --checkpointing both                # 3 minutes
+    python benchmarks/step.py --recipe idefics2_docvqa --questions 4   # that share a page, too: 5 minutes
     python benchmarks/step.py --recipe dpo_idefics2 --arch llava --adapters all --json step.json
     python benchmarks/step.py --recipe finetune_minicpm_lora --real_size  # FLOPs of MiniCPM-V-4.6, without its weights
     python benchmarks/step.py --recipe dpo_idefics2 --real_size --device cuda   # and idefics2-8b's time; not run yet
@@ -90,6 +91,7 @@ THRESHOLDS = {  # least speed-up of the scaled model with checkpointing
     "dpo_idefics2 idefics2 all": {"time": 1.45, "FLOPs": 1.55},
     "dpo_idefics2 llava language": {"time": 1.55, "FLOPs": 1.7},
     "dpo_idefics2 llava all": {"time": 1.45, "FLOPs": 1.6},
+    "shared pages": {"time": 2, "FLOPs": 2.5, "memory": 1},  # idefics2_docvqa beside itself, 4 questions a page
 }
 SIDE_NAMES = ("stock", "recipe")
 
@@ -233,6 +235,9 @@ def trained_positions(collate, rows, image, prompt):
 def report_totals(counted, unit, scale, pairs, note, report):
     """FLOPs of both sides -> a line."""
     note += f"; of it to see the images once {counted['image'] / scale:.2f} {unit}"
+    if "apart" in counted:
+        apart, shared = counted["apart"]["all"], counted["recipe"]["all"]
+        note += f"; the recipe without shared pages {apart / scale:.2f} {unit}, {apart / shared:.2f}x"
     report(measure.line("FLOPs", {side: counted[side]["all"] for side in SIDE_NAMES}, unit, scale, note))
 
 
@@ -384,9 +389,20 @@ def in_batches(collate, rows, batch_size):
     return [collate(rows[n : n + batch_size]) for n in range(0, len(rows), batch_size)]
 
 
+def batches_of_both(args, setup, rows):
+    """Rows -> {side: batches}. With several questions a page the recipe's share it, and the stock side's do not."""
+    batches = in_batches(setup.collator, rows, args.batch_size)
+    both = dict.fromkeys(SIDE_NAMES, batches)
+    if args.questions > 1:
+        sharing = copy.copy(setup.collator)
+        sharing.share_pages = True
+        both["recipe"] = in_batches(sharing, rows, args.batch_size)
+    return both
+
+
 def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
-    """-> (the two trainers, warm; batches; what `at_its_defaults` gives, where the case and checkpointing ask for
-    it)."""
+    """-> (the two trainers, warm; {side: batches}; what `at_its_defaults` gives, where the case and checkpointing ask
+    for it)."""
     setup = prepare(args, checkpointing, folder, size, **more)
     if dtype is None:
         dtype = setup.case.module.weight_dtype(setup.training)
@@ -409,7 +425,7 @@ def measured_sides(args, checkpointing, folder, size, dtype=None, **more):
     for stock, recipe in zip(*(trainer.model.parameters() for trainer in both.values())):
         if recipe.requires_grad:
             recipe.data.copy_(stock.data)  # MiniCPM-V's recipe has no learning rate of 0, and an AdamW of its own
-    return both, in_batches(setup.collator, setup.rows, args.batch_size), alone
+    return both, batches_of_both(args, setup, setup.rows), alone
 
 
 def at_its_defaults(args, setup, base):
@@ -433,7 +449,7 @@ def counted_sides(args, checkpointing, folder, size, picture=None, spread=0):
     cpu = SimpleNamespace(**{**vars(args), "device": "cpu", "steps": 1})
     setup = prepare(cpu, checkpointing, folder, size, picture, spread)
     rows, case, found = setup.rows[: args.batch_size], setup.case, {}
-    batch = setup.collator(rows)
+    batch_of = {side: batches[0] for side, batches in batches_of_both(args, setup, rows).items()}
     if args.recipe == "dpo_idefics2":
         setup.collator.shares_prompts = True  # as its trainer sets it
         found["mask"] = setup.config, setup.collator(rows)
@@ -446,10 +462,12 @@ def counted_sides(args, checkpointing, folder, size, picture=None, spread=0):
             if checkpointing:
                 trainer.model.activation_checkpointing_enable()
             with measure.StaticShapes():
-                found[side] = case.count(trainer, batch)
-                found["image"] = measure.flops_of_images(trainer, batch, case.sequences)
+                found[side] = case.count(trainer, batch_of[side])
+                found["image"] = measure.flops_of_images(trainer, batch_of["stock"], case.sequences)
                 if case.shares and side == "stock":
-                    found["shares"] = case.shares(trainer, batch)
+                    found["shares"] = case.shares(trainer, batch_of["stock"])
+                if args.questions > 1:
+                    found["apart"] = case.count(trainer, batch_of["stock"])  # in the end the recipe's
     return found
 
 
@@ -475,15 +493,16 @@ def in_float64(value):
     return value
 
 
-def difference(sides, batch):
-    """Loss of both sides; largest relative difference of any trained weight's gradient, and, of DPO, of any answer's
-    log-probability under policy and reference. Dropout draws the same on both sides. In float64: the rounding errors
-    of float32 are near measure.TOLERANCE. (Norms and the fused head go through float32 all the same.)"""
+def difference(sides, batch_of):
+    """{side: trainer}, {side: batch} -> loss of both sides; largest relative difference of any trained weight's
+    gradient, and, of DPO, of any answer's log-probability under policy and reference. Dropout draws the same on
+    both sides. In float64: the rounding errors of float32 are near measure.TOLERANCE. (Norms and the fused head go
+    through float32 all the same.)"""
     losses, answers, found = {}, {}, {}
-    batch = tree_map(in_float64, dict(batch))
     is_dpo = isinstance(sides["stock"], trl.DPOTrainer)
     for side, trainer in sides.items():
         trainer.model.double()
+        batch = tree_map(in_float64, dict(batch_of[side]))
         transformers.set_seed(trainer.args.seed)
         with log_probabilities_of(trainer.model) as outputs:
             losses[side] = measure.step(trainer, batch).item()
@@ -570,7 +589,7 @@ def measure_setting(args, checkpointing, folder, report):
     if args.attn_implementation:
         exact["attn_implementation"] = "sdpa"  # kernels for GPUs know no float64
     both, batches, alone = measured_sides(args, checkpointing, folder, small, torch.float32, **exact)
-    found["check"] = difference(both, batches[0])
+    found["check"] = difference(both, {side: batches[side][0] for side in SIDE_NAMES})
     found["equal"] = equal(found["check"])
     report_check(found["check"], found["equal"], report)
     if not found["equal"]:
@@ -579,21 +598,32 @@ def measure_setting(args, checkpointing, folder, report):
     if args.device == "cuda" or case.flags_of_check:
         both, batches, alone = measured_sides(args, checkpointing, folder, args.size)
     report(" at equal settings")
-    counted = {side: case.count(trainer, batches[0]) for side, trainer in both.items()}
-    counted["image"] = measure.flops_of_images(both["stock"], batches[0], case.sequences)
+    counted = {side: case.count(trainer, batches[side][0]) for side, trainer in both.items()}
+    counted["image"] = measure.flops_of_images(both["stock"], batches["stock"][0], case.sequences)
     total = {side: counted[side]["all"] for side in SIDE_NAMES}
-    found |= measure.costs(both, dict.fromkeys(both, batches), report, total)
+    found |= measure.costs(both, batches, report, total)
     found["flops_by_part"] = counted
     if case.report_counts is report_parts:
         report_parts(counted, "GFLOP", 1e9, args.batch_size, "", report)
     if case.shares:
-        found["shares"] = case.shares(both["stock"], batches[0])
+        found["shares"] = case.shares(both["stock"], batches["stock"][0])
         if args.size == "scaled":
             found["counted"] = count_real(args, checkpointing, folder, report)
+    if args.questions > 1:
+        found["pages"] = measure_pages(args, both["recipe"], batches, checkpointing, report)
     if alone:
-        found["defaults"] = measure_defaults(args, both, batches, alone, report)
+        found["defaults"] = measure_defaults(args, both, batches["recipe"], alone, report)
     if args.size == "scaled" and checkpointing:
         measure.check_thresholds(found, THRESHOLDS.get(args.thresholds, {}), report)
+    return found
+
+
+def measure_pages(args, recipe, batches, checkpointing, report):
+    """What shared pages cost, beside the recipe's own step with a page for each question."""
+    report(" the recipe beside itself: here stock is its own step without shared pages")
+    found = measure.costs(dict.fromkeys(SIDE_NAMES, recipe), batches, report)
+    if args.size == "scaled" and checkpointing:
+        measure.check_thresholds(found, THRESHOLDS["shared pages"], report)
     return found
 
 
@@ -624,7 +654,10 @@ def parse(argv=None):
     kernel = "Of dpo_idefics2: its attention; the stock side keeps sdpa. On a GPU also flex_attention."
     parser.add_argument("--attn_implementation", help=kernel)
     parser.add_argument("--steps", type=int, help="Measured steps of each side. Default: 5 or 9, by recipe.")
-    parser.add_argument("--batch_size", type=int, help="Rows of a step. Default: 1, or of idefics2_docvqa 2.")
+    rows = "Rows of a step. Default: 1, or of idefics2_docvqa 2, or --questions."
+    parser.add_argument("--batch_size", type=int, help=rows)
+    questions = "Of idefics2_docvqa: questions about a page, which the recipe shares. Default: 1."
+    parser.add_argument("--questions", type=int, default=1, help=questions)
     parser.add_argument("--seed", type=int, default=0, help="Of weights, images and texts.")
     choices = {"choices": ["on", "off", "both"], "default": "on"}
     parser.add_argument("--checkpointing", **choices, help="Activation checkpointing, of both sides.")
@@ -649,13 +682,16 @@ def parse(argv=None):
     args.arch, args.adapters = args.arch or "idefics2", args.adapters or "all"
     args.model = case.model or ARCHITECTURES[args.arch]
     args.steps = case.steps if args.steps is None else args.steps
-    args.batch_size = case.batch_size if args.batch_size is None else args.batch_size
+    if args.recipe != "idefics2_docvqa" and args.questions != 1:
+        parser.error("--questions is for --recipe idefics2_docvqa")
+    if args.batch_size is None:
+        args.batch_size = max(case.batch_size, args.questions)
     args.size = "tiny" if args.tiny else "real" if args.real_size else "scaled"
     args.thresholds = args.recipe
     if args.recipe == "dpo_idefics2":
         args.thresholds += f" {args.arch} {args.adapters}"
-    if min(args.steps, args.batch_size) < 1:
-        parser.error("--steps and --batch_size: at least 1")
+    if min(args.steps, args.batch_size, args.questions) < 1:
+        parser.error("--steps, --batch_size and --questions: at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU found")
     if not 0 <= args.seed < 2**32:
@@ -736,7 +772,8 @@ def main(argv=None):
         report("\nerror: the recipe's loss, log-probabilities or gradients are not the stock trainer's")
         return 1
     report_all(args, found, report)
-    missed = [what for setting in found for what, holds in setting.get("held", {}).items() if not holds]
+    parts = [part for setting in found for part in (setting, setting.get("pages", {}))]
+    missed = [what for part in parts for what, holds in part.get("held", {}).items() if not holds]
     if missed and not args.report_only:
         report(f"\nerror: {' and '.join(missed)} below what this benchmark asks for")
         return 1

@@ -39,6 +39,7 @@ pytestmark = [
 STEPS = {  # flags, and how many matrices are trained: A and B of each layer with LoRA
     "sft_llava": ([], 2 * 2 * 7),  # seven projections in two layers
     "idefics2_docvqa": ([], 2 * (2 * 4 + 3 * 4 + 1)),  # language model, perceiver, lm_head
+    "idefics2_docvqa shared": (["--questions", "2"], 2 * (2 * 4 + 3 * 4 + 1)),
     "dpo_idefics2": (["--arch", "idefics2", "--adapters", "language"], 2 * 2 * 7),  # the tower is frozen
     "dpo_idefics2 llava": (["--arch", "llava", "--adapters", "all"], 2 * (2 * 7 + 2 + 2 * 6)),  # two layers of a tower
     "finetune_minicpm_lora": ([], 2 * (3 + 4 + 2 * 3) + 4 + 2 + 2 * 2),  # and a projector, trained in full
@@ -103,9 +104,12 @@ def test_weights_without_storage_cost_as_many_flops(stepped, tmp_path, name):
             counted = step.counted_sides(args, setting["checkpointing"], tmp_path, "tiny", spread=1)
         shares = counted.pop("shares", None)
         counted.pop("mask", None)
+        apart = counted.pop("apart", None)
+        if apart:
+            assert apart["all"] == setting["pages"]["flops"]["stock"] > counted["recipe"]["all"]
         assert counted == setting["flops_by_part"] and shares == setting.get("shares")
         assert counted["stock"]["all"] == setting["flops"]["stock"] > counted["image"] > 0
-        if name == "idefics2_docvqa":
+        if name.startswith("idefics2_docvqa"):
             assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
 
 
@@ -135,7 +139,8 @@ def test_trl_at_its_defaults_stands_beside(stepped):
 
 def test_stock_side_scores_label_positions_only(tmp_path):
     """As on a GPU, though here is none: it saves the logits elsewhere, and the loss stays the same."""
-    both, (batch,), _ = step.measured_sides(step.parse(step_flags("sft_llava")), False, tmp_path, "tiny")
+    both, batches, _ = step.measured_sides(step.parse(step_flags("sft_llava")), False, tmp_path, "tiny")
+    (batch,) = batches["stock"]
     flops, losses = [], []
     for within in (contextlib.nullcontext(), measure.label_positions_only()):
         with within:
@@ -275,6 +280,8 @@ step --json nowhere/x.json | --json nowhere/x.json cannot be written: No such fi
 step --steps 0 | at least 1
 step --device cuda | no GPU found
 step --arch llava | --arch, --adapters and --attn_implementation are for --recipe dpo_idefics2
+step --questions 2 | --questions is for --recipe idefics2_docvqa
+step --recipe idefics2_docvqa --questions 0 | at least 1
 step --recipe dpo_idefics2 --attn_implementation flex_attention | on a CPU it has no backward pass
 estimate no_recipe | no recipe no_recipe; there are sft_llava
 estimate --rows 15 | at least 16
