@@ -31,3 +31,24 @@ def test_a_family_is_trained_on_the_gpu(family, settings):
     cuda.check_dtypes_of_products(report, [cuda.TRIANGULAR_SYSTEM] if family == "qwen3_5" else [])
     cuda.check_width(report)
     cuda.check_bound(report, BOUNDS[family])
+
+
+# Of pairs, with shared prompts. The stock trainer waits 18 times more with Qwen3-VL.
+BOUNDS_OF_PAIRS = {
+    "qwen3_vl": Bound(waits=297, waits_of_ours=1, copies=8, masked=12, evaluation_waits=132),
+    "smolvlm": Bound(waits=55, waits_of_ours=1, copies=0, masked=12, evaluation_waits=26),
+    "internvl": Bound(waits=39, waits_of_ours=1, copies=0, masked=12, evaluation_waits=18),
+}
+CAN_RUN_PAIRS = [family for family in BOUNDS_OF_PAIRS if HAS_TORCHVISION or family not in NEED_TORCHVISION]
+
+
+@pytest.mark.parametrize("family", marked(BOUNDS_OF_PAIRS))
+@pytest.mark.parametrize("settings", OPPOSITE)
+def test_pairs_of_a_family_are_trained_on_the_gpu(family, settings):
+    report = report_of(settings, ("dpo_idefics2", "--model", *CAN_RUN_PAIRS, "--only", *OPPOSITE), model=family)
+    cuda.check_run(report)
+    cuda.check_trained(report)
+    cuda.check_frozen(report)
+    cuda.check_dtypes_of_products(report)
+    cuda.check_width(report)
+    cuda.check_bound(report, BOUNDS_OF_PAIRS[family])
