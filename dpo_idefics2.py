@@ -189,6 +189,7 @@ def check(settings, training):
     check_common_flags(settings, training, "Idefics2-8b needs 24 GB", metrics=("loss",))
     require(training.learning_rate > 0, "--learning_rate must be above 0")
     require(settings.lora_r >= 1, "--lora_r must be at least 1: the reference is the model without its adapter")
+    require(training.beta > 0, "--beta must be above 0: with 0 answers are not compared with the reference")
     check_losses(training)
     check_pixels(settings)
 
@@ -271,7 +272,7 @@ class Collator:
             batch["pairs"] = pack_pairs(**batch, pad_token_id=pad_id)
         for name, values in prompts.items():
             if name not in batch and values.shape == is_token.shape:
-                # Kinds of tokens, such as those of images. PaliGemma's, which has no template: 1 in an answer.
+                # Kinds of tokens: 1 for images, in PaliGemma, which has no template, for an answer.
                 batch[name] = append_answers(values, is_token, zeros if self.processor.chat_template else ones)
             elif name == "cross_attention_mask":
                 raise BadRow("cross-attention", "the text does not hold its images, as in Llama 3.2 Vision")
@@ -443,8 +444,8 @@ def check_adapter(settings, training, adapter):
     check_attention_kernel(settings, training, model)
     check_lora_targets(settings, adapter, model, UNTRAINABLE)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
-    is_longer = (training.max_length or math.inf) > window  # attention_of leaves the window out
-    if settings.shared_prompt and model.config.model_type in SHARED and is_longer:
+    is_longer = (training.max_length or math.inf) > window  # shared_start_mask knows no window
+    if settings.shared_prompt and model.config.model_type in SHARED and takes_mask(model) and is_longer:
         problem = f"this model has a sliding window of {window} tokens, which shared prompts do not support"
         fail(f"--max_length {training.max_length}: {problem}: --max_length {window}, or --shared_prompt false")
 
@@ -492,7 +493,7 @@ class Trainer(DPOTrainer):
         """For eval_loss: each loss of --loss_type, summed over pairs (sft: tokens), and over how many. 2 x (K,)"""
         pairs, tokens, _ = loss_counts(inputs, self.is_repeat)
         counts = torch.stack([tokens if loss == "sft" else pairs for loss in self.loss_types])
-        # Each loss is multiplied by a row of this matrix, so that they are not added up.
+        # Row k of this matrix weighs loss k with 1 and the others with 0: their sum becomes a vector of all.
         each_apart = torch.diag(torch.tensor(self.loss_weights, device=counts.device))
         with patch.object(self, "loss_weights", list(each_apart)):
             return self.compute_loss(model, inputs) * counts, counts
@@ -601,8 +602,8 @@ class SharedPromptDPOTrainer(Trainer):
             say(f"path: stock DPOTrainer, since {self.why_not_shared}")
             return
         say("path: shared prompts, each pair one sequence with its image once")
-        self.data_collator.shares_prompts = True
         forwards = ReplacedForwards()
+        forwards.replaced.enter_context(patch.object(self.data_collator, "shares_prompts", True, create=True))
         model = self.model.get_base_model()
         forwards.replace(model, functools.partial(self.forward_pairs, model.forward))
         for part in model.model.children():  # in the order in which they run: tower, connector, language model
@@ -614,7 +615,7 @@ class SharedPromptDPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """DPOTrainer's loss. It calls the model for the policy, then for the reference, with the same images."""
-        self.frozen_outputs = None if return_outputs else {}  # return_outputs adds a third call, with other images
+        self.frozen_outputs = None if return_outputs else {}  # it adds a third call, with the images of all 2B rows
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
@@ -635,11 +636,10 @@ class SharedPromptDPOTrainer(Trainer):
         """Stands in for the model's `forward`, to which TRL added a fused head: log-probabilities instead of logits.
         In: DPOTrainer's batch, input_ids, attention_mask, labels (2B, L), images (2B, ...), and its `pairs`, packed.
         Out: (2B, L - 1)."""
+        packed = inputs.pop("pairs", None)
         if not inputs.pop("fused_lm_head", False):  # TRL sets it to compute the loss; without it, this is generation
             return forward(*args, **inputs)
-        ids, mask, labels, packed = (
-            inputs.pop(name, None) for name in ("input_ids", "attention_mask", "labels", "pairs")
-        )
+        ids, mask, labels = (inputs.pop(name) for name in ("input_ids", "attention_mask", "labels"))
         if packed is None:  # the batch of another collator
             packed = pack_pairs(ids, mask, labels != -100, self._tokenizer.pad_token_id)
         pairs = SimpleNamespace(**packed)
@@ -650,7 +650,7 @@ class SharedPromptDPOTrainer(Trainer):
         if needs.block:
             block = needs.block(model, pairs)
         mask = shared_start_mask(pairs.part, pairs.position, pairs.real, model, block)
-        for name in ("token_type_ids", "mm_token_type_ids"):  # models make positions or a mask of them, given here
+        for name in ("token_type_ids", "mm_token_type_ids"):  # only for positions and mask, which are given instead
             inputs.pop(name, None)
         for name, value in list(inputs.items()):
             if isinstance(value, torch.Tensor):
@@ -667,9 +667,10 @@ class SharedPromptDPOTrainer(Trainer):
 
 def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     """DPOTrainer's batch, all (2B, L), chosen rows first, padded on any side -> B pairs, each one sequence of S tokens
-    as drawn above: ids, real (not padding), position, part, in_prompt (also its last token), order (the indices of
-    tokens in the two rows side by side), all (B, S); and the N tokens of the loss: targets, and where they stand,
-    flattened: predicted in (2B, L - 1), predicted_from in (B, S).
+    as drawn above. (B, S): ids, position, part; real, not padding; in_prompt, also true for p3's second copy; order,
+    where a token stands in the two rows of the pair, side by side.
+    (N,), the tokens of the loss, chosen rows first: targets; predicted_from, where they are predicted in (B, S),
+    flattened; predicted, where they stand in (2B, L - 1), flattened.
     Made in the collator, on the CPU: on a GPU the host would have to wait for sizes that depend on content."""
     num_pairs, real = len(input_ids) // 2, attention_mask.bool()
     is_answer = completion_mask.bool()
@@ -678,7 +679,7 @@ def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     part = (last_of_prompt | is_answer).long()  # 0: prompt, 1: chosen
     part[num_pairs:] *= 2  # 2: rejected
     keep = real.clone()
-    keep[num_pairs:] = part[num_pairs:] == 2  # the prompt is only taken from the chosen row
+    keep[num_pairs:] = part[num_pairs:] == 2  # of the rejected row: the prompt's last token and the answer
 
     def side_by_side(values):  # (2B, L) -> (B, 2L)
         return torch.cat(values.chunk(2), dim=1)
@@ -690,19 +691,18 @@ def pack_pairs(input_ids, attention_mask, completion_mask, pad_token_id):
     def pack(values):  # (2B, L) -> (B, S): the kept tokens move to the left, in their order
         return side_by_side(values).gather(1, order)
 
-    is_kept, part, predicts = pack(keep), pack(part), pack(predicts)
-    of_chosen, of_rejected = ((predicts != -100) & (part == n) for n in (1, 2))
+    is_kept, packed_part, targets = pack(keep), pack(part), pack(predicts)
+    of_chosen, of_rejected = ((targets != -100) & (packed_part == n) for n in (1, 2))
     predicted_from = torch.cat([which.flatten().nonzero() for which in (of_chosen, of_rejected)]).squeeze(1)
     return {
         "ids": pack(input_ids).masked_fill(~is_kept, pad_token_id),  # a short row ends with tokens that are not kept
         "real": is_kept,
         "position": pack(real.cumsum(dim=1) - 1),
-        "part": part,
+        "part": packed_part,
         "in_prompt": pack(real & ~is_answer),
         "order": order,
-        # In the same order: those of all chosen rows, then those of all rejected ones.
         "predicted_from": predicted_from,
-        "targets": predicts.flatten()[predicted_from],
+        "targets": targets.flatten()[predicted_from],
         "predicted": is_answer[:, 1:].flatten().nonzero().squeeze(1),
     }
 
@@ -717,7 +717,8 @@ def in_three_axes(model, pairs, ids, mask, inputs):
 
 
 def whole_prompt(model, pairs):
-    """PaliGemma's prompt sees all of itself: one block, without the second copy of the prompt's last token. (B, S)"""
+    """PaliGemma's prompt sees all of itself: one block (B, S). The second copy of its last token is not in it: it sees
+    all by its position."""
     return torch.where(pairs.in_prompt & (pairs.part < 2), 0, -1)
 
 
@@ -728,8 +729,8 @@ def each_image(model, pairs):
     return torch.where(is_image, is_first.cumsum(dim=1), -1)
 
 
-# The families whose prompts can be shared, and what the forward pass of some needs beside the mask. To add one, add it
-# here and run tests/test_dpo_shared_prompt.py.
+# The families whose prompts can be shared, and what the forward pass of some needs beside the mask. A family can be
+# added if it takes a 4-D mask and positions, and runs each part once: tests/test_dpo_shared_prompt.py shows it.
 Needs = namedtuple("Needs", "positions block", defaults=(None, None))
 ONLY_THE_MASK = """aria aya_vision cohere2_vision deepseek_vl idefics2 idefics3 internvl lighton_ocr llava llava_next
 llava_onevision mistral3 ovis2 smolvlm video_llama_3 video_llava""".split()
@@ -745,12 +746,13 @@ def unpack(values, pairs, shape):
 
 def obstacle_to_sharing(model, ref_model=None):
     """Why a model's prompts cannot be shared; None if they can."""
-    attention = model.config.get_text_config()._attn_implementation
     if model.config.model_type not in SHARED:
         return f"no way is known to share prompts of a {model.config.model_type}"
     if not isinstance(model, PeftModel) or ref_model is not None:
         return "there is a reference model beside the policy"
-    return None if attention in ("sdpa", "eager", "flex_attention") else f"{attention} takes no 4-D attention mask"
+    if not takes_mask(model):
+        return f"{model.config.get_text_config()._attn_implementation} takes no 4-D attention mask"
+    return None
 
 
 # ---------------------------------------------------------------------------------------- details: rows, flags, losses
@@ -1258,7 +1260,8 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
 
 
 def check_and_measure_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens.
+    """The rows that the collator accepts, with new columns: `image_keys`, for hold_out, `length`, in tokens, of a pair
+    of the longer sequence, and `num_tokens`, of a pair of its prompt and both answers.
     The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
     without any answers."""
     require(len(rows) > 0, f"{name} is empty: it has no rows")
@@ -1269,7 +1272,13 @@ def check_and_measure_rows(rows, name, collator, settings, training):
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    columns = {"reason": text, "detail": text, "length": number, "image_keys": datasets.List(text)}
+    columns = {
+        "reason": text,
+        "detail": text,
+        "length": number,
+        "num_tokens": number,
+        "image_keys": datasets.List(text),
+    }
     columns |= {"notes": datasets.List(text), "differs": datasets.Value("bool")}
     with training.main_process_first(desc=f"checking {name}"):
         results = rows.map(
@@ -1293,17 +1302,22 @@ def check_and_measure_rows(rows, name, collator, settings, training):
         say(f"{name}: {count} rows with {note}")
     if any(results["differs"]):
         read_differently(training, "Unicode, white space or parts of texts")
-    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    rows = datasets.concatenate_datasets(
+        [rows, results.select_columns(["length", "num_tokens", "image_keys"])], axis=1
+    )
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
 def check_row(row, collator, cache_key):
-    """Try the collator on a row -> {"length", "image_keys", "notes" to the user, whether it "differs" from how earlier
-    versions read it, and for a bad row "reason" and "detail"}.
+    """Try the collator on a row -> {"length", "num_tokens", "image_keys", "notes" to the user, whether it "differs"
+    from how earlier versions read it, and for a bad row "reason" and "detail"}.
     cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
-    result = {"reason": None, "detail": None, "length": 0, "image_keys": [], "notes": [], "differs": False}
+    result = {"reason": None, "detail": None, "length": 0, "num_tokens": 0}
+    result |= {"image_keys": [], "notes": [], "differs": False}
     try:
-        result["length"] = collator([row])["attention_mask"].shape[1]
+        batch = collator([row])
+        result["length"] = batch["attention_mask"].shape[1]
+        result["num_tokens"] = tokens_of_row(batch)
         messages = collator.read(row)
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
@@ -1312,6 +1326,15 @@ def check_row(row, collator, cache_key):
     is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
     result["differs"] = not is_nfc or any(message.get("differs") for message in messages)
     return result
+
+
+def tokens_of_row(batch):
+    """A batch of one row -> its tokens; of a pair those of its prompt, which has two sequences, once."""
+    mask = batch["attention_mask"]
+    if "completion_mask" not in batch:
+        return int(mask.sum())
+    is_answer = batch["completion_mask"]
+    return int((mask - is_answer)[0].sum() + is_answer.sum())
 
 
 def is_blind(problems, rows, settings):
@@ -1451,7 +1474,7 @@ def read_dataset(name, split, settings):
     for column, feature in rows.features.items():
         if undecoded(feature) != feature:
             rows = rows.cast_column(column, undecoded(feature))
-    new_columns = ("row", "folder", "length", "image_keys")
+    new_columns = ("row", "folder", "length", "num_tokens", "image_keys")
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
     return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
@@ -1847,6 +1870,8 @@ def check_texts(messages, control_tokens, always=False):
 def check_order(messages):
     """Raises BadRow unless user and assistant alternate, after a system turn, if any."""
     roles = [message["role"] for message in messages]
+    if not roles:
+        raise BadRow("empty question", "no turn says anything")
     wanted = ["user", "assistant"] * len(roles)
     if roles[0] == "system":
         wanted.insert(0, "system")
@@ -2235,6 +2260,10 @@ def set_pixels(processor, settings):
             counts = "max_pixels" in images.valid_kwargs.__annotations__
             require(counts, f"--min_pixels, --max_pixels: {type(images).__name__} does not resize images by pixels")
             images.size[edge] = pixels
+    if settings.min_pixels is not None or settings.max_pixels is not None:
+        least, most = images.size["shortest_edge"], images.size["longest_edge"]
+        problem = f"the model's images would have at least {least} and at most {most} pixels: give both flags"
+        require(least <= most, f"--min_pixels, --max_pixels: {problem}")
 
 
 def print_parameters(model, parts):
@@ -2683,6 +2712,8 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
     require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
     require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
+    longest = getattr(training, "max_length", None)
+    require(longest is None or longest > 0, "--max_length must be above 0; without a limit it is null")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
     require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
@@ -2945,7 +2976,7 @@ INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --conf
 
 def checkpoint_to_resume(training, before=()):
     """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit.
-    before: {setting whose default is chosen by the rows: what versions of this file did that did not have it}."""
+    before: {setting that is chosen by the rows: its value in versions of this file that lacked it}."""
     if __name__ == "__main__":  # not where a notebook or a test has imported this file
         listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
@@ -3564,11 +3595,13 @@ def largest_batch(trainer, run, dataset, sizes, before):
     """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes.
     before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
     model, device = trainer.model, trainer.args.device
-    costs = dataset.with_format(None).select_columns(["length", "image_keys"])[:]
-    images_and_length = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
-    longest = sorted(range(len(dataset)), key=costs["length"].__getitem__, reverse=True)
-    most_images = sorted(range(len(dataset)), key=images_and_length.__getitem__, reverse=True)
-    orders = [longest, most_images] if most_images != longest else [longest]
+    costs = dataset.with_format(None).select_columns(["length", "num_tokens", "image_keys"])[:]
+    costs["images"] = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
+    orders = []  # the longest rows first, those with the most tokens, with the most images
+    for cost in ("length", "num_tokens", "images"):
+        order = sorted(range(len(dataset)), key=costs[cost].__getitem__, reverse=True)
+        if order not in orders:
+            orders.append(order)
     # What a later step holds beside: float32 gradients, AdamW's two states, DDP's copies of the gradients.
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     states = trained * (12 if trainer.args.world_size == 1 else 16)
@@ -3621,6 +3654,11 @@ def evaluate_once(trainer, rows):
     with torch.no_grad():
         trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
     answer_batch(trainer, rows, max_new_tokens=2)
+
+
+def takes_mask(model):
+    """Whether the language model's kernel of attention takes what shared_start_mask makes."""
+    return model.config.get_text_config()._attn_implementation in ("sdpa", "eager", "flex_attention")
 
 
 def shared_start_mask(part, position, real, model, block=None):

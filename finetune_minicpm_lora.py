@@ -1189,7 +1189,8 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
 
 
 def check_and_measure_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens.
+    """The rows that the collator accepts, with new columns: `image_keys`, for hold_out, `length`, in tokens, of a pair
+    of the longer sequence, and `num_tokens`, of a pair of its prompt and both answers.
     The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
     without any answers."""
     require(len(rows) > 0, f"{name} is empty: it has no rows")
@@ -1200,7 +1201,13 @@ def check_and_measure_rows(rows, name, collator, settings, training):
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    columns = {"reason": text, "detail": text, "length": number, "image_keys": datasets.List(text)}
+    columns = {
+        "reason": text,
+        "detail": text,
+        "length": number,
+        "num_tokens": number,
+        "image_keys": datasets.List(text),
+    }
     columns |= {"notes": datasets.List(text), "differs": datasets.Value("bool")}
     with training.main_process_first(desc=f"checking {name}"):
         results = rows.map(
@@ -1224,17 +1231,22 @@ def check_and_measure_rows(rows, name, collator, settings, training):
         say(f"{name}: {count} rows with {note}")
     if any(results["differs"]):
         read_differently(training, "Unicode, white space or parts of texts")
-    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    rows = datasets.concatenate_datasets(
+        [rows, results.select_columns(["length", "num_tokens", "image_keys"])], axis=1
+    )
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
 def check_row(row, collator, cache_key):
-    """Try the collator on a row -> {"length", "image_keys", "notes" to the user, whether it "differs" from how earlier
-    versions read it, and for a bad row "reason" and "detail"}.
+    """Try the collator on a row -> {"length", "num_tokens", "image_keys", "notes" to the user, whether it "differs"
+    from how earlier versions read it, and for a bad row "reason" and "detail"}.
     cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
-    result = {"reason": None, "detail": None, "length": 0, "image_keys": [], "notes": [], "differs": False}
+    result = {"reason": None, "detail": None, "length": 0, "num_tokens": 0}
+    result |= {"image_keys": [], "notes": [], "differs": False}
     try:
-        result["length"] = collator([row])["attention_mask"].shape[1]
+        batch = collator([row])
+        result["length"] = batch["attention_mask"].shape[1]
+        result["num_tokens"] = tokens_of_row(batch)
         messages = collator.read(row)
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
@@ -1243,6 +1255,15 @@ def check_row(row, collator, cache_key):
     is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
     result["differs"] = not is_nfc or any(message.get("differs") for message in messages)
     return result
+
+
+def tokens_of_row(batch):
+    """A batch of one row -> its tokens; of a pair those of its prompt, which has two sequences, once."""
+    mask = batch["attention_mask"]
+    if "completion_mask" not in batch:
+        return int(mask.sum())
+    is_answer = batch["completion_mask"]
+    return int((mask - is_answer)[0].sum() + is_answer.sum())
 
 
 def is_blind(problems, rows, settings):
@@ -1382,7 +1403,7 @@ def read_dataset(name, split, settings):
     for column, feature in rows.features.items():
         if undecoded(feature) != feature:
             rows = rows.cast_column(column, undecoded(feature))
-    new_columns = ("row", "folder", "length", "image_keys")
+    new_columns = ("row", "folder", "length", "num_tokens", "image_keys")
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
     return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
@@ -1748,6 +1769,8 @@ def check_texts(messages, control_tokens, always=False):
 def check_order(messages):
     """Raises BadRow unless user and assistant alternate, after a system turn, if any."""
     roles = [message["role"] for message in messages]
+    if not roles:
+        raise BadRow("empty question", "no turn says anything")
     wanted = ["user", "assistant"] * len(roles)
     if roles[0] == "system":
         wanted.insert(0, "system")
@@ -2410,6 +2433,8 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
     require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
     require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
+    longest = getattr(training, "max_length", None)
+    require(longest is None or longest > 0, "--max_length must be above 0; without a limit it is null")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
     require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
@@ -2649,7 +2674,7 @@ INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --conf
 
 def checkpoint_to_resume(training, before=()):
     """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit.
-    before: {setting whose default is chosen by the rows: what versions of this file did that did not have it}."""
+    before: {setting that is chosen by the rows: its value in versions of this file that lacked it}."""
     if __name__ == "__main__":  # not where a notebook or a test has imported this file
         listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
@@ -3294,11 +3319,13 @@ def largest_batch(trainer, run, dataset, sizes, before):
     """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes.
     before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
     model, device = trainer.model, trainer.args.device
-    costs = dataset.with_format(None).select_columns(["length", "image_keys"])[:]
-    images_and_length = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
-    longest = sorted(range(len(dataset)), key=costs["length"].__getitem__, reverse=True)
-    most_images = sorted(range(len(dataset)), key=images_and_length.__getitem__, reverse=True)
-    orders = [longest, most_images] if most_images != longest else [longest]
+    costs = dataset.with_format(None).select_columns(["length", "num_tokens", "image_keys"])[:]
+    costs["images"] = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
+    orders = []  # the longest rows first, those with the most tokens, with the most images
+    for cost in ("length", "num_tokens", "images"):
+        order = sorted(range(len(dataset)), key=costs[cost].__getitem__, reverse=True)
+        if order not in orders:
+            orders.append(order)
     # What a later step holds beside: float32 gradients, AdamW's two states, DDP's copies of the gradients.
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     states = trained * (12 if trainer.args.world_size == 1 else 16)

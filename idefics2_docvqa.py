@@ -108,7 +108,7 @@ class Settings:
     image_splitting: bool = HfArg(default=False, help="Also show the page's four quarters; helps with small print.")
     longest_edge: int | None = HfArg(default=None, help="Longest side of a page in pixels. Default: the model's 980.")
     max_length: int = HfArg(default=1024, help="Longest row in tokens; a page takes 64 (if split, 320). Never cut.")
-    share_pages: bool | None = HfArg(default=None, help="Run a page once for all its questions. Default: from 1.5 on.")
+    share_pages: bool | None = HfArg(default=None, help="Questions share their page. Default: from 1.5 a page on.")
     # data
     dataset_name: str = HfArg(default="nielsr/docvqa_1200_examples", help="Hub id, folder or file of rows.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a hub data set that has several.")
@@ -187,9 +187,6 @@ def check(settings, training):
     check_common_flags(settings, training, "Idefics2-8b needs 16 GB", metrics)
     require(training.learning_rate > 0, "--learning_rate must be above 0")
     require(settings.lora_r >= 1, "--lora_r must be at least 1")
-    if settings.share_pages:
-        message = "--share_pages true orders the rows itself: --train_sampling_strategy random, or --share_pages false"
-        require(training.train_sampling_strategy == "random", message)
 
 
 END = "<end_of_utterance>"  # what Idefics2's chat template puts after each turn
@@ -232,8 +229,8 @@ class Collator:
     """Rows -> a batch: input_ids, attention_mask, labels (B, L), pixel_values (B, n, 3, H, W), pixel_attention_mask
     (B, n, H, W); n is 1, or 5 with image splitting. labels are the input_ids of the answer and the END after it, and
     -100 elsewhere: on prompt, image tokens, padding, the template's last newline. Raises BadRow.
-    If pages are shared, a sequence is page | question, answer | question, answer | ..., and a batch that has such also
-    has position_ids and parts (B, L): 0 is the page and what is before it, n the n-th question, -1 padding."""
+    With shared pages a sequence is page | question 1, answer 1 | question 2, answer 2 | ..., and a batch also has
+    position_ids and parts (B, L): 0 is the page and all else that questions have in common, n the n-th, -1 padding."""
 
     def __init__(self, processor, settings, training):
         # Keep only what shapes a batch: all attributes are part of the key by which checked rows are cached.
@@ -256,7 +253,7 @@ class Collator:
     def __call__(self, rows):
         examples = [self.encode(row) for row in rows]
         if self.share_pages:
-            examples = join_rows_by_image(rows, examples, self.processor.image_token_id)
+            examples = join_rows_by_image(rows, examples, self.processor.image_token_id, self.max_length)
         pages, input_ids, labels, *positions_and_parts = zip(*examples, strict=True)
         ids = {"input_ids": list(input_ids)}
         batch = self.processor.tokenizer.pad(ids, padding_side="right", return_tensors="pt")
@@ -492,10 +489,9 @@ class Trainer(transformers.Trainer):
         if not self.data_collator.share_pages:
             return super()._get_train_sampler(train_dataset)
         keys = map(tuple, self.train_dataset.with_format(None)["image_keys"][:])
-        batch_size, rows_in_step = self.args.train_batch_size, rows_per_step(self.args)
-        sampler = RowsOfAnImageTogether(keys, batch_size, rows_in_step, lambda: epoch_generator(self))
-        if sampler.largest_chunk == 1:
-            say(f"no page is shared in training: batches of {batch_size}, steps of {rows_in_step} rows are too small")
+        sampler = RowsOfAnImageTogether(keys, rows_per_step(self.args), lambda: epoch_generator(self))
+        if 1 in (self.args.train_batch_size, sampler.largest_chunk):
+            say("but no page is shared in training: one row at once, or a step of two or three, is too little for it")
         return sampler
 
     def _get_eval_sampler(self, eval_dataset):
@@ -514,14 +510,15 @@ def main(argv=None):
     processor = load_processor(settings)
     collator = Collator(processor, settings, training)
     check_with_dummy_row(collator, DUMMY_ROW, settings.model_name_or_path)
+    adapter, model = lora_config(settings), empty_model(settings)
+    check_attention_kernel(settings, training, model)
+    check_lora_targets(settings, adapter, model, UNTRAINABLE)
     train_dataset, eval_dataset = load_data(settings, training, collator)
-    collator.share_pages = choose_share_pages(settings, training, collator, train_dataset)
+    collator.share_pages = choose_share_pages(settings, training, collator, model, train_dataset)
     require_same_rows(training, checkpoint, train_dataset, eval_dataset)
     example = mark_trained_tokens(collator([train_dataset[0]]), processor)
     say(f"\nOne row as the model sees it, trained tokens in «»:\n\n{example}\n")
 
-    adapter = lora_config(settings)
-    check_lora_targets(settings, adapter, empty_model(settings), UNTRAINABLE)
     with fail_on_error(f"cannot load the weights of {settings.model_name_or_path}"):
         model = load_model(settings, training)
     model = add_adapter(model, adapter)
@@ -546,40 +543,38 @@ def main(argv=None):
 REFUSED_HERE = "label_smoothing_factor label_names prediction_loss_only use_liger_kernel".split()
 
 
-def choose_share_pages(settings, training, collator, rows):
+def choose_share_pages(settings, training, collator, model, rows):
     """Whether questions about one page share it: --share_pages or, by default, if there are 1.5 a page and nothing
     prevents it. Says so, and notes it for settings.yaml. Raises SystemExit."""
     questions = len(rows) / len(set(map(tuple, rows["image_keys"][:])))
-    obstacle = obstacle_to_sharing(settings, training, collator)
+    obstacle = obstacle_to_sharing(settings, training, collator, model)
     share = training.as_given["share_pages"]  # or what was chosen when the run to resume began
     if share and obstacle is not None:
-        fail(f"--share_pages true: {obstacle}; or --share_pages false")
-    how = "each question has a page of its own"
+        fail(f"--share_pages true is not possible: {obstacle}")
+    how = "the page is shown again for each of them"
     if share is None:
         share = questions >= 1.5 and obstacle is None
         how += f", since {obstacle or 'there are few'}"
     if share:
-        how = "each page is shown once for its questions in a batch"
+        how = "those of a batch share it"
     say(f"{questions:.1f} questions a page: {how} (--share_pages {str(share).lower()})")
     training.as_given["share_pages"] = share
     return share
 
 
-def obstacle_to_sharing(settings, training, collator):
+def obstacle_to_sharing(settings, training, collator, model):
     """Why questions about one page cannot share it; None if they can."""
-    model = empty_model(settings)
-    check_attention_kernel(settings, training, model)
     config = model.config.get_text_config()
     if training.train_sampling_strategy != "random":
-        return "the rows would not be in the order of --train_sampling_strategy"
-    if config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return f"--train_sampling_strategy {training.train_sampling_strategy} orders the rows"
+    if not takes_mask(model):
         return f"{config._attn_implementation} takes no 4-D attention mask"
     if settings.max_length > (config.sliding_window or math.inf):  # the mask leaves the window out
         return f"--max_length must be at most {config.sliding_window}, this model's sliding window"
     rows = [DUMMY_ROW | {"question": question, "image": Image.new("RGB", (64, 64))} for question in ("What?", "Who?")]
-    sequences = join_rows_by_image(rows, [collator.encode(row) for row in rows], collator.processor.image_token_id)
-    if len(sequences) > 1:
-        return "in user_turn the page must come before what differs from question to question"
+    examples = [collator.encode(row) for row in rows]
+    if len(join_rows_by_image(rows, examples, collator.processor.image_token_id, math.inf)) > 1:
+        return "user_turn must show the page before what differs from question to question, and messages_of all of it"
     return None
 
 
@@ -1049,7 +1044,8 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
 
 
 def check_and_measure_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with two new columns: `image_keys`, for hold_out, and `length`, in tokens.
+    """The rows that the collator accepts, with new columns: `image_keys`, for hold_out, `length`, in tokens, of a pair
+    of the longer sequence, and `num_tokens`, of a pair of its prompt and both answers.
     The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
     without any answers."""
     require(len(rows) > 0, f"{name} is empty: it has no rows")
@@ -1060,7 +1056,13 @@ def check_and_measure_rows(rows, name, collator, settings, training):
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    columns = {"reason": text, "detail": text, "length": number, "image_keys": datasets.List(text)}
+    columns = {
+        "reason": text,
+        "detail": text,
+        "length": number,
+        "num_tokens": number,
+        "image_keys": datasets.List(text),
+    }
     columns |= {"notes": datasets.List(text), "differs": datasets.Value("bool")}
     with training.main_process_first(desc=f"checking {name}"):
         results = rows.map(
@@ -1084,17 +1086,22 @@ def check_and_measure_rows(rows, name, collator, settings, training):
         say(f"{name}: {count} rows with {note}")
     if any(results["differs"]):
         read_differently(training, "Unicode, white space or parts of texts")
-    rows = datasets.concatenate_datasets([rows, results.select_columns(["length", "image_keys"])], axis=1)
+    rows = datasets.concatenate_datasets(
+        [rows, results.select_columns(["length", "num_tokens", "image_keys"])], axis=1
+    )
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
 def check_row(row, collator, cache_key):
-    """Try the collator on a row -> {"length", "image_keys", "notes" to the user, whether it "differs" from how earlier
-    versions read it, and for a bad row "reason" and "detail"}.
+    """Try the collator on a row -> {"length", "num_tokens", "image_keys", "notes" to the user, whether it "differs"
+    from how earlier versions read it, and for a bad row "reason" and "detail"}.
     cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
-    result = {"reason": None, "detail": None, "length": 0, "image_keys": [], "notes": [], "differs": False}
+    result = {"reason": None, "detail": None, "length": 0, "num_tokens": 0}
+    result |= {"image_keys": [], "notes": [], "differs": False}
     try:
-        result["length"] = collator([row])["attention_mask"].shape[1]
+        batch = collator([row])
+        result["length"] = batch["attention_mask"].shape[1]
+        result["num_tokens"] = tokens_of_row(batch)
         messages = collator.read(row)
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
@@ -1103,6 +1110,15 @@ def check_row(row, collator, cache_key):
     is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
     result["differs"] = not is_nfc or any(message.get("differs") for message in messages)
     return result
+
+
+def tokens_of_row(batch):
+    """A batch of one row -> its tokens; of a pair those of its prompt, which has two sequences, once."""
+    mask = batch["attention_mask"]
+    if "completion_mask" not in batch:
+        return int(mask.sum())
+    is_answer = batch["completion_mask"]
+    return int((mask - is_answer)[0].sum() + is_answer.sum())
 
 
 def is_blind(problems, rows, settings):
@@ -1242,7 +1258,7 @@ def read_dataset(name, split, settings):
     for column, feature in rows.features.items():
         if undecoded(feature) != feature:
             rows = rows.cast_column(column, undecoded(feature))
-    new_columns = ("row", "folder", "length", "image_keys")
+    new_columns = ("row", "folder", "length", "num_tokens", "image_keys")
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
     return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
@@ -2277,6 +2293,8 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(0 <= training.learning_rate < 10, "--learning_rate must be from 0 to below 10")
     require(rows_per_step(training) > 0, "a step must have rows: a batch and its accumulation are at least 1")
     require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
+    longest = getattr(training, "max_length", None)
+    require(longest is None or longest > 0, "--max_length must be above 0; without a limit it is null")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
     require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
@@ -2528,7 +2546,7 @@ INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --conf
 
 def checkpoint_to_resume(training, before=()):
     """The checkpoint to resume from, or None. Exits with status 0 if the run is finished. Raises SystemExit.
-    before: {setting whose default is chosen by the rows: what versions of this file did that did not have it}."""
+    before: {setting that is chosen by the rows: its value in versions of this file that lacked it}."""
     if __name__ == "__main__":  # not where a notebook or a test has imported this file
         listen_to_signals(INTERRUPTED.format(training.output_dir))
     output_dir, wanted = Path(training.output_dir), training.resume_from_checkpoint
@@ -3173,11 +3191,13 @@ def largest_batch(trainer, run, dataset, sizes, before):
     """The largest of these sizes with which `run` stays below 90 % of the free memory, and the peak in bytes.
     before: what it was when this run began, or 0. Raises SystemExit if not even one row fits."""
     model, device = trainer.model, trainer.args.device
-    costs = dataset.with_format(None).select_columns(["length", "image_keys"])[:]
-    images_and_length = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
-    longest = sorted(range(len(dataset)), key=costs["length"].__getitem__, reverse=True)
-    most_images = sorted(range(len(dataset)), key=images_and_length.__getitem__, reverse=True)
-    orders = [longest, most_images] if most_images != longest else [longest]
+    costs = dataset.with_format(None).select_columns(["length", "num_tokens", "image_keys"])[:]
+    costs["images"] = [(len(keys), n) for keys, n in zip(costs["image_keys"], costs["length"], strict=True)]
+    orders = []  # the longest rows first, those with the most tokens, with the most images
+    for cost in ("length", "num_tokens", "images"):
+        order = sorted(range(len(dataset)), key=costs[cost].__getitem__, reverse=True)
+        if order not in orders:
+            orders.append(order)
     # What a later step holds beside: float32 gradients, AdamW's two states, DDP's copies of the gradients.
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     states = trained * (12 if trainer.args.world_size == 1 else 16)
@@ -3232,10 +3252,11 @@ def evaluate_once(trainer, rows):
     answer_batch(trainer, rows, max_new_tokens=2)
 
 
-def join_rows_by_image(rows, examples, image_token_id):
-    """Examples (images, token ids, labels) of these rows -> for shared_start_mask, sequences (images, token ids,
-    labels, positions, parts), one for all rows that show the same images. The examples themselves, if rows differ
-    before the end of their images, or if with padding the batch would be larger (fill_card tries batches without)."""
+def join_rows_by_image(rows, examples, image_token_id, max_length):
+    """Examples (images, token ids, labels) of these rows -> sequences (images, token ids, labels, positions, parts),
+    for shared_start_mask, of as many rows that show the same images as max_length allows, and as do not make the
+    padded batch larger (fill_card measures it with none joined). The examples themselves, if there is nothing to join
+    or if rows differ before the end of their images."""
     keys, groups = [], []
     for row, example in zip(rows, examples, strict=True):
         key = (row.get("image_keys"), example[0])  # of one image a row may show another part
@@ -3243,20 +3264,25 @@ def join_rows_by_image(rows, examples, image_token_id):
             keys.append(key)
             groups.append([])
         groups[keys.index(key)].append(example)
-    sequences = []
-    for group in groups:
-        texts = [(ids, labels) for _, ids, labels in group]
-        ids, labels, positions, parts = one_sequence(texts)
-        if parts[torch.tensor(ids) == image_token_id].any():
-            return examples
-        sequences.append((group[0][0], ids, labels, positions, parts))
-    size, size_apart = (len(some) * max(len(ids) for _, ids, *_ in some) for some in (sequences, examples))
-    return sequences if len(sequences) < len(examples) and size <= size_apart else examples
+    size_apart = len(examples) * max(len(ids) for _, ids, _ in examples)
+    for most in range(max(map(len, groups)), 1, -1):  # so many rows in a sequence
+        sequences = []
+        for group in groups:
+            for start in range(0, len(group), most):
+                some = group[start : start + most]
+                ids, labels, positions, parts = one_sequence([(ids, labels) for _, ids, labels in some])
+                if parts[torch.tensor(ids) == image_token_id].any():
+                    return examples
+                sequences.append((some[0][0], ids, labels, positions, parts))
+        longest = max(len(ids) for _, ids, *_ in sequences)
+        if longest <= max_length and len(sequences) * longest <= size_apart:
+            return sequences
+    return examples
 
 
 def one_sequence(texts):
     """Texts (token ids, labels) that begin alike -> their common start, then what follows in each: token ids, labels,
-    positions, parts (S,). The start ends before the first token that predicts a trained one: each text has its own."""
+    positions, parts (S,). The last token before an answer stays in each text: it predicts the answer."""
     start = len(os.path.commonprefix([ids for ids, _ in texts]))  # despite its name not only for paths
     for _, labels in texts:
         first_trained = int((labels != -100).nonzero()[0])
@@ -3294,6 +3320,11 @@ def repeated_images_once(model):
 
     with patch.object(model, "get_image_features", features_of_distinct):
         yield
+
+
+def takes_mask(model):
+    """Whether the language model's kernel of attention takes what shared_start_mask makes."""
+    return model.config.get_text_config()._attn_implementation in ("sdpa", "eager", "flex_attention")
 
 
 def shared_start_mask(part, position, real, model, block=None):
@@ -3355,58 +3386,58 @@ def mean_of_losses(outputs, labels, num_items_in_batch=None):
 
 
 class RowsOfAnImageTogether(torch.utils.data.Sampler):
-    """Optional, for speed: rows that show the same image come in chunks, each within a batch if possible, but of at
-    most half a step; images and chunks are in random order. A step has rows of two images, as far as the data allow.
-    keys: of each row, equal for the same image. `generator()` returns the random numbers of the current epoch."""
+    """Rows that show the same image come in chunks of at most half a step; images and chunks are in random order. A
+    step has rows of two images, as far as the data allow. The order does not depend on the batch size, which may be
+    another one when a run is resumed. keys: of each row, equal for the same image. `generator()` returns the random
+    numbers of the current epoch."""
 
-    def __init__(self, keys, batch_size, rows_per_step, generator):
-        self.keys = list(keys)
-        self.batch_size, self.rows_per_step, self.generator = batch_size, rows_per_step, generator
-        self.largest_chunk = max(1, min(batch_size, rows_per_step // 2))
+    def __init__(self, keys, rows_per_step, generator):
+        self.keys, self.rows_per_step, self.new_generator = list(keys), rows_per_step, generator
+        self.largest_chunk = max(1, rows_per_step // 2)
 
     def __len__(self):
         return len(self.keys)
 
     def __iter__(self):
-        generator = self.generator()
+        generator = self.new_generator()
         rows_of = defaultdict(list)
         for n in torch.randperm(len(self.keys), generator=generator).tolist():
             rows_of[self.keys[n]].append(n)
         chunks = []
         for rows in rows_of.values():
             chunks += [rows[start : start + self.largest_chunk] for start in range(0, len(rows), self.largest_chunk)]
-        *batches, last = self.fill_batches([chunks[n] for n in torch.randperm(len(chunks), generator=generator)])
+        *halves, last = self.fill_halves([chunks[n] for n in torch.randperm(len(chunks), generator=generator)])
         order = []
-        for n in torch.randperm(len(batches), generator=generator):
-            order += batches[n]
+        for n in torch.randperm(len(halves), generator=generator):
+            order += halves[n]
         order += last  # it may be short
         steps = [order[start : start + self.rows_per_step] for start in range(0, len(order), self.rows_per_step)]
         self.mix_images(steps)
         return itertools.chain(*steps)
 
-    def fill_batches(self, chunks):
-        """Chunks -> batches. Each takes the largest chunk that is left, and then again and again the largest that
-        fits. If none does, the smallest is cut."""
+    def fill_halves(self, chunks):
+        """Chunks -> halves of steps. Each takes the largest chunk that is left, and then again and again the largest
+        that fits. If none does, the smallest is cut."""
         by_size = defaultdict(list)
         for chunk in chunks:
             by_size[len(chunk)].append(chunk)
-        batches = [[]]
+        halves = [[]]
         while by_size:
-            room = self.batch_size - len(batches[-1])
+            room = self.largest_chunk - len(halves[-1])
             if room == 0:
-                batches.append([])
-                room = self.batch_size
+                halves.append([])
+                room = self.largest_chunk
             size = max((size for size in by_size if size <= room), default=min(by_size))
             chunk = by_size[size].pop()
-            batches[-1] += chunk[:room]
+            halves[-1] += chunk[:room]
             if size > room:
                 by_size[size - room].append(chunk[room:])
             if not by_size[size]:
                 del by_size[size]
-        return batches
+        return halves
 
     def mix_images(self, steps):
-        """Each step, a list of rows, that shows one image only swaps a row with a step that has two rows of others."""
+        """A step, a list of rows, that shows a single image swaps a row with a step that has two rows of others."""
         counts = [Counter(self.keys[row] for row in step) for step in steps]
         used_up = set()  # images for which there is no such step
         for n, step in enumerate(steps):

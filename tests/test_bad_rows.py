@@ -242,6 +242,7 @@ NO_ANSWERS = "no answer: .*--chosen_column and --rejected_column"
 EQUAL = "equal answers: chosen 'a b' and rejected '{}' are the same to the tokenizer"
 SHOWN_IN = message([IMAGE, PART], "assistant")
 FOR_DPO = {
+    "nothing but an empty system turn": ({**PAIR, "question": message("", "system")}, "empty question: "),
     "rejected null": ({**PAIR, "rejected": None}, ONE_ANSWER.format("chosen")),
     "rejected NaN": ({**PAIR, "rejected": float("nan")}, ONE_ANSWER.format("chosen")),
     "no answers": ({"image": "red.png", "question": "q"}, NO_ANSWERS),

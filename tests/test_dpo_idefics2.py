@@ -142,6 +142,20 @@ def test_pairs_without_an_image_are_trained_on_and_counted(dpo, tiny_paligemma, 
     assert "row 1: not one image: 0 images; PaliGemma takes one: see --image_column" in message
 
 
+def test_a_pair_is_measured_by_its_longer_sequence_and_by_all_of_it(dpo, write):
+    """Which auto batches need: shared prompts run both answers in one sequence."""
+    rows, _ = dpo.load_data(dataset_name=write(ROWS), eval_strategy="no", image_folder=dpo.tmp_path)
+    collator = dpo.collator()
+    for row in rows:
+        batch = collator([row])
+        packed = dpo_idefics2.pack_pairs(**{name: batch[name] for name in PACKED}, pad_token_id=0)
+        assert row["num_tokens"] == packed["ids"].shape[1] - 1  # the prompt's last token is there twice
+        assert row["length"] == batch["input_ids"].shape[1] < row["num_tokens"]
+
+
+PACKED = ("input_ids", "attention_mask", "completion_mask")
+
+
 def test_a_row_without_answers_is_a_question(dpo):
     collator, row = dpo.collator(), {"image": "red.png", "question": " What? "}
     for unanswered in (row, {**row, "chosen": None, "rejected": None}):
@@ -246,3 +260,44 @@ def test_another_family(family, dpo, request, tmp_path):
     cells = [line.split("|") for line in shown if line.startswith("| ![]")]
     texts = [" ".join(answer["prediction"].replace("|", "&#124;").split()) for answer in answers]
     assert len(texts) == 3 and texts[:2] == [row[4].strip() for row in cells]
+
+
+REFUSED = {
+    "mllama": "whatever the rows: cross-attention: the text does not hold its images",
+    "florence2": "an encoder-decoder",
+    "blip2": "without a chat template",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_model_that_cannot_be_trained_is_refused(family, dpo, tmp_path):
+    families.build(family, tmp_path / "family")
+    message = dpo.refusal(dpo.flags(model_name_or_path=tmp_path / "family" / "model"))
+    assert REFUSED[family] in message
+
+
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ({"attn_implementation": "flex_attention"}, "flex_attention needs a GPU: it has no backward pass on a CPU"),
+        ({"attn_implementation": "quick"}, 'attn_implementation="quick"` is not supported'),
+        (
+            {"image_splitting": True, "model_name_or_path": "llava"},
+            "has none",
+        ),
+        ({"max_pixels": 1000}, "does not resize images by pixels"),
+        ({"min_pixels": 9, "max_pixels": 8}, "--min_pixels and --max_pixels: from 1 up"),
+        ({"beta": 0}, "--beta must be above 0"),
+        ({"max_length": 0}, "--max_length must be above 0; without a limit it is null"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused(given, problem, dpo, tiny_llava):
+    if given.get("model_name_or_path") == "llava":
+        given = given | {"model_name_or_path": tiny_llava / "model"}
+    assert problem in dpo.refusal(dpo.flags(**given))
+
+
+def test_image_splitting_shows_parts_of_an_image(dpo):
+    row = prefers("What?", "a", "b", image="blue.png")
+    assert dpo.collator()([row])["pixel_values"].shape[1] == 1
+    assert dpo.collator(image_splitting=True)([row])["pixel_values"].shape[1] == 5
