@@ -17,6 +17,8 @@
 Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer step.
 Trained tokens: the answer and the <end_of_utterance> after it. Instruction, page and question are read, not trained.
     If a row has several accepted answers, each epoch trains one of them, drawn by seed.
+Questions about one page share it (--share_pages): they run as one sequence, which shows the page once and in which
+    they do not see each other. The losses stay the same; a step then shows fewer pages.
 Trained weights: LoRA on the attention projections of the language model and of the perceiver resampler, and on
     lm_head. The vision tower and the rest of the connector stay frozen.
 Result: the checkpoint with the highest eval_anls, the mean ANLS of the answers to held-out questions. The log also has
