@@ -147,6 +147,7 @@ test: .venv/done .venv/older/done .venv/vision/done
 	$(PY) workbench/sync.py --check
 	$(PY) -m pytest -n 2 --dist loadfile  # two processes, a file stays in one
 	PYTHONPATH=$(CURDIR)/.venv/vision $(PY) -m pytest -n 2 --dist loadfile tests/test_families*.py
+	PYTHONPATH=$(CURDIR)/.venv/vision $(PY) -m pytest -n 2 -m torchvision tests/test_dpo_*.py
 
 # torch and bitsandbytes stay as they are: torchvision in .venv/vision goes with this torch, and 4-bit with both.
 test-newest: export HF_DATASETS_CACHE := $(CURDIR)/build/datasets-newest
@@ -155,6 +156,7 @@ test-newest: .venv/newest/done .venv/older/done .venv/vision/done
 	$(NEW) -m pip freeze | grep -E '^(transformers|trl|peft|datasets|accelerate|torch|bitsandbytes)=='
 	$(NEW) -m pytest -n 2 --dist loadfile
 	PYTHONPATH=$(CURDIR)/.venv/vision $(NEW) -m pytest -n 2 --dist loadfile tests/test_families*.py
+	PYTHONPATH=$(CURDIR)/.venv/vision $(NEW) -m pytest -n 2 -m torchvision tests/test_dpo_*.py
 
 # After a change to workbench/workbench.py: copy what each recipe uses of it under the line in that recipe.
 sync: .venv/done

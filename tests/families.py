@@ -28,7 +28,7 @@ def marked(names, faults=None):
     {family: what is wrong}, is known, expected to fail."""
     found = []
     for name in names:
-        marks = [needs_torchvision] if name in families.NEED_TORCHVISION else []
+        marks = [needs_torchvision, pytest.mark.torchvision] if name in families.NEED_TORCHVISION else []
         if name in (faults or {}):
             marks.append(pytest.mark.xfail(strict=True, reason=faults[name]))
         found.append(pytest.param(name, marks=marks))
