@@ -469,7 +469,7 @@ def test_columns_of_the_names_used_here_do_no_harm(case, kind, write, images, tm
     assert train["length"] == [batch["attention_mask"].shape[1] for batch in batches]
     assert all(same(collator([row]), batch) for row, batch in zip(train, batches, strict=True))
     if case.name != "sft_llava":  # it keeps all columns, for your own edits
-        assert set(train.column_names) == {*plain[0], "row", "folder", "length", "image_keys"}
+        assert set(train.column_names) == {*plain[0], "row", "folder", "length", "num_tokens", "image_keys"}
 
 
 # ----------------------------------------------------------------------------------------------------------- one image
