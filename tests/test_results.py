@@ -309,7 +309,7 @@ def asked_and_right(recipe, row):
     if recipe == "idefics2_docvqa":
         return row["question"], row["answers"]
     if recipe == "dpo_idefics2":
-        return row["question"], [row["chosen"]]
+        return row["question"].replace("<image>", ""), [row["chosen"]]
     question, answer = (turn.get("value") or turn["content"] for turn in row["conversations"][-2:])
     return re.sub(r"<image(_\d+)?>", "\n", question), [answer]
 
