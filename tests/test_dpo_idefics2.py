@@ -260,6 +260,9 @@ def test_another_family(family, dpo, request, tmp_path):
     cells = [line.split("|") for line in shown if line.startswith("| ![]")]
     texts = [" ".join(answer["prediction"].replace("|", "&#124;").split()) for answer in answers]
     assert len(texts) == 3 and texts[:2] == [row[4].strip() for row in cells]
+    if "paligemma" in family:
+        with pytest.raises(SystemExit, match="this model cannot be asked without an --image"):
+            generate.main([str(done.out), "--question", "What?"])
 
 
 REFUSED = {

@@ -525,13 +525,12 @@ def test_a_run_of_an_earlier_version_may_have_held_out_other_rows(llava, tmp_pat
         (["RUN", "--question", "x", "--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: "),
         (["RUN", "--question", "x", "--model-name-or-path", "RUN"], "is an adapter itself; needed is the model"),
         (["RUN", "--question", "x", "--model_name_or_path", "FORMS"], "that is a idefics2, and the run has a Llava"),
-        (["PAIRS", "--question", "x"], "this model cannot be asked without an --image"),
         (["PAGES", "--dataset-name", "AMBER", "--question-column", "asks"], "asks"),
     ],
 )
 def test_mistakes_get_one_message(trained, llava, tiny_forms, tmp_path, images, write, argv, message):
     images(1)
-    names = {"RUN": llava.out, "PAGES": trained("idefics2_docvqa").out, "PAIRS": trained("dpo_idefics2").out}
+    names = {"RUN": llava.out, "PAGES": trained("idefics2_docvqa").out}
     names["FORMS"] = tiny_forms / "model"
     names |= {"FOLDER": tmp_path / "FOLDER", "TAKEN": tmp_path / "TAKEN"}
     names["AMBER"] = write([{"id": 1005, "image": "AMBER_1.jpg", "query": "Is the sky sunny?"}], "amber.json")

@@ -269,7 +269,7 @@ def question_typed(args, recipe, collator, settings):
     if not args.image:
         try:
             collator.tokenize([messages], prompt=True)
-        except ValueError:  # Idefics2's processor takes no texts without an image
+        except ValueError:  # PaliGemma's processor takes no texts without an image
             fail("this model cannot be asked without an --image")
     problem = too_long(collator, messages, longest_input(settings))
     if problem:
