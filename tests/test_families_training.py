@@ -406,7 +406,8 @@ def test_pixels_are_limited_or_that_is_refused(family, tmp_path):
     sizes = {"large": (300, 200), "small": (40, 40)}
     for name, size in sizes.items():
         Image.new("RGB", size, "red").save(family.folder / f"{name}.png")
-    for settings, name in (({"max_pixels": 8000}, "large"), ({"min_pixels": 30000}, "small")):
+    enlarged = {"min_pixels": 30000, "max_pixels": 60000}
+    for settings, name in (({"max_pixels": 8000}, "large"), (enlarged, "small")):
         if family.name not in BY_PIXELS:
             with pytest.raises(SystemExit, match="--min_pixels, --max_pixels: .* does not resize images by pixels"):
                 family.recipe.collator(**settings)
@@ -415,6 +416,16 @@ def test_pixels_are_limited_or_that_is_refused(family, tmp_path):
         grid = collator([row_of([asks(f"{name}.png", "Which?"), says("six")])])["image_grid_thw"]
         pixels = int(grid.prod()) * collator.processor.image_processor.patch_size**2
         assert 4000 < pixels <= 8000 if name == "large" else 30000 <= pixels < 60000
+
+
+@some_families(["qwen3_vl"])
+def test_pixels_beyond_those_of_the_model_are_refused(family):
+    """Below its smallest size, or above its largest, a limit would be no limit."""
+    for settings in ({"max_pixels": 100}, {"min_pixels": 10**9}):
+        with pytest.raises(
+            SystemExit, match="the model's images would have at least .* and at most .*: give both flags"
+        ):
+            family.recipe.collator(**settings)
 
 
 # ------------------------------------------------------------------------------------------------------ tried or not
