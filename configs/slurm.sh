@@ -21,6 +21,11 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one machine must not meet
 export MASTER_ADDR MASTER_PORT
 
+# SLURM_PROCID and SLURM_LOCALID differ from process to process, so they are read there.
+srun --kill-on-bad-exit=0 bash -c \
+  'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python "$@"' recipe "$@" &
+step=$!
+
 is_stopped=false
 stop() {
   is_stopped=true
@@ -28,11 +33,9 @@ stop() {
 }
 trap stop TERM
 
-# SLURM_PROCID and SLURM_LOCALID differ from process to process, so they are read there.
-srun --kill-on-bad-exit=0 bash -c \
-  'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python "$@"' recipe "$@" &
-step=$!
-while kill -0 "$step" 2> /dev/null; do  # a signal interrupts wait
+wait "$step"
+status=$?
+while kill -0 "$step" 2> /dev/null; do  # the signal interrupted wait
   wait "$step"
   status=$?
 done

@@ -84,6 +84,15 @@ def test_a_job_that_fails_is_not_queued_again(submit, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def test_a_step_that_ends_at_once_gives_its_status(submit, tmp_path):
+    """Before the script can wait for it."""
+    (tmp_path / "bin" / "srun").write_text("#!/usr/bin/env bash\nexit 7\n")
+    for _ in range(5):
+        (job := submit()).communicate(timeout=60)
+        assert job.returncode == 7
+    assert not (tmp_path / "requeued").exists()
+
+
 def test_slurm_reads_these_lines():
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SCRIPT.read_text(), re.M))
     assert options["ntasks-per-node"] == options["gpus-per-node"] == "8" and options["nodes"] == "2"
