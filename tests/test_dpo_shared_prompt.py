@@ -123,7 +123,7 @@ def base(request, tmp_path_factory):
             torch.manual_seed(0)
             for weight in model.parameters():
                 weight.data += 0.05 * torch.randn_like(weight)
-        model.bfloat16().float().save_pretrained(folder / "model")  # the same weights for all
+        model.save_pretrained(folder / "model")
         return folder
 
     return made
@@ -279,8 +279,8 @@ def test_in_float64_nothing_is_left_of_the_difference(both, family):
     """But for the head, which TRL computes in float32: so it was rounding. (PaliGemma's norms round to float32.)"""
     stock, shared = both(family, adapters="all", double=True)
     right = shared.data_collator(ROWS[:4])
-    for batch in (right, to_left(right)):  # one step of float32 at 128 is 1.5e-5
-        assert_same(step(stock, batch), step(shared, batch), log_probs=2e-5, gradients=3e-6)
+    for batch in (right, to_left(right)):  # one step of float32 at 64 is 8e-6
+        assert_same(step(stock, batch), step(shared, batch), log_probs=1e-5, gradients=1e-6)
 
 
 def test_with_a_sliding_window_and_capped_logits(both):
@@ -456,11 +456,15 @@ def test_an_evaluation_with_outputs_has_the_stock_layout(both, family):
     torch.testing.assert_close(own_logits[real], logits[real], atol=1e-5, rtol=1e-5)
 
 
+def with_weights_of_bf16(given):
+    given["model"] = given["model"].bfloat16().float()
+
+
 @pytest.mark.parametrize("family", marked(POPULAR))
 def test_bf16_is_no_further_from_float32_than_the_stock_trainers(make, family):
     """Log-probabilities of answers, policy and reference, over 20 batches."""
     stock, shared = (make(kind, family, bf16=True) for kind in (DPOTrainer, SharedPromptDPOTrainer))
-    exact = make(DPOTrainer, family)
+    exact = make(DPOTrainer, family, change=with_weights_of_bf16)
     assert whole(shared.model).dtype == torch.bfloat16 and whole(exact.model).dtype == torch.float32
     errors = {stock: [], shared: []}
     for seed in range(5):
