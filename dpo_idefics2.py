@@ -331,10 +331,7 @@ class Collator:
     def tokenize(self, conversations, prompt=False):
         """Lists of messages -> the processor's batch, padded on the left, as generation needs it."""
         texts = [self.render(messages, prompt) for messages in conversations]
-        try:
-            batch = encode_chats(self.processor, texts, conversations, "left")[0]
-        except Exception as error:  # processors raise many kinds, for images too small or too narrow for them
-            raise BadRow("unfit for the processor", f"{type(error).__name__}: {error}") from error
+        batch = encode_chats(self.processor, texts, conversations, "left")[0]
         batch.pop("labels", None)  # PaliGemma's: all -100
         return batch
 
@@ -1985,7 +1982,7 @@ def no_second_bos(tokenizer, text):
 
 def encode_chats(processor, texts, conversations, padding_side="right"):
     """Texts of chats, and the messages with their PIL images -> (the processor's batch; for each text what the
-    processor put in for its images, or None if it does not say)."""
+    processor put in for its images, or None if it does not say). Raises BadRow."""
     images = [pil_images(messages) for messages in conversations]
     offsets, replace = [], processor.get_text_with_replacements
 
@@ -1995,15 +1992,18 @@ def encode_chats(processor, texts, conversations, padding_side="right"):
         offsets.append(replaced[1])
         return replaced
 
-    with patch.object(processor, "get_text_with_replacements", replace_and_keep_offsets):
-        batch = processor(
-            text=list(texts),
-            images=images if any(images) else None,
-            return_tensors="pt",
-            padding=True,
-            padding_side=padding_side,
-            **no_second_bos(processor.tokenizer, texts[0]),
-        )
+    try:
+        with patch.object(processor, "get_text_with_replacements", replace_and_keep_offsets):
+            batch = processor(
+                text=list(texts),
+                images=images if any(images) else None,
+                return_tensors="pt",
+                padding=True,
+                padding_side=padding_side,
+                **no_second_bos(processor.tokenizer, texts[0]),
+            )
+    except Exception as error:  # processors raise many kinds, for images too small or too narrow for them
+        raise BadRow("unfit for the processor", f"{type(error).__name__}: {error}") from error
     return batch, offsets[0] if any(offsets) else [None] * len(texts)
 
 

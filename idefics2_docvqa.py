@@ -553,12 +553,12 @@ def choose_share_pages(settings, training, collator, model, rows):
     share = training.as_given["share_pages"]  # or what was chosen when the run to resume began
     if share and obstacle is not None:
         fail(f"--share_pages true is not possible: {obstacle}")
-    how = "the page is shown again for each of them"
-    if share is None:
+    is_default = share is None
+    if is_default:
         share = questions >= 1.5 and obstacle is None
+    how = "those of a batch share it" if share else "the page is shown again for each of them"
+    if is_default and not share:
         how += f", since {obstacle or 'there are few'}"
-    if share:
-        how = "those of a batch share it"
     say(f"{questions:.1f} questions a page: {how} (--share_pages {str(share).lower()})")
     training.as_given["share_pages"] = share
     return share
