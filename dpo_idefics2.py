@@ -29,6 +29,7 @@ Every setting is a flag: python dpo_idefics2.py --help. The formats of a row are
 import ast
 import atexit
 import base64
+import codecs
 import contextlib
 import copy
 import difflib
@@ -72,6 +73,7 @@ from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi
 from jinja2 import TemplateError
 from networkx.utils import UnionFind
@@ -1521,34 +1523,187 @@ def refuse_rows_left_out(path):
         )
 
 
+def cache_folder(name):
+    """A folder of ours in the cache of `datasets`."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "recipes", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def read_json(path):
-    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError."""
-    text = path.read_text(encoding="utf-8-sig")
-    is_jsonl = path.suffix.lower() == ".jsonl"
-    rows = []
-    for number, line in enumerate(text.split("\n") if is_jsonl else [text], start=1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line, object_pairs_hook=refuse_duplicate_keys, parse_int=read_integer))
-        except ValueError as error:
-            place = f"line {number}: " if is_jsonl else ""
-            form = "a .json file is one list of rows, a .jsonl file has one row a line"
-            raise ValueError(f"{place}{error} ({form})") from None
-    if rows and not is_jsonl:
-        rows = rows[0]
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('it must be a list of rows: [{"column": value, ...}, ...]')
-    if not any(rows):
+    """A .json (list of rows) or .jsonl file (a row a line) -> Dataset; columns may mix types. Raises ValueError.
+    The file is read as a stream, twice: first to see where its rows are, then in pieces, by several processes. They
+    write an Arrow file into the cache of `datasets`, which is used until the file changes."""
+    file = path.stat()
+    key = Hasher.hash([str(path.resolve()), file.st_size, file.st_mtime_ns])
+    found = cache_folder("json") / f"{key}.json"
+    if not found.exists():
+        write_whole(found, json.dumps(pieces_of_json(path)))
+    pieces, columns = json.loads(found.read_text(encoding="utf-8"))
+    try:
+        return datasets.Dataset.from_list(pieces).map(
+            rows_of_piece,
+            batched=True,
+            batch_size=1,
+            fn_kwargs={"path": str(path), "columns": columns},
+            remove_columns=list(pieces[0]),
+            features=datasets.Features({column: datasets.Json() for column in columns}),
+            num_proc=min(len(pieces), os.cpu_count()) if len(pieces) > 1 else None,
+            new_fingerprint=key,
+            cache_file_name=str(found.with_suffix(".arrow")),
+            desc=f"Reading {path}",
+        )
+    except ValueError as error:
+        raise ValueError(str(error)) from None  # without the traceback of another process
+
+
+JSON_PIECE = 2**22  # bytes of JSON that are decoded together
+JSON_FORM = "(a .json file is one list of rows, a .jsonl file has one row a line)"
+NO_LIST_OF_ROWS = 'it must be a list of rows: [{"column": value, ...}, ...]'
+SPACE, BETWEEN_ROWS = re.compile(r"\s*"), re.compile(r"[\s,]*")
+
+
+def pieces_of_json(path):
+    """([{"start", "end", "line", "row"}], columns): where the pieces of a file are, in bytes, and what each begins
+    with. Raises ValueError, with the line, for what is no JSON, or no rows."""
+    stream = json_lines if path.suffix.lower() == ".jsonl" else json_list
+    pieces, columns = [], {}
+    with open(path, "rb") as file:
+        for number, (row, start, end, line) in enumerate(stream(file)):
+            if not isinstance(row, dict):
+                raise ValueError(NO_LIST_OF_ROWS)
+            columns.update(dict.fromkeys(row))
+            if not pieces or end - pieces[-1]["start"] > JSON_PIECE:
+                pieces.append({"start": start, "line": line, "row": number})
+            pieces[-1]["end"] = end
+    if not columns:
         raise ValueError("it is empty")
-    columns = dict.fromkeys(key for row in rows for key in row)
-    encoded = []
-    for number, row in enumerate(rows):
-        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-            raise ValueError(f"row {number} has invalid Unicode (a lone surrogate); fix its encoding")
-        # As JSON text: datasets.Json() would read the text "7" as the number 7.
-        encoded.append({column: json.dumps(row.get(column), ensure_ascii=False) for column in columns})
-    features = datasets.Features({column: datasets.Json() for column in columns})
-    return datasets.Dataset.from_generator(lambda: iter(encoded), features=features)
+    return pieces, list(columns)
+
+
+def json_lines(file):
+    """Yields (row, its first byte, the byte after it, its line) of each row of a .jsonl file. Raises ValueError."""
+    start = 0
+    for line, content in enumerate(file, start=1):
+        text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+        end = start + len(content)
+        try:
+            if text.strip():
+                yield json.loads(text), end - len(text.encode()), end, line
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error} {JSON_FORM}") from None
+        start = end
+
+
+def json_list(file):
+    """Yields (row, its first byte, the byte after it, its line) of each row of a .json file. Raises ValueError."""
+    window = JsonWindow(file)
+    if not window.take("["):
+        if window.is_at_end():
+            raise ValueError("it is empty")
+        window.take_value()
+        window.require_end()
+        raise ValueError(NO_LIST_OF_ROWS)
+    if not window.take("]"):
+        yield window.take_value()
+        while window.take(","):
+            yield window.take_value()
+        if not window.take("]"):
+            raise window.error("Expecting ',' delimiter")
+    window.require_end()
+
+
+class JsonWindow:
+    """A JSON file, of which a few MB, `text`, are in memory. We are at `position` in it: at a `byte` of a `line`."""
+
+    def __init__(self, file):
+        self.file = file
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.parse = json.JSONDecoder().raw_decode
+        self.text, self.is_whole = "", False  # is_whole: the file ends with this text
+        self.position, self.byte, self.line = 0, file.tell(), 1
+
+    def go_to(self, position):
+        passed = self.text[self.position : position]
+        self.byte += len(passed.encode())
+        self.line += passed.count("\n")
+        self.position = position
+
+    def read_on(self):
+        """Forget what is behind us, and read the next few MB."""
+        chunk = self.file.read(JSON_PIECE)
+        self.is_whole = not chunk
+        self.text, self.position = self.text[self.position :] + self.decode(chunk, final=self.is_whole), 0
+
+    def is_at_end(self):
+        """Go on to what is no white space. Is there nothing more?"""
+        while True:
+            self.go_to(SPACE.match(self.text, self.position).end())
+            if self.is_whole or len(self.text) - self.position > JSON_PIECE // 2:
+                return self.position == len(self.text)
+            self.read_on()
+
+    def take(self, character):
+        """Whether this character comes next; if so, go on behind it."""
+        is_next = not self.is_at_end() and self.text[self.position] == character
+        if is_next:
+            self.go_to(self.position + 1)
+        return is_next
+
+    def take_value(self):
+        """The JSON value that comes next -> (value, its first byte, the byte after it, its line)."""
+        self.is_at_end()
+        while True:
+            try:
+                value, end = self.parse(self.text, self.position)
+                break
+            except json.JSONDecodeError as error:
+                # Perhaps the rest of the value is not in memory yet.
+                is_cut_off = error.msg.startswith("Unterminated string") or len(self.text) - error.pos < 100
+                if self.is_whole or not is_cut_off:
+                    self.go_to(error.pos)
+                    raise self.error(error.msg) from None
+                self.read_on()
+        first, line = self.byte, self.line
+        self.go_to(end)
+        return value, first, self.byte, line
+
+    def require_end(self):
+        if not self.is_at_end():
+            raise self.error("Extra data")
+
+    def error(self, problem):
+        """The ValueError about what is here."""
+        column = self.position - self.text.rfind("\n", 0, self.position)
+        return ValueError(f"{problem}: line {self.line} column {column} {JSON_FORM}")
+
+
+def rows_of_piece(piece, path, columns):
+    """A piece of a JSON file, as pieces_of_json has it -> {column: its cells, as JSON text}. Raises ValueError."""
+    (start,), (end,), (line,), (number,) = piece["start"], piece["end"], piece["line"], piece["row"]
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = file.read(end - start).decode("utf-8")
+    parse = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys, parse_int=read_integer).raw_decode
+    cells = {column: [] for column in columns}
+    may_have_surrogates = "\\u" in text
+    position = 0
+    while position < len(text):
+        try:
+            row, behind = parse(text, position)
+        except ValueError as error:
+            line += text[:position].count("\n")
+            raise ValueError(f"line {line}: {error} {JSON_FORM}") from None
+        for column in columns:
+            # As JSON text: datasets.Json() would read the text "7" as the number 7.
+            cells[column].append(json.dumps(row.get(column), ensure_ascii=False))
+            if may_have_surrogates and re.search("[\ud800-\udfff]", cells[column][-1]):
+                raise ValueError(f"row {number} has invalid Unicode (a lone surrogate); fix its encoding")
+        position = BETWEEN_ROWS.match(text, behind).end()
+        number += 1
+    return cells
 
 
 def read_integer(digits):
