@@ -31,6 +31,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import heapq
 import importlib
 import inspect
 import io
@@ -68,13 +69,13 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi
 from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, HfArgumentParser
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -108,6 +109,7 @@ class Settings:
     max_eval_rows: int = HfArg(default=200, help="Evaluate on at most this many rows, the same ones each time.")
     ignore_columns: list[str] | None = HfArg(default=None, help="Columns to leave out that may matter, such as video.")
     text_columns: list[str] | None = HfArg(default=None, help="Columns whose texts look like lists, and are meant so.")
+    check_rows: str = HfArg(default="auto", help="Rows to decode before training: all, a number, or auto.")
     on_bad_rows: Literal["stop", "skip"] = HfArg(default="stop", help="Rows that cannot be trained on: stop, or skip.")
     on_long_rows: Literal["drop", "stop"] = HfArg(default="drop", help="Rows that are too long: drop them, or stop.")
     model_max_length: int = HfArg(default=2048, help="Longest row in tokens, images included. Never cut.")
@@ -265,6 +267,7 @@ class Collator:
         self.processor = processor
         self.folder = settings.image_folder or ""
         self.ignored = settings.ignore_columns or []
+        self.max_aspect_ratio = 20
         self.max_length = settings.model_max_length
         self.max_slices = settings.max_slice_nums
         self.is_26 = type(processor).__name__ == "MiniCPMVProcessor"
@@ -350,7 +353,7 @@ class Collator:
         """A row -> its messages in the chat template's form, with PIL images in them. Raises BadRow."""
         # Edit images here, to crop or augment them (for evaluation, too). Each needs room in --model_max_length: 64
         # tokens, and 64 more for each of its slices (with --downsample_mode 4x four times as many).
-        return load_images(self.read(row), max_aspect_ratio=20)
+        return load_images(self.read(row), self.max_aspect_ratio)
 
     def read(self, row):
         """A row -> its messages, images as the row has them: paths, {"bytes": ...} or PIL images. Raises BadRow."""
@@ -1055,11 +1058,13 @@ class BadRow(ValueError):
 
 def is_missing(value):
     """Whether a cell holds nothing: null, NaN, an empty text, or a list or dict of such."""
+    if isinstance(value, str):
+        return not value
     if isinstance(value, dict):
         return all(is_missing(item) for item in value.values())
     if isinstance(value, list):
         return all(is_missing(item) for item in value)
-    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value)
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 IMAGE_KEYS = ("bytes", "path", "url", "base64", "image", "image_url", "file_name")  # of an image written as a dict
@@ -1111,11 +1116,18 @@ def image_key(image):
     """The same text for the same image: its real path or, for an embedded one, a hash of its bytes."""
     if isinstance(image, dict):
         return hashlib.sha256(image["bytes"]).hexdigest()
-    return os.path.realpath(image) if isinstance(image, str) else repr(image)
+    if not isinstance(image, str):
+        return repr(image)
+    path = os.path.join(real_path(os.path.dirname(image)), os.path.basename(image))
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def load_image(image, max_aspect_ratio=200):
-    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible."""
+real_path = functools.cache(os.path.realpath)  # of folders: it looks at each folder above
+
+
+def load_image(image, max_aspect_ratio=200, only_size=False):
+    """A path, {"bytes": ...} or a PIL image -> PIL RGB, upright. Raises BadRow if that is not possible.
+    only_size: -> its size, (width, height), upright. Only its header is read, so damaged pixels are not found."""
     source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
     if len(source) > 100 and not re.search(r"\.\w{2,5}$", source):  # an image written as text, of no known kind
         source = f"{source:.60}..."
@@ -1125,8 +1137,14 @@ def load_image(image, max_aspect_ratio=200):
         elif not isinstance(image, Image.Image):
             image = Image.open(image)
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's photo and preview
-        image.load()  # verify() would accept a truncated JPEG
-        upright = to_rgb(image)
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
+            width, height = height, width
+        if only_size:
+            image.close()
+        else:
+            image.load()  # verify() would accept a truncated JPEG
+            image = to_rgb(image)
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise BadRow("image too large", f"{source} has more than {limit:,} pixels: shrink it") from error
@@ -1137,11 +1155,10 @@ def load_image(image, max_aspect_ratio=200):
     if num_frames > 1:
         detail = f"{source} is animated or has pages, {num_frames} of them; give each that matters its own file"
         raise BadRow("several frames", detail)
-    width, height = upright.size
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{source} has {width} x {height} pixels; above 1 : {max_aspect_ratio} little can be seen: crop it"
         raise BadRow("image too narrow", detail)
-    return upright
+    return (width, height) if only_size else image
 
 
 def to_rgb(image):
@@ -1170,7 +1187,15 @@ def to_rgb(image):
 # Splits to evaluate on where none is named: the first that there is.
 EVALUATION_SPLITS = ("test", "validation", "val", "eval")
 EVALUATION_DATA = "the evaluation data"
+HELD_OUT_ROWS = "the rows held out"
 NO_ANSWER = "no answer"  # the reason of BadRow for a row with a question only
+
+
+# With --check_rows auto all rows are decoded before training, if that takes at most so many seconds,
+MOST_SECONDS = 120
+ROWS_TO_TIME = 200  # going by the first ones;
+ROWS_OF_A_SAMPLE = 2000  # else so many, drawn by seed,
+LARGEST_ROWS = 100  # and so many of the longest, and of those with most images
 
 
 def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
@@ -1183,7 +1208,11 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
     if eval_rows is not None:
         return train_rows, eval_rows
     if training.eval_strategy != "no" and settings.eval_fraction > 0:
-        return hold_out(train_rows, settings, training)
+        train_rows, eval_rows = hold_out(train_rows, settings, training)
+        if getattr(training, "has_unread_rows", False):
+            eval_rows = eval_rows.remove_columns(["length", "num_tokens", "image_keys"])
+            eval_rows = check_and_measure_rows(eval_rows, HELD_OUT_ROWS, collator, settings, training)
+        return train_rows, eval_rows
     if training.load_best_model_at_end:
         say("nothing is evaluated, so the last weights will be the result")
     training.eval_strategy, training.load_best_model_at_end = "no", False
@@ -1194,69 +1223,282 @@ def check_and_measure_rows(rows, name, collator, settings, training):
     """The rows that the collator accepts, with new columns: `image_keys`, for hold_out, `length`, in tokens, of a pair
     of the longer sequence, and `num_tokens`, of a pair of its prompt and both answers.
     The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
-    without any answers."""
+    without any answers.
+    If there are too many training rows to decode all of them now (--check_rows), the structure of all is checked, and
+    a sample is decoded; lengths are then upper bounds. SafeTrainer sees to the rows that turn out to be unreadable."""
     require(len(rows) > 0, f"{name} is empty: it has no rows")
-    text, number = datasets.Value("string"), datasets.Value("int64")
-    num_processes = None
-    if len(rows) > 1000:
-        num_processes = getattr(training, "dataset_num_proc", None) or os.cpu_count()
-
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
-    columns = {
-        "reason": text,
-        "detail": text,
-        "length": number,
-        "num_tokens": number,
-        "image_keys": datasets.List(text),
-    }
-    columns |= {"notes": datasets.List(text), "differs": datasets.Value("bool")}
+    wanted, bound = len(rows), None
+    if name not in (EVALUATION_DATA, HELD_OUT_ROWS):
+        wanted, bound = rows_to_decode(rows, name, collator, training)
     with training.main_process_first(desc=f"checking {name}"):
-        results = rows.map(
-            check_row,
-            fn_kwargs={"collator": collator, "cache_key": image_times(rows, collator)},
-            features=datasets.Features(columns),
-            remove_columns=rows.column_names,
-            num_proc=num_processes,
-            desc=f"Checking {name}",
-        )
+        results = stored_results(rows, collator, bound, f"Checking {name}", training)
+        problems = problems_of(results)
+        if bound is not None:
+            problems |= check_sample(rows, results, problems, wanted, collator, training)
     torch.set_num_threads(num_threads)
 
-    problems = {}
-    for n, (reason, detail) in enumerate(zip(results["reason"], results["detail"], strict=True)):
-        if reason is not None:
-            problems[n] = (reason, detail)
     if name == EVALUATION_DATA and is_blind(problems, rows, settings):
         return None
     report_problems(rows, problems, name, settings)
-    for note, count in Counter(itertools.chain.from_iterable(results["notes"])).items():
+    for note, count in Counter(itertools.chain.from_iterable(results["notes"][:])).items():
         say(f"{name}: {count} rows with {note}")
-    if any(results["differs"]):
+    if any(results["differs"][:]):
         read_differently(training, "Unicode, white space or parts of texts")
-    rows = datasets.concatenate_datasets(
-        [rows, results.select_columns(["length", "num_tokens", "image_keys"])], axis=1
-    )
+    measures = results.select_columns(["length", "num_tokens", "image_keys"])
+    rows = datasets.concatenate_datasets([rows, measures], axis=1)
     return rows.select([n for n in range(len(rows)) if n not in problems])
 
 
-def check_row(row, collator, cache_key):
-    """Try the collator on a row -> {"length", "num_tokens", "image_keys", "notes" to the user, whether it "differs"
-    from how earlier versions read it, and for a bad row "reason" and "detail"}.
-    cache_key is unused here: map() returns stored results if no argument changed, and this one changes with images."""
-    result = {"reason": None, "detail": None, "length": 0, "num_tokens": 0}
-    result |= {"image_keys": [], "notes": [], "differs": False}
+def rows_to_decode(rows, name, collator, training):
+    """(how many of the training rows to decode before training, by --check_rows or by their time; if not all, the
+    LengthBound of the others). Notes it for settings.yaml, since a resumed run must leave out the same rows."""
+    wanted = training.as_given["check_rows"].removeprefix("auto:")
+    if wanted == "all" or len(rows) <= ROWS_OF_A_SAMPLE or (wanted.isdigit() and int(wanted) >= len(rows)):
+        return len(rows), None
+    found = [None]
+    if training.process_index == 0:
+        is_done = result_folder(rows, collator).exists()
+        start = time.perf_counter()
+        lengths = {n: check_row(rows[n], collator)["length"] for n in range(ROWS_TO_TIME)}
+        seconds = (time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training)
+        found = [(is_done, seconds, {n: length for n, length in lengths.items() if length > 0})]
+    is_done, seconds, lengths = broadcast_object_list(found)[0]
+    if wanted == "auto":
+        wanted = "all" if is_done or seconds <= MOST_SECONDS else str(ROWS_OF_A_SAMPLE)
+        training.as_given["check_rows"] = f"auto:{wanted}"
+    if wanted == "all":
+        return len(rows), None
+    training.has_unread_rows = True
+    say(
+        f"{name}: {wanted} of {len(rows)} rows are decoded before training, the others during it, with no more than "
+        f"their structure checked now. (--check_rows all would take {seconds / 60:.0f} minutes here.)"
+    )
+    bound = LengthBound(rows, collator)
+    bound.fit(rows.select(list(lengths)), lengths.values())
+    return int(wanted), bound
+
+
+def num_checkers(training):
+    """How many processes check rows."""
+    return getattr(training, "dataset_num_proc", None) or os.cpu_count()
+
+
+RESULT_COLUMNS = datasets.Features(
+    reason=datasets.Value("string"),
+    detail=datasets.Value("string"),
+    length=datasets.Value("int64"),
+    num_tokens=datasets.Value("int64"),
+    image_keys=datasets.List(datasets.Value("string")),
+    image_times=datasets.List(datasets.Value("int64")),
+    notes=datasets.List(datasets.Value("string")),
+    differs=datasets.Value("bool"),
+)
+
+
+def result_folder(rows, collator, bound=None):
+    """Where the results of a check of these rows are kept: another one for other rows, settings, or code."""
+    added = None if bound is None else (bound.for_a_row, bound.for_a_turn)
+    code = sha256_of(__file__)  # the Hasher gives functions of a script another hash at each start
+    return cache_folder("checked") / Hasher.hash([code, vars(collator), added, rows._fingerprint])
+
+
+def stored_results(rows, collator, bound, description, training):
+    """What check_row returns for each row or, with a LengthBound, check_structure. As a Dataset, which is kept on the
+    disk until rows or images change."""
+    folder = result_folder(rows, collator, bound)
+    check = functools.partial(check_row, collator=collator)
+    if bound is not None:
+        check = functools.partial(check_structure, collator=collator, bound=bound)
+    if folder.exists():
+        results = datasets.load_from_disk(folder)
+        if have_same_images(results):
+            return results
+    results = rows.map(
+        check_batch,
+        batched=True,
+        fn_kwargs={"check": check},
+        features=RESULT_COLUMNS,
+        remove_columns=rows.column_names,
+        num_proc=num_checkers(training) if len(rows) > 1000 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=folder.name,
+        desc=description,
+    )
+    part = f"{folder}.{os.getpid()}.part"
+    datasets.disable_progress_bars()
+    results.save_to_disk(part)
+    datasets.enable_progress_bars()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    return datasets.load_from_disk(folder)
+
+
+def check_batch(columns, check):
+    """{column: cells} of some rows -> {column: results}."""
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    results = [check(row) for row in rows]
+    return {name: [result[name] for result in results] for name in RESULT_COLUMNS}
+
+
+def have_same_images(results):
+    """Whether the image files of checked rows have not changed since."""
+    for some in results.select_columns(["image_keys", "image_times"]).iter(10_000):
+        for keys, times in zip(some["image_keys"], some["image_times"], strict=True):
+            if list(map(time_of, keys)) != times:
+                return False
+    return True
+
+
+def time_of(image):
+    """When an image file was changed last, in ns; 0 if it does not exist, or is no file."""
     try:
+        return os.stat(image).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def problems_of(results):
+    """{index of a row that cannot be trained on: (reason, detail)}."""
+    reasons = enumerate(zip(results["reason"][:], results["detail"][:], strict=True))
+    return {n: (reason, detail) for n, (reason, detail) in reasons if reason is not None}
+
+
+def begin_result(row, collator):
+    """(what is known of a row before it is decoded, as check_row returns it; its messages). Raises BadRow."""
+    messages = collator.read(row)
+    keys = [image_key(image) for image in pil_images(messages)]
+    is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
+    return {
+        "image_keys": keys,
+        "image_times": [time_of(key) for key in keys],
+        "notes": sorted({note for message in messages for note in message.get("notes", ())}),
+        "differs": not is_nfc or any(message.get("differs", False) for message in messages),
+    }, messages
+
+
+NOTHING_FOUND = {
+    "reason": None,
+    "detail": None,
+    "length": 0,
+    "num_tokens": 0,
+    "image_keys": [],
+    "image_times": [],
+    "notes": [],
+    "differs": False,
+}
+
+
+def check_row(row, collator):
+    """Try the collator on a row -> {"length", "num_tokens", "image_keys", "image_times", "notes" to the user, whether
+    it "differs" from how earlier versions read it, and for a bad row "reason" and "detail"}."""
+    result = dict(NOTHING_FOUND)
+    try:
+        result |= begin_result(row, collator)[0]
         batch = collator([row])
-        result["length"] = batch["attention_mask"].shape[1]
-        result["num_tokens"] = tokens_of_row(batch)
-        messages = collator.read(row)
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
-    result["image_keys"] = [image_key(image) for image in pil_images(messages)]
-    result["notes"] = sorted({note for message in messages for note in message.get("notes", ())})
-    is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
-    result["differs"] = not is_nfc or any(message.get("differs") for message in messages)
-    return result
+    return result | {"length": batch["attention_mask"].shape[1], "num_tokens": tokens_of_row(batch)}
+
+
+def check_structure(row, collator, bound):
+    """Like check_row, but without decoding: no pixels, no chat template, no tokenizer, and for lengths upper bounds.
+    Only a row that may be too long goes through the collator."""
+    result = dict(NOTHING_FOUND)
+    try:
+        begun, messages = begin_result(row, collator)
+        result |= begun
+        ratio = getattr(collator, "max_aspect_ratio", 200)
+        sizes = [load_image(image, ratio, only_size=True) for image in pil_images(messages)]
+        length = bound(row, len(messages), sizes)
+    except BadRow as error:
+        return result | {"reason": error.reason, "detail": error.detail}
+    if length > collator.max_length:
+        return check_row(row, collator)
+    return result | {"length": length, "num_tokens": length}
+
+
+class LengthBound:
+    """Upper bounds of rows' lengths in tokens, for about 20 microseconds each: words are looked up in a table, and
+    what an image takes follows from its size."""
+
+    def __init__(self, rows, collator):
+        self.collator = collator
+        others = ("id", "row", "folder")
+        self.columns = [name for name in rows.column_names if name not in others and not holds_media(rows, name)]
+        self.tokens_of_word, self.tokens_of_size = {}, {}
+        self.for_a_row, self.for_a_turn = 0, 0  # what the chat template adds, see fit
+        differences = []
+        if hasattr(collator.processor, "_get_num_multimodal_tokens"):
+            for size in [(64, 64), (640, 480), (300, 1000)]:
+                differences.append(tokens_of_blank(collator, size) - tokens_by_arithmetic(collator.processor, size))
+        self.has_arithmetic = len(set(differences)) == 1  # what comes beside the image is always the same
+
+    def __call__(self, row, num_turns, sizes):
+        in_text = sum(self.tokens_of_text(text) for text in leaf_texts([row[column] for column in self.columns]))
+        in_images = sum(map(self.tokens_of_image, sizes))
+        return self.for_a_row + self.for_a_turn * num_turns + in_text + in_images
+
+    def fit(self, rows, lengths):
+        """Find out from some rows, whose lengths are known, what the chat template adds."""
+        added, turns = [], []
+        for row, length in zip(rows, lengths, strict=True):
+            messages = self.collator.read(row)
+            sizes = [load_image(image, only_size=True) for image in pil_images(messages)]
+            added.append(length - self(row, 0, sizes))
+            turns.append(len(messages))
+        self.for_a_row = max(0, min(added, default=0))
+        rest = [(more - self.for_a_row) / number for more, number in zip(added, turns, strict=True)]
+        self.for_a_turn = math.ceil(max(rest, default=0)) + 2  # a little more: other rows may take more
+
+    def tokens_of_text(self, text):
+        total = 0
+        for word in text.split(" "):
+            count = self.tokens_of_word.get(word)
+            if count is None:
+                count = len(self.collator.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
+                if len(self.tokens_of_word) > 500_000:
+                    self.tokens_of_word.clear()
+                self.tokens_of_word[word] = count
+            total += count
+        return total
+
+    def tokens_of_image(self, size):
+        if size not in self.tokens_of_size:
+            if self.has_arithmetic:
+                self.tokens_of_size[size] = tokens_by_arithmetic(self.collator.processor, size)
+            else:
+                self.tokens_of_size[size] = tokens_of_blank(self.collator, size)
+        return self.tokens_of_size[size]
+
+
+def tokens_by_arithmetic(processor, size):
+    """The tokens of an image of this size, (width, height), as vLLM asks for them."""
+    return processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
+
+
+def tokens_of_blank(collator, size):
+    """The tokens of a prompt that is a blank image of this size and a letter."""
+    turn = question_turn("x", images=[Image.new("RGB", size)])
+    inputs = collator.tokenize([[turn]], prompt=True)
+    return inputs.get("data", inputs)["input_ids"].shape[1]
+
+
+def check_sample(rows, results, problems, count, collator, training):
+    """Decode `count` rows drawn by seed, the first, the longest, those with most images, and one with the fewest. ->
+    {index of a row: (reason, detail)}."""
+    good = [n for n in range(len(rows)) if n not in problems]
+    num_images, lengths = list(map(len, results["image_keys"][:])), results["length"][:]
+    sample = {*good[:ROWS_TO_TIME], *random.Random(training.seed).sample(good, min(count, len(good)))}
+    for cost in (lengths, num_images):
+        sample.update(heapq.nlargest(LARGEST_ROWS, good, cost.__getitem__))
+    sample.update(heapq.nsmallest(1, good, num_images.__getitem__))
+    sample = sorted(sample)
+    decoded = stored_results(rows.select(sample), collator, None, "Decoding a sample", training)
+    found = problems_of(decoded)
+    return {sample[n]: problem for n, problem in found.items()}
 
 
 def tokens_of_row(batch):
@@ -1277,15 +1519,6 @@ def is_blind(problems, rows, settings):
     share = f"--eval_fraction {settings.eval_fraction:g} of the training images"
     say(f"the test split has no answers: {share} are held out instead (or name a split: --dataset_test_split)")
     return True
-
-
-def image_times(rows, collator):
-    """[(path, time of its last change)] of the image files that these rows name."""
-    paths = set()
-    for row in rows:
-        with contextlib.suppress(BadRow):  # such a row is reported when the collator reads it
-            paths.update(image for image in pil_images(collator.read(row)) if isinstance(image, str))
-    return [(path, os.stat(path).st_mtime_ns) for path in sorted(paths) if os.path.exists(path)]
 
 
 def report_problems(rows, problems, name, settings):
@@ -1492,7 +1725,8 @@ def read_json(path):
 JSON_PIECE = 2**22  # bytes of JSON that are decoded together
 JSON_FORM = "(a .json file is one list of rows, a .jsonl file has one row a line)"
 NO_LIST_OF_ROWS = 'it must be a list of rows: [{"column": value, ...}, ...]'
-SPACE, BETWEEN_ROWS = re.compile(r"\s*"), re.compile(r"[\s,]*")
+SPACE = re.compile(r"\s*")
+BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 def pieces_of_json(path):
@@ -1555,12 +1789,13 @@ class JsonWindow:
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.parse = json.JSONDecoder().raw_decode
         self.text, self.is_whole = "", False  # is_whole: the file ends with this text
-        self.position, self.byte, self.line = 0, file.tell(), 1
+        self.position, self.byte, self.line, self.column = 0, file.tell(), 1, 1
 
     def go_to(self, position):
         passed = self.text[self.position : position]
         self.byte += len(passed.encode())
         self.line += passed.count("\n")
+        self.column = len(passed) - passed.rfind("\n") if "\n" in passed else self.column + len(passed)
         self.position = position
 
     def read_on(self):
@@ -1608,8 +1843,7 @@ class JsonWindow:
 
     def error(self, problem):
         """The ValueError about what is here."""
-        column = self.position - self.text.rfind("\n", 0, self.position)
-        return ValueError(f"{problem}: line {self.line} column {column} {JSON_FORM}")
+        return ValueError(f"{problem}: line {self.line} column {self.column} {JSON_FORM}")
 
 
 def rows_of_piece(piece, path, columns):
@@ -1741,7 +1975,7 @@ def read_part(part, marker, ignored, place):
     """A text, or one part of a turn -> list of parts, as in read_turns. Raises BadRow."""
     if not isinstance(part, dict):
         part = {"type": "text", "text": part}
-    own = {key: part[key] for key in IMAGE_KEYS if not is_missing(part.get(key))}
+    own = {key: part[key] for key in IMAGE_KEYS if key in part and not is_missing(part[key])}
     kind = part.get("type") or ("image" if own else "text")
     if kind in ("image", "image_url", "input_image"):
         refuse_unread_keys(part, ("type", "index", *IMAGE_KEYS), ignored, place)
@@ -2158,14 +2392,17 @@ class SafeTrainer:
     num_nonfinite = 0  # steps in a row whose gradient was not finite
     evaluation_is_due = False  # at a checkpoint that SIGTERM asked for
     saved_step = None  # of the newest checkpoint
+    unreadable = ()  # rows in whose place others were trained: [(number, reason and detail)]
     is_saving_result = False
 
-    def _get_dataloader(self, *args, **kwargs):
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
         with patch("accelerate.data_loader.BatchSamplerShard", RowsOnce):
-            loader = super()._get_dataloader(*args, **kwargs)
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         # The loader that Accelerate has put into its own is the one that starts processes.
         inner = loader.base_dataloader
         inner.worker_init_fn = functools.partial(init_worker, inner.worker_init_fn)
+        if is_training:
+            inner.collate_fn = ReadableRows(inner.collate_fn, inner.dataset, self.args.seed)
         return loader
 
     def find_repeats(self, num_rows, batch_size):
@@ -2180,6 +2417,7 @@ class SafeTrainer:
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and how many trained tokens they have, in all processes."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        stop_or_note_unreadable(self, batches)
         self.find_repeats(len(self.train_dataset), self.args.train_batch_size)
         self.repeats = None
         if self.is_repeat:
@@ -2298,6 +2536,76 @@ class SafeTrainer:
             super()._save(output_dir, state_dict)
 
 
+class ReadableRows:
+    """Rows -> a batch, by `collate`. In the place of a row that cannot be read comes another one, drawn by seed, so
+    that a step keeps its number of rows; the batch then has `unreadable`, [(number of the row, reason and detail)]."""
+
+    def __init__(self, collate, rows, seed):
+        self.collate, self.rows, self.seed = collate, rows, seed
+
+    def __call__(self, rows):
+        try:
+            return self.collate(rows)
+        except BadRow:
+            pass  # now find out which one
+        readable, unreadable = [], []
+        for row in rows:
+            draw = random.Random(f"{self.seed} {row['row']}")  # the same row when a run is resumed
+            for _ in range(100):
+                problem = self.problem_of(row)
+                if problem is None:
+                    break
+                unreadable.append((row["row"], problem))
+                row = self.rows[draw.randrange(len(self.rows))]
+            readable.append(row)
+        batch = self.collate(readable)
+        batch["unreadable"] = unreadable
+        return batch
+
+    def problem_of(self, row):
+        try:
+            self.collate([row])
+        except BadRow as error:
+            return str(error)
+        return None
+
+
+def stop_or_note_unreadable(trainer, batches):
+    """Take what ReadableRows found out of the batches of a step. Unless such rows may be left out, save a checkpoint
+    and end the program before this step, in all processes. Raises SystemExit."""
+    found = [problem for batch in batches for problem in batch.pop("unreadable", ())]
+    args, step = trainer.args, trainer.state.global_step
+    must_stop = False
+    for _, problem in found:
+        is_long = problem.startswith("too long")
+        must_stop |= args.as_given["on_long_rows" if is_long else "on_bad_rows"] == "stop"
+    if args.world_size > 1:
+        must_stop = bool(trainer.accelerator.gather(torch.tensor([must_stop], device=args.device)).any())
+    if not must_stop:
+        trainer.unreadable = [*trainer.unreadable, *found]
+        for number, problem in found:
+            print(f"row {number} cannot be trained on, another one takes its place: {problem}")
+        return
+    saved = "No step is done yet."
+    if step > 0:
+        trainer._save_checkpoint(trainer.model, None)
+        saved = f"The checkpoint of step {step} is saved."
+    rows = sorted(set(gather_object(found)))
+    shown = "\n".join(f"row {number} cannot be trained on: {problem}" for number, problem in rows)
+    remedy = (
+        "Repair it, or train without such rows (--on_bad_rows skip, --on_long_rows drop): the same command resumes"
+    )
+    fail(f"{shown}\n{saved} {remedy}")
+
+
+def say_unreadable(trainer):
+    """List the rows in whose place others were trained."""
+    rows = sorted(set(map(tuple, gather_object(list(trainer.unreadable)))))
+    if rows:
+        shown = "\n".join(f"  row {number}: {problem}" for number, problem in rows[:20])
+        say(f"{len(rows)} rows could not be trained on; others took their places (at most 20 shown):\n{shown}")
+
+
 class RowsOnce(BatchSamplerShard):
     """The batches of one process. Accelerate's make the last ones of an epoch as large as the others, by repeating
     rows. Here they do not. A process that is left without a row gets one that another one has, since all must take
@@ -2393,6 +2701,7 @@ def train_and_save(trainer, checkpoint=None):
     trainer.add_callback(StopAndResume(trainer, checkpoint))
     with fail_on_trouble(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
+        say_unreadable(trainer)
         require_finite(trainer)
         trainer.is_saving_result = True
         trainer.save_model()  # also pushes to the hub with --push_to_hub
@@ -2590,6 +2899,8 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(training.per_device_eval_batch_size >= 1, "--per_device_eval_batch_size must be at least 1")
     longest = getattr(training, "max_length", None)
     require(longest is None or longest > 0, "--max_length must be above 0; without a limit it is null")
+    is_known = re.fullmatch(r"all|auto|auto:all|(auto:)?[1-9]\d*", settings.check_rows)
+    require(is_known, f"--check_rows {settings.check_rows}: it must be auto, all, or a number of rows")
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
     require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
@@ -2822,7 +3133,7 @@ def check_with_dummy_row(collator, row, name):
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
 sample_rows sample_tokens shared_prompt per_device_eval_batch_size stop_on_nonfinite gradient_accumulation_steps
-rows_per_step""".split()
+rows_per_step on_bad_rows""".split()
 CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
 INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
@@ -2961,6 +3272,9 @@ def adopt_choices(training, old, before):
         old.setdefault(name, value)
         if training.as_given[name] is None:
             training.as_given[name] = old[name]
+    checked = old.setdefault("check_rows", "auto:all")  # as earlier versions did
+    if training.as_given["check_rows"] == "auto" and checked.startswith("auto"):
+        training.as_given["check_rows"] = checked
 
 
 def adopt_rows_per_step(training, old, old_rows, old_processes):
@@ -3095,6 +3409,7 @@ def write_log_state(trainer):
     """Write into a checkpoint what is not logged yet: each process's sum of losses, TRL's metrics, an evaluation."""
     state = {"loss": trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist()}
     state |= {"last_logged": trainer._globalstep_last_logged, "evaluation_is_due": trainer.evaluation_is_due}
+    state["unreadable"] = sorted(set(map(tuple, gather_object(list(trainer.unreadable)))))
     if hasattr(trainer, "_metrics"):
         state["num_tokens"], state["metrics"] = trainer._total_train_tokens, trainer._metrics["train"]
     if trainer.args.should_save:
@@ -3112,6 +3427,7 @@ def read_log_state(trainer, checkpoint):
     is_same_number = len(losses) == trainer.args.world_size
     trainer._tr_loss += losses[process] if is_same_number else sum(losses) / len(losses)
     trainer._globalstep_last_logged = state["last_logged"]
+    trainer.unreadable = state.get("unreadable", [])
     if hasattr(trainer, "_metrics"):
         trainer._total_train_tokens = state["num_tokens"]
         trainer._metrics["train"].update(state["metrics"])
@@ -3251,6 +3567,7 @@ class StopAndResume(transformers.TrainerCallback):
         self.evaluation_is_due = False  # a run that SIGTERM ended had no time for it
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.saved_step = state.global_step if self.checkpoint else None
         RUN.peers = [pid for host, pid in gather_object([(platform.node(), os.getpid())]) if host == platform.node()]
         if self.checkpoint is None:
             return

@@ -605,5 +605,6 @@ def test_an_image_that_changes_under_the_run_ends_it_with_one_message(case, work
     rows = write([shows(case, name) for name in images(4)])
     with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()):
         case.module.main(case.flags_for(rows, dataloader_num_workers=workers, **more))
-    assert re.fullmatch(r"error: the data changed during the run: unreadable image: .*lime\.png.*", end.value.code)
+    message = r"error: row 1 cannot be trained on: unreadable image: .*lime\.png.*\n.*Repair it, or train without .*"
+    assert re.fullmatch(message, end.value.code)
     assert not (case.tmp_path / "out" / "trainer_state.json").exists()

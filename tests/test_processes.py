@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, log
+from PIL import Image
 from recipes import Recipe
 from runs import VARIANTS, Runs
 from safetensors.torch import load_file
@@ -57,8 +58,8 @@ def one_of_two(rank, port, file, main, argv):
         main(argv)
 
 
-def in_two_processes(main, argv, folder):
-    """Run main(argv) in two processes that train together. Returns what each printed."""
+def in_two_processes(main, argv, folder, expected=(0, 0)):
+    """Run main(argv) in two processes that train together, and end with these codes. Returns what each printed."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,13 +69,14 @@ def in_two_processes(main, argv, folder):
     both = [context.Process(target=one_of_two, args=(rank, port, files[rank], main, argv)) for rank in range(2)]
     for process in both:
         process.start()
-    while any(process.is_alive() for process in both) and all(process.exitcode in (None, 0) for process in both):
+    allowed = {None, *expected}
+    while any(process.is_alive() for process in both) and all(process.exitcode in allowed for process in both):
         time.sleep(0.05)
     codes = [process.exitcode for process in both]
     for process in both:
         process.kill()  # if the other one failed, it would wait for it
         process.join()
-    assert codes == [0, 0]
+    assert codes == list(expected)
     return [file.read_text() for file in files]
 
 
@@ -207,6 +209,47 @@ def test_both_stages_alone_in_a_folder_with_their_data(runs, tiny_parts, tmp_pat
     torch.testing.assert_close(first, second, atol=1e-4, rtol=0)  # two steps at 2e-5
 
 
+# ------------------------------------------------------------------------- rows that turn out unreadable in training
+@pytest.mark.parametrize("variant", ["sft: float", "docvqa: float", "dpo: float", "4.6: lora", "instruct: full"])
+def test_two_processes_agree_on_a_row_that_cannot_be_read(variant, runs, tmp_path, monkeypatch):
+    """With skip they train like one process; with stop both end before the same step."""
+    case = Recipe(VARIANTS[variant].recipe, runs.folder(variant), tmp_path)
+    for name, value in (("MOST_SECONDS", 0), ("ROWS_TO_TIME", 1), ("ROWS_OF_A_SAMPLE", 1), ("LARGEST_ROWS", 1)):
+        monkeypatch.setattr(case.module, name, value)
+    shutil.copytree(runs.rows(case.name), tmp_path, dirs_exist_ok=True)
+    rows = json.loads((tmp_path / "train.json").read_text())[:8]
+    one_picture = [number for number, row in enumerate(rows) if isinstance(row.get("image"), str) and number > 0]
+    number = min(one_picture, key=lambda number: len(str(rows[number])))  # not the longest, which is decoded first
+    rows[number]["image"] = "bad.jpg"
+    bad = tmp_path / "images" / "bad.jpg"
+    Image.effect_noise((64, 64), 90).save(bad)
+    bad.write_bytes(bad.read_bytes()[:-500])  # its header can be read
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = {
+        **TWO[variant],
+        "dataset_name": tmp_path / "rows.json",
+        "image_folder": tmp_path / "images",
+        "max_steps": 4,
+    }
+    settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "save_steps": 9}
+    if case.name == "llava_two_stage":
+        settings["group_by_modality_length"] = False
+    half = {**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+    argv = runs.argv(variant, tmp_path / "two", **half, on_bad_rows="skip")
+    printed, _ = in_two_processes(case.module.main, argv, tmp_path / "printed")
+    assert "1 rows could not be trained on" in printed and f"  row {number}: unreadable image" in printed
+    one = runs.run(variant, tmp_path / "one", **half | {"per_device_train_batch_size": 2}, on_bad_rows="skip")
+    assert log(tmp_path / "two") == pytest.approx(log(one.out), rel=1e-4, abs=1e-4) and len(log(one.out)) == 4
+
+    in_two_processes(case.module.main, runs.argv(variant, tmp_path / "stop", **half), tmp_path / "printed2", (1, 1))
+    saved = [path.name for path in (tmp_path / "stop").glob("checkpoint-*")]
+    resumed = runs.argv(variant, tmp_path / "stop", **half, on_bad_rows="skip")
+    printed, _ = in_two_processes(case.module.main, resumed, tmp_path / "printed3")
+    assert len(saved) <= 1 and all(name in printed for name in saved)
+    assert log(tmp_path / "stop") == pytest.approx(log(tmp_path / "two"))
+
+
 # ------------------------------------------------------------------------------------------------ pictures that vanish
 @pytest.mark.parametrize("rows, workers", [("-held", 0), ("", 2)], ids=["evaluated", "trained on, by loaders"])
 @pytest.mark.parametrize("variant", ["sft: 4-bit", "docvqa: 4-bit", "dpo: 4-bit", "4.6: lora", "2.6: lora", "align"])
@@ -228,5 +271,6 @@ def test_a_picture_that_vanishes_ends_the_run_with_one_message(variant, rows, wo
     with pytest.raises(SystemExit) as stopped:
         case.module.main(runs.argv(variant, tmp_path / "out", **settings))
     message = stopped.value.code
-    assert message.startswith("error: the data changed during the run: unreadable image: ") and picture in message
-    assert "\n" not in message
+    problem = r"row \d+ cannot be trained on" if workers else "the data changed during the run"
+    assert re.match(rf"error: {problem}: unreadable image: .*{re.escape(picture)}", message)
+    assert message.count("\n") <= 1

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -173,6 +174,7 @@ GIVEN = {
     "max_steps": 100,
     "max_new_tokens": 64,
     "stop_on_nonfinite": 3,
+    "check_rows": "auto",
     "sample_rows": 2,
     "model_name_or_path": "llava",
     "dataset_name": "rows.json",
@@ -398,6 +400,72 @@ def test_json_files_that_cannot_be_read(recipe, name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         recipe.read_json(tmp_path / name)
+
+
+TEXTS = ["", "é", "\u2028", "\U0001f600", '"', "\\", "\\u0041", "{", "]", ",", "\n", "x" * 70]
+FORMS = {
+    "one line": lambda rows: json.dumps(rows),
+    "indented": lambda rows: json.dumps(rows, indent=2, ensure_ascii=False),
+    "lines": lambda rows: "\ufeff  [\n" + "\n,\r\n".join(map(json.dumps, rows)) + "]\n\n",
+}
+
+
+def cells_of(recipe, path):
+    """{column: cells} of a file, put together from its pieces; and how many these are."""
+    pieces, columns = recipe.pieces_of_json(path)
+    cells = {column: [] for column in columns}
+    for piece in pieces:
+        some = recipe.rows_of_piece({name: [value] for name, value in piece.items()}, path, columns)
+        for column in columns:
+            cells[column] += map(json.loads, some[column])
+    return cells, len(pieces)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 2**22])
+def test_rows_of_json_are_those_that_json_reads_wherever_pieces_are_cut(recipe, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "JSON_PIECE", piece)
+    rows = [{"id": n, "text": TEXTS[n % len(TEXTS)], "more": [n / 7, {"a": TEXTS[: n % 5]}]} for n in range(25)]
+    texts = {f"{form}.json": write(rows) for form, write in FORMS.items()}
+    texts["lines.jsonl"] = "\ufeff" + "\r\n\n".join(map(json.dumps, rows))
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        cells, num_pieces = cells_of(recipe, tmp_path / name)
+        assert [dict(zip(cells, row)) for row in zip(*cells.values())] == rows, name
+        assert num_pieces > 3 or piece > 1000
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1},\n\n {"a" 2}]', "Expecting ':' delimiter: line 3 column 7 "),
+        ('[{"a": 1}\n{"a": 2}]', "Expecting ',' delimiter: line 2 column 1 "),
+        ('[{"a": 1},\n]', "Expecting value: line 2 column 1 "),
+        ('[{"a": 1}]\n x', "Extra data: line 2 column 2 "),
+        ('[{"a": "1},\n{}]', "(Invalid control character|Unterminated string).*line 1 column "),
+        ('\n[{"a": 1}, {"b": 1,\n"b": 2}]', r"line 2: a key appears twice in .*'b'"),
+        ('["a"]', "it must be a list of rows"),
+        ("{\n}", "it must be a list of rows"),
+        ("  ", "it is empty"),
+        ('[{"a": 1}', "Expecting ',' delimiter: line 1 column 10 "),
+    ],
+)
+@pytest.mark.parametrize("piece", [5, 2**22])
+def test_mistakes_in_json_are_named_with_their_line(recipe, piece, text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "JSON_PIECE", piece)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        recipe.read_json(tmp_path / "a.json")
+
+
+def test_a_large_json_is_read_in_little_memory(recipe, tmp_path):
+    """40 MB, of which a few are in memory at a time."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": n, "text": "word " * 400} for n in range(20_000)]))
+    tracemalloc.start()
+    pieces, _ = recipe.pieces_of_json(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 40e6 and len(pieces) >= 9 and peak < 30e6
 
 
 def test_a_column_of_json_may_hold_values_of_several_types(recipe, tmp_path):
