@@ -2,6 +2,7 @@
 what is trained on, and its plan is what the run does."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -11,11 +12,16 @@ import subprocess
 import sys
 from unittest import mock
 
+import bitsandbytes
 import pytest
 import torch
+import transformers
 from conftest import ROOT, log
 from PIL import Image
 from recipes import Recipe, asks, minicpm_run, said, short_run, two_stage_run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sft_llava
 from tools import inspect_recipe
@@ -443,6 +449,29 @@ def test_4_bit_weights_are_shared_out_by_fsdp2_only():
     assert inspect_recipe.per_gpu(packed, "zero2", 4)["weights"] == 5.16e9
     assert inspect_recipe.per_gpu(packed, "fsdp2", 4)["weights"] == 5e9 / 4 + 1.6e8
     assert inspect_recipe.per_gpu(packed, "zero3", 4) is None
+
+
+def test_fsdp2_shares_are_those_of_fully_shard(llava, uncounted, monkeypatch):
+    """4-bit weights, in tensors of a floating type, are shared out like others; their scales stay whole. By PyTorch's
+    own fully_shard, in a group of four processes of which there is one."""
+    estimated = llava("--gpus", "4", "--strategy", "fsdp2")["memory"]["fixed"]["fsdp2"]["weights"]
+    packed = functools.partial(transformers.BitsAndBytesConfig, bnb_4bit_quant_storage=torch.bfloat16)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", packed)
+    model = sft_llava.load_model(*llava.case.parse())
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        for module in list(model.modules()):
+            if isinstance(module, torch.nn.ModuleList):
+                for layer in module:
+                    fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        shares = sum(p.to_local().nbytes for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    states = [module.quant_state for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    assert len(states) > 0 and estimated == pytest.approx(shares + scales, rel=0.01)
 
 
 def test_fsdp2_keeps_whole_gradients_of_accumulated_batches(llava, uncounted):
