@@ -27,6 +27,7 @@ import sft_llava
 from tools import inspect_recipe
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import fewest_gpus  # noqa: E402
 import measure  # noqa: E402
 
 LLAMA = {"model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008}
@@ -577,6 +578,14 @@ def test_real_sizes_in_4_bits(config, card, best, gpus, tiny_llava, tmp_path, ll
     found = llava("--fit", str(card), **settings)["memory"]["fit"]
     assert (found["memory"], found["best"], found["strategies"][best]["gpus"]) == (card, best, gpus)
     assert set(found["strategies"]) == {"ddp", "zero2", "fsdp2"}
+
+
+def test_a_table_of_the_fewest_gpus(tmp_path, capsys, uncounted):
+    fewest_gpus.main([str(tmp_path), "7B-4bit"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| 7B-4bit \| 24 GB \| \*\*1 x 6\.\d\*\* \| 2 x \d\.\d \| 2 x \d\.\d \| refused \|", line)
+    with pytest.raises(SystemExit, match="^error: no run 8B; there are 7B-4bit, "):
+        fewest_gpus.main([str(tmp_path), "8B"])
 
 
 def test_fit_is_said(llava, uncounted, capsys):

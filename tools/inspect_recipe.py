@@ -1873,6 +1873,9 @@ class Report:
         self.console.print(table)
         for name, cause in refused.items():
             self.say(f"{STRATEGIES[name]} is refused: {cause}.")
+        room = f"{room_on(fit['memory']) / 1e9:.1f} GB"
+        reserved = f"{CONTEXT / 1e9:g} GB is for CUDA, {PIECES:.0%} are lost in pieces"
+        self.say(f"Of {fit['memory']} GB, {room} are free for a run: {reserved}.")
         if fit["best"]:
             found = fit["strategies"][fit["best"]]
             gpus = "1 GPU" if found["gpus"] == 1 else f"{found['gpus']} GPUs, {STRATEGIES[fit['best']]}"
