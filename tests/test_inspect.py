@@ -2,7 +2,9 @@
 what is trained on, and its plan is what the run does."""
 
 import contextlib
+import functools
 import json
+import math
 import os
 import re
 import signal
@@ -10,16 +12,22 @@ import subprocess
 import sys
 from unittest import mock
 
+import bitsandbytes
 import pytest
 import torch
+import transformers
 from conftest import ROOT, log
 from PIL import Image
 from recipes import Recipe, asks, minicpm_run, said, short_run, two_stage_run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sft_llava
 from tools import inspect_recipe
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import fewest_gpus  # noqa: E402
 import measure  # noqa: E402
 
 LLAMA = {"model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008}
@@ -387,24 +395,209 @@ def test_the_posts_table():
     assert rounded == {"all in float32": [32, 32, 32, 64, 160], "16 bits, adapter": [16, 16, 0.1, 0.2, 32.3]}
 
 
+# A language model of 20 GB in 16 bits and a projector of 10**9 weights, which is trained in float32 by AdamW.
+PROJECTOR = inspect_recipe.Weights(
+    frozen=20e9,
+    scales=0,
+    trained=4e9,
+    trained_count=10**9,
+    states=8,
+    width=2,
+    layer=4e8,
+    trained_layer=0,
+    outside=1e8,
+    live=2e9,
+    hidden=4096,
+    holds_gradients=False,
+)
+# The language model of 11 * 10**9 weights, all trained.
+IN_FULL = PROJECTOR._replace(frozen=0, trained=44e9, trained_count=11 * 10**9, trained_layer=4e8)
+SHARED = {
+    "ddp": [],
+    "zero2": ["gradients", "optimizer"],
+    "fsdp2": ["weights", "trained", "gradients", "optimizer"],
+    "zero3": ["weights", "trained", "gradients", "optimizer"],
+}
+
+
 def test_weights_gradients_and_optimizer_by_strategy():
     """GB of each of four GPUs."""
-    none = dict.fromkeys(("trainable", "four_bit", "frozen_bytes", "trained_bytes"), 0)
-    projector = {**none, "trainable": 10**9, "trained_bytes": 4 * 10**9}
-    parts = {"projector": projector, "language model": {**none, "frozen_bytes": 2 * 10**10}}
     expected = {
         "ddp": [20, 4, 4, 8],
         "zero2": [20, 2, 0.5, 3],  # 16 bits, and a float32 copy beside the two moments, in four shares
+        "fsdp2": [5, 1, 1, 2],
         "zero3": [5, 0.5, 0.5, 3],
-        "fsdp": [5, 1, 1, 2],
     }
     for strategy, gigabytes in expected.items():
-        sizes = inspect_recipe.per_gpu(parts, "adamw_torch", strategy, 4, True, 10**8, 4096)
-        assert [round(size / 1e9, 2) for size in sizes.values()][:4] == gigabytes and sizes["exchange"] > 0
-    assert inspect_recipe.per_gpu(parts, "adamw_torch", "ddp", 1, True, 0, 0)["exchange"] == 0
-    parts["language model"]["four_bit"] = 10**9
-    for strategy in ("zero3", "fsdp"):
-        assert inspect_recipe.per_gpu(parts, "adamw_torch", strategy, 4, True, 0, 0) is None
+        sizes = inspect_recipe.per_gpu(PROJECTOR, strategy, 4)
+        assert [size / 1e9 for size in sizes.values()][:4] == gigabytes and sizes["exchange"] > 0
+    assert inspect_recipe.per_gpu(PROJECTOR, "ddp", 1)["exchange"] == 0
+
+
+@pytest.mark.parametrize("strategy", SHARED)
+def test_shares_times_the_number_of_gpus_are_the_whole(strategy):
+    whole = inspect_recipe.per_gpu(PROJECTOR, strategy, 1)
+    for gpus in (2, 8, 64):
+        sizes = inspect_recipe.per_gpu(PROJECTOR, strategy, gpus)
+        for name in ("weights", "trained", "gradients", "optimizer"):
+            shares = gpus if name in SHARED[strategy] else 1
+            assert shares * sizes[name] == pytest.approx(whole[name])
+
+
+def test_4_bit_weights_are_shared_out_by_fsdp2_only():
+    """Their scales are whole on every GPU; DeepSpeed cannot shard them."""
+    packed = PROJECTOR._replace(frozen=5e9, scales=1.6e8)
+    assert inspect_recipe.per_gpu(packed, "zero2", 4)["weights"] == 5.16e9
+    assert inspect_recipe.per_gpu(packed, "fsdp2", 4)["weights"] == 5e9 / 4 + 1.6e8
+    assert inspect_recipe.per_gpu(packed, "zero3", 4) is None
+
+
+def test_fsdp2_shares_are_those_of_fully_shard(llava, uncounted, monkeypatch):
+    """4-bit weights, in tensors of a floating type, are shared out like others; their scales stay whole. By PyTorch's
+    own fully_shard, in a group of four processes of which there is one."""
+    estimated = llava("--gpus", "4", "--strategy", "fsdp2")["memory"]["fixed"]["fsdp2"]["weights"]
+    packed = functools.partial(transformers.BitsAndBytesConfig, bnb_4bit_quant_storage=torch.bfloat16)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", packed)
+    model = sft_llava.load_model(*llava.case.parse())
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        for module in list(model.modules()):
+            if isinstance(module, torch.nn.ModuleList):
+                for layer in module:
+                    fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        shares = sum(p.to_local().nbytes for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    states = [module.quant_state for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    assert len(states) > 0 and estimated == pytest.approx(shares + scales, rel=0.01)
+
+
+def test_fsdp2_keeps_whole_gradients_of_accumulated_batches(llava, uncounted):
+    """In 16 bits, and not in the optimizer step. Unless the trainer syncs each batch."""
+    once = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": True}
+    twice = once | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = []
+    for settings in (once, twice):
+        report = llava("--gpus", "4", "--strategy", "fsdp2", **settings)
+        trained = sum(part["trainable"] for part in report["parts"].values())
+        found.append(report["memory"]["fixed"]["fsdp2"]["gradients"] / trained)
+    assert found == [4 / 4, 2]
+    accumulating = IN_FULL._replace(holds_gradients=True)
+    of_a_step = [inspect_recipe.fixed_in("optimizer step", some, "fsdp2", 8) for some in (IN_FULL, accumulating)]
+    assert of_a_step[0] == of_a_step[1] == (44e9 + 44e9 + 88e9) / 8
+    training = mock.Mock(accelerator_config=mock.Mock(gradient_accumulation_kwargs={"sync_each_batch": True}))
+    assert not inspect_recipe.holds_gradients(training, 2)
+
+
+def test_weights_that_are_handed_out_in_16_bits_are_not_copied(tiny_parts, tmp_path, inspect):
+    """DDP's forward pass keeps a 16-bit copy of each weight that is trained in float32, the others have them so."""
+    settings = {"use_cpu": None, "optim": "adamw_torch", "eval_fraction": 0}
+    flags = two_stage_run(tiny_parts, tmp_path / "out", "instruct", **settings)
+    report = inspect("llava_two_stage", flags, "--gpus", "2", "--strategy", "zero3", "--examples", "0")
+    memory, trained = report["memory"], sum(part["trainable"] for part in report["parts"].values())
+    assert memory["activations"] == memory["activations_by_strategy"]["zero3"]
+    for kind, size in memory["activations"].items():
+        copies = memory["activations_by_strategy"]["ddp"][kind]["bytes"] - size["bytes"]
+        assert trained <= copies <= 4 * trained
+    # AdamW's own 4 bytes for each, of a share, and a float32 gradient in place of one in 16 bits
+    fixed = sum(memory["fixed"]["zero3"].values())
+    assert memory["phases"]["optimizer step"]["all"] == pytest.approx(fixed + (4 + 2) * trained / 2, rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------- fit
+
+
+def fit(card, weights, step=5e9):
+    """What --fit says for GPUs of so many GB, where a training step of a row takes `step` bytes and AdamW four bytes
+    for each trained weight."""
+    phases = {"training step": {"batch": 2, "bytes": 2 * step, "for_each_row": step}}
+    phases["optimizer step"] = {"bytes": 4 * weights.trained_count}
+    activations = {"with_checkpointing": {"bytes": 2 * step, "for_each_row": step}}
+    counted = dict.fromkeys(inspect_recipe.STRATEGIES, (activations, phases))
+    training = mock.Mock(activation_checkpointing=True, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    return inspect_recipe.about_fit(card, weights, counted, training), inspect_recipe.with_one_row(phases)
+
+
+@pytest.mark.parametrize("weights", [PROJECTOR, IN_FULL], ids=["projector", "in full"])
+@pytest.mark.parametrize("card", [24, 40, 80, 141])
+def test_the_fewest_gpus_are_enough_and_fewer_are_not(card, weights):
+    found, phases = fit(card, weights)
+    for name, entry in found["strategies"].items():
+        if name == "ddp" or entry["gpus"] is None:
+            continue
+        numbers = inspect_recipe.FIT_GPUS[1:]
+        for gpus in numbers[: numbers.index(entry["gpus"]) + 1]:
+            most = max(inspect_recipe.sums_of_phases(phases, weights, name, gpus).values())
+            assert (most <= inspect_recipe.room_on(card)) == (gpus == entry["gpus"])
+        assert entry["bytes"] == most and entry["batch"] >= 1
+    if found["best"]:
+        numbers = [entry["gpus"] or math.inf for entry in found["strategies"].values()]
+        assert min(numbers) == found["strategies"][found["best"]]["gpus"]
+
+
+def test_more_memory_never_wants_more_gpus():
+    before = dict.fromkeys(inspect_recipe.STRATEGIES, math.inf)
+    for card in range(8, 260, 4):
+        found = fit(card, IN_FULL)[0]["strategies"]
+        numbers = {name: entry["gpus"] or math.inf for name, entry in found.items()}
+        assert all(numbers[name] <= before[name] for name in before)
+        before = numbers
+    assert before == {"ddp": 1, "zero2": 2, "fsdp2": 2, "zero3": 2}
+
+
+def test_the_simplest_of_those_with_the_fewest_gpus():
+    """On one GPU DDP, which is none; on two ZeRO-2 before FSDP2 before ZeRO-3."""
+    assert fit(80, PROJECTOR)[0]["best"] == "ddp"
+    assert fit(141, IN_FULL)[0]["best"] == "zero2"
+    assert fit(40, IN_FULL)[0]["best"] == "fsdp2"
+    few = fit(10, IN_FULL)[0]
+    assert few["best"] is None and "an adapter on 4-bit weights" in few["help"]
+
+
+YI_34B = LLAMA | {"vocab_size": 64064, "hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60}
+YI_34B |= {"num_attention_heads": 56, "num_key_value_heads": 8}
+LLAVA_34B = LLAVA_7B | {"text_config": YI_34B}
+
+
+@pytest.mark.parametrize(
+    ("config", "card", "best", "gpus"),
+    [
+        (LLAVA_7B, 24, "ddp", 1),
+        (LLAVA_34B, 80, "ddp", 1),
+        (LLAVA_34B, 24, "fsdp2", 2),
+    ],
+    ids=["7B in 24 GB", "34B in 80 GB", "34B in 24 GB"],
+)
+def test_real_sizes_in_4_bits(config, card, best, gpus, tiny_llava, tmp_path, llava, uncounted, capsys):
+    """As published; a training step is taken to have 1 GB of activations."""
+    model = real_size(tiny_llava, tmp_path / "model", config)
+    settings = {"use_cpu": None, "model_name_or_path": model, "per_device_train_batch_size": 1}
+    found = llava("--fit", str(card), **settings)["memory"]["fit"]
+    assert (found["memory"], found["best"], found["strategies"][best]["gpus"]) == (card, best, gpus)
+    assert set(found["strategies"]) == {"ddp", "zero2", "fsdp2"}
+
+
+def test_a_table_of_the_fewest_gpus(tmp_path, capsys, uncounted):
+    fewest_gpus.main([str(tmp_path), "7B-4bit"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"\| 7B-4bit \| 24 GB \| \*\*1 x 6\.\d\*\* \| 2 x \d\.\d \| 2 x \d\.\d \| refused \|", line)
+    with pytest.raises(SystemExit, match="^error: no run 8B; there are 7B-4bit, "):
+        fewest_gpus.main([str(tmp_path), "8B"])
+
+
+def test_fit_is_said(llava, uncounted, capsys):
+    settings = {"use_cpu": None, "per_device_train_batch_size": 1}
+    show(llava, "--fit", "80", **settings)
+    text = capsys.readouterr().out
+    assert "GPUs of 80 GB that are enough, one row at a time" in text and "The fewest: 1 GPU." in text
+    assert re.search(r"\nDDP +1 +1\.\d\d +training step +7\d\n", text)
+    assert "ZeRO-3 is refused: DeepSpeed cannot shard 4-bit weights." in text
+    show(llava, "--fit", "1", **settings, load_in_4bit=False)
+    text = capsys.readouterr().out
+    assert "up to 64 GPUs of 1 GB are too few; what helps: an adapter on 4-bit weights, shorter rows" in text
 
 
 def test_optimizer_states():
@@ -536,12 +729,17 @@ def test_what_is_odd(settings, odd, llava, uncounted):
     assert any(odd in text for text in found), found
 
 
-def test_a_strategy_that_the_recipe_refuses_is_odd(llava, uncounted):
-    for strategy, flags in (("zero3", ["--deepspeed"]), ("fsdp", ["--fsdp"]), ("ddp", [])):
-        odd = llava("--gpus", "4", "--strategy", strategy, load_in_4bit=False)["odd"]
-        assert re.findall("takes no (--[a-z]+)", " ".join(odd)) == flags
-    odd = llava("--gpus", "4", "--strategy", "zero3")["odd"]
-    assert any("4-bit weights are not split: ZeRO-3" in text for text in odd)
+def test_4_bits_and_zero3_are_odd(llava, uncounted, capsys):
+    for strategy in inspect_recipe.STRATEGIES:
+        report = llava("--gpus", "4", "--strategy", strategy)
+        refusal = "ZeRO-3 is refused: DeepSpeed cannot shard 4-bit weights; use DDP, ZeRO-2 or FSDP2"
+        assert (refusal in report["odd"]) == (strategy == "zero3")
+        assert report["memory"]["refused"] == {"zero3": inspect_recipe.NO_ZERO3}
+    assert not any("refused" in text for text in llava("--strategy", "zero3", load_in_4bit=False)["odd"])
+    assert llava("--gpus", "4", "--strategy", "fsdp")["memory"]["strategy"] == "fsdp2"
+    show(llava, "--gpus", "4")
+    text = capsys.readouterr().out
+    assert re.search(r"\n +DDP +ZeRO-2 +FSDP2 +ZeRO-3\nfrozen weights .* refused\n", text)
 
 
 def test_a_sound_run_is_not_odd(llava, uncounted):
@@ -587,7 +785,7 @@ def test_steps_of_several_gpus(tiny_parts, tmp_path, inspect, uncounted):
     for gpus in ("1", "8"):
         report = inspect("llava_two_stage", flags, "--gpus", gpus, "--strategy", "zero3")
         assert report["plan"]["effective_batch"] == 128 and report["memory"]["strategy"] == "zero3"
-        assert not any("takes no" in text for text in report["odd"])
+        assert report["memory"]["refused"] == {}
 
 
 def test_as_plain_text(llava, uncounted, capsys):
@@ -611,7 +809,12 @@ def test_as_plain_text(llava, uncounted, capsys):
         (["--memory", "0"], {}, "--memory: 0: a card's memory is in GB, from 1 to 1000"),
         (["--memory", "24", "24000"], {}, "--memory: 24000: a card's memory is in GB"),
         (["--memory", "nan"], {}, "--memory: nan: a card's memory"),
-        (["--memory", "large"], {}, "--memory: large: .* RECIPE comes before --memory"),
+        (["--memory", "large"], {}, "--memory: large: .* RECIPE comes before this flag"),
+        (["--memory", "80", "--fit", "80"], {}, "--fit and --memory: one of them"),
+        (["--fit", "0"], {}, "--fit: 0: a card's memory is in GB, from 1 to 1000"),
+        (["--fit", "80", "--gpus", "4"], {}, "--fit finds the number of GPUs and the strategy"),
+        (["--fit", "80", "--strategy", "ddp"], {}, "--fit finds the number of GPUs and the strategy"),
+        (["--fit", "80"], {}, "--fit is about GPUs: without --use_cpu"),
         (["--no_such", "1"], {}, "no_such"),
         ([], {"lora_r": 0}, "not possible in 4 bits"),
         ([], {"max_length": 3}, "no row of .* can be trained on"),

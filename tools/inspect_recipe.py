@@ -4,6 +4,7 @@
     python tools/inspect_recipe.py sft_llava.py --config llava-lora/settings.yaml --rows 1000   # a quick look
     python tools/inspect_recipe.py dpo_idefics2.py --load_in_4bit false --per_device_train_batch_size 4
     python tools/inspect_recipe.py llava_two_stage.py --stage instruct --gpus 8 --strategy zero3
+    python tools/inspect_recipe.py llava_two_stage.py --stage instruct --fit 80   # on how many GPUs of 80 GB?
     python tools/inspect_recipe.py sft_llava.py --memory 12 48      # what fits into cards of 12 and of 48 GB
     python tools/inspect_recipe.py sft_llava.py --no-color > before.txt
     python tools/inspect_recipe.py sft_llava.py --json > before.json
@@ -35,6 +36,7 @@ import weakref
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import bitsandbytes
@@ -61,8 +63,11 @@ from tools.runs import base_name, code_not_executed, load_recipe, trust_only_fla
 
 CONTRACT = """Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator
 load_model main"""
-STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
-FLAG_OF_STRATEGY = {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}
+STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}  # the simplest and fastest first
+DEEPSPEED = ("zero2", "zero3")
+NO_ZERO3 = "DeepSpeed cannot shard 4-bit weights"
+FIT_GPUS = (1, 2, 4, *range(8, 65, 8))  # what --fit tries: parts of a machine of eight GPUs, then whole machines
+LIVE_WEIGHTS = 10**9  # stage3_max_live_parameters of configs/zero3.yaml, and DeepSpeed's default
 CARDS = (16, 24, 40, 80)  # memory of GPUs, GB, without --memory
 MOST_MEMORY = 1000  # more in --memory is no GB
 # Of a card's memory: CUDA's own context in bytes, and the share that its allocator cannot use because it is in pieces.
@@ -98,27 +103,41 @@ def parse(argv=None):
     parser.add_argument("--examples", type=int, default=2, help="rows to show as the model sees them (default 2)")
     parser.add_argument("--gpus", type=int, default=1, help="estimate for so many GPUs (default 1)")
     parser.add_argument(
-        "--strategy", choices=list(STRATEGIES), default="ddp", help="how several GPUs share the work (default ddp)"
+        "--strategy", choices=[*STRATEGIES, "fsdp"], help="how several GPUs share the work (default ddp; fsdp: fsdp2)"
     )
-    parser.add_argument(
-        "--memory", nargs="+", type=card_memory, default=list(CARDS), metavar="GB", help="what fits into such cards"
-    )
+    parser.add_argument("--memory", nargs="+", type=card_memory, metavar="GB", help="what fits into such cards")
+    parser.add_argument("--fit", type=card_memory, metavar="GB", help="the fewest GPUs of so many GB that are enough")
     parser.add_argument("--no-color", action="store_true", help="plain text: what is trained on in «»")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
     args, recipe_flags = parse_beside_recipe(parser, argv)
     if (args.rows is not None and args.rows < 1) or args.gpus < 1 or args.examples < 0:
         fail("--rows and --gpus must be at least 1, --examples 0 or more")
+    check_fit(args)
+    if args.strategy == "fsdp":
+        args.strategy = "fsdp2"
+    args.strategy = args.strategy or "ddp"
+    if args.fit:
+        args.memory = [args.fit]
+    args.memory = args.memory or list(CARDS)
     return args, recipe_flags
 
 
+def check_fit(args):
+    """Raises SystemExit for flags that --fit goes without."""
+    if args.fit and args.memory:
+        fail("--fit and --memory: one of them; --fit 80 has the largest batches in 80 GB, too")
+    if args.fit and (args.gpus > 1 or args.strategy):
+        fail("--fit finds the number of GPUs and the strategy: without --gpus and --strategy")
+
+
 def card_memory(text):
-    """A card's memory in GB, as --memory has it -> a number. Raises argparse.ArgumentTypeError."""
+    """A card's memory in GB, as --memory and --fit have it -> a number. Raises argparse.ArgumentTypeError."""
     try:
         memory = float(text)
     except ValueError:
         memory = math.nan
     if not 1 <= memory <= MOST_MEMORY:  # NaN is not
-        remedy = f"a card's memory is in GB, from 1 to {MOST_MEMORY}; RECIPE comes before --memory"
+        remedy = f"a card's memory is in GB, from 1 to {MOST_MEMORY}; RECIPE comes before this flag"
         raise argparse.ArgumentTypeError(f"{text}: {remedy}")
     return int(memory) if memory.is_integer() else memory
 
@@ -998,33 +1017,139 @@ def state_bytes(optim):
     return STATES[max(known, key=len)] if known else 8
 
 
-def per_gpu(parts, optim, strategy, gpus, is_half, layer, hidden):
-    """Bytes on each GPU, apart from activations: weights, trained (adapters, and parts that are trained in full),
-    gradients, optimizer, exchange (what the GPUs send each other); None where the strategy cannot do it.
+class Weights(NamedTuple):
+    """What the sums of memory are made of; in bytes, where it does not say otherwise."""
 
-    DDP keeps everything everywhere; ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP the weights as well, of
-    which they gather two layers (of `layer` bytes) at a time. DeepSpeed trains in 16 bits and keeps a float32 copy
-    with the optimizer's states; else what is trained is as the trainer has it.
+    frozen: float
+    scales: float  # of 4-bit weights; not in `frozen`
+    trained: float
+    trained_count: int  # how many weights are trained
+    states: float  # of the optimizer, for each trained weight
+    width: int  # of a weight in the forward pass: 2 in 16 bits, else 4
+    layer: float  # all weights of the largest layer, as the forward pass has them
+    trained_layer: float  # the trained ones of those
+    outside: float  # weights that are in no layer, as the forward pass has them, without the input's embeddings
+    live: float  # what DeepSpeed gathers at most, unless two layers are more
+    hidden: int  # the hidden size
+    holds_gradients: bool  # FSDP2: gradients are whole until the last of several accumulated batches
+
+
+def about_weights(trainer, parts):
+    """The trainer and its parts -> Weights. A layer is what is in a list of modules, as FSDP2 wraps it."""
+    model, training = trainer.model, trainer.args
+    width = 2 if training.bf16 else 4
+    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+    largest = max(layers, key=lambda layer: gathered_bytes(layer.parameters(), width), default=torch.nn.Module())
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    outside = [p for p in model.parameters() if id(p) not in in_layers and not is_input_embedding(p, model)]
+    scales = (NF4 - 0.5) * sum_of(parts, "four_bit")
+    return Weights(
+        frozen=sum_of(parts, "frozen_bytes") - scales,
+        scales=scales,
+        trained=sum_of(parts, "trained_bytes"),
+        trained_count=sum_of(parts, "trainable"),
+        states=state_bytes(getattr(training.optim, "value", training.optim)),
+        width=width,
+        layer=gathered_bytes(largest.parameters(), width),
+        trained_layer=gathered_bytes(trained_weights(largest), width),
+        outside=gathered_bytes(outside, width),
+        live=min(gathered_bytes(model.parameters(), width), width * LIVE_WEIGHTS),
+        hidden=model.config.get_text_config().hidden_size if hasattr(model, "config") else 0,
+        holds_gradients=holds_gradients(training, training.gradient_accumulation_steps),
+    )
+
+
+def holds_gradients(training, batches):
+    """Whether FSDP2 keeps whole gradients in a step of so many accumulated batches."""
+    options = training.accelerator_config.gradient_accumulation_kwargs or {}
+    return batches > 1 and not options.get("sync_each_batch")
+
+
+def gathered_bytes(weights, width):
+    """What weights take when they are gathered: `width` bytes each, packed ones in 4 bits stay packed."""
+    return sum(p.numel() * (0.5 if is_nf4(p) else width) for p in weights)
+
+
+def is_input_embedding(p, model):
+    """Whether a weight is the input's embedding, and not the head as well: FSDP2 wraps that by itself."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or p is not getattr(embedding, "weight", None):
+        return False
+    return p is not getattr(head, "weight", None)
+
+
+def per_gpu(weights, strategy, gpus):
+    """Weights, a strategy, a number of GPUs -> bytes on each of them, apart from activations: weights (frozen ones),
+    trained (adapters, and parts that are trained in full), gradients, optimizer, exchange (what is gathered, and what
+    the GPUs send each other). None where the strategy cannot do it.
+
+    DDP keeps everything everywhere. ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP2 the weights as well
+    (Rajbhandari et al. 2019, arXiv 1910.02054; Zhao et al. 2023, arXiv 2304.11277, docs.pytorch.org/docs/stable/
+    distributed.fsdp.fully_shard.html).
     """
-    frozen, trained, count = (sum_of(parts, key) for key in ("frozen_bytes", "trained_bytes", "trainable"))
-    optimizer = count * state_bytes(optim)
-    if strategy in ("zero3", "fsdp") and sum_of(parts, "four_bit"):
+    if strategy == "zero3" and weights.scales:
         return None
     if strategy == "ddp":
-        exchange = trained if gpus > 1 else 0
-        sizes = (frozen, trained, trained, optimizer, exchange)
-    elif strategy == "fsdp":
-        sizes = (frozen / gpus, trained / gpus, trained / gpus, optimizer / gpus, 2 * layer)
-    else:
-        width, master_copy = (2, 4 * count) if is_half else (4, 0)
-        exchange = 2 * width * hidden**2
-        if strategy == "zero3":
-            frozen, exchange = frozen / gpus, exchange + 2 * layer
-            trained = count * width / gpus
-        else:
-            trained = count * width
-        sizes = (frozen, trained, count * width / gpus, (optimizer + master_copy) / gpus, exchange)
-    return dict(zip(("weights", "trained", "gradients", "optimizer", "exchange"), sizes))
+        return per_gpu_ddp(weights, gpus)
+    if strategy == "fsdp2":
+        return per_gpu_fsdp2(weights, gpus)
+    return per_gpu_deepspeed(weights, strategy, gpus)
+
+
+def per_gpu_ddp(weights, gpus):
+    """per_gpu of DDP, whose buckets are as large as the gradients."""
+    return {
+        "weights": weights.frozen + weights.scales,
+        "trained": weights.trained,
+        "gradients": weights.trained,
+        "optimizer": weights.trained_count * weights.states,
+        "exchange": weights.trained if gpus > 1 else 0,
+    }
+
+
+def per_gpu_fsdp2(weights, gpus):
+    """per_gpu of FSDP2, as Accelerate prepares it (accelerate/utils/fsdp_utils.py, fsdp2_prepare_model).
+
+    Two layers are gathered at a time, and the gradients of one are whole, in a bucket once more. What is in no layer
+    stays gathered during a step, the head for one. 4-bit weights are packed into tensors of the compute dtype
+    (bnb_4bit_quant_storage) and shared out as such. Their scales are no parameters, so each GPU has all of them.
+    Without sync_each_batch, accumulated gradients are whole, in the compute dtype, until the last batch
+    (transformers.Trainer calls no_sync).
+    """
+    gradients = weights.trained / gpus
+    if weights.holds_gradients:
+        gradients = weights.trained_count * weights.width
+    return {
+        "weights": weights.frozen / gpus + weights.scales,
+        "trained": weights.trained / gpus,
+        "gradients": gradients,
+        "optimizer": weights.trained_count * weights.states / gpus,
+        "exchange": 2 * weights.layer + 2 * weights.trained_layer + weights.outside,
+    }
+
+
+def per_gpu_deepspeed(weights, strategy, gpus):
+    """per_gpu of ZeRO-2 and ZeRO-3, with configs/zero2.yaml and configs/zero3.yaml.
+
+    DeepSpeed trains in 16 bits and keeps a float32 copy with the optimizer's states. There are two buckets of hidden
+    size squared (reduce_bucket_size "auto", overlap_comm). ZeRO-3 gathers ahead until LIVE_WEIGHTS are whole.
+    """
+    frozen = weights.frozen + weights.scales
+    trained = gradients = weights.trained_count * weights.width
+    optimizer = weights.trained_count * weights.states
+    if weights.width == 2:
+        optimizer += 4 * weights.trained_count
+    exchange = 2 * weights.width * weights.hidden**2
+    if strategy == "zero3":
+        frozen, trained = frozen / gpus, trained / gpus
+        exchange += max(2 * weights.layer, weights.live)
+    return {
+        "weights": frozen,
+        "trained": trained,
+        "gradients": gradients / gpus,
+        "optimizer": optimizer / gpus,
+        "exchange": exchange,
+    }
 
 
 def by_the_rule(parameters, trained, has_reference):
@@ -1043,23 +1168,23 @@ def by_the_rule(parameters, trained, has_reference):
 
 def about_memory(trainer, recipe, parts, batches, args):
     """The trainer, its parts, the batches to run (see largest_batches) -> the report's section on memory."""
-    model, training, batch = trainer.model, trainer.args, trainer.args.per_device_train_batch_size
-    optim = getattr(training.optim, "value", training.optim)
-    hidden = model.config.get_text_config().hidden_size if hasattr(model, "config") else 0
-    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    largest = max((sum(map(bytes_of, layer.parameters())) for layer in layers), default=0)
-    fixed = {name: per_gpu(parts, optim, name, args.gpus, training.bf16, largest, hidden) for name in STRATEGIES}
+    training = trainer.args
+    weights = about_weights(trainer, parts)
+    fixed = {name: per_gpu(weights, name, args.gpus) for name in STRATEGIES}
     parameters, trained = sum_of(parts, "total") - sum_of(parts, "adapters"), sum_of(parts, "trainable")
+    optim = getattr(training.optim, "value", training.optim)
     report = {
         "optim": optim,
-        "batch": batch,
+        "batch": training.per_device_train_batch_size,
         "for_gpu": training.for_gpu,
         "gpus": args.gpus,
         "strategy": args.strategy,
         "fixed": fixed,
+        "refused": {name: NO_ZERO3 for name, sizes in fixed.items() if sizes is None},
         "checkpointing": training.activation_checkpointing,
         "by_the_rule": by_the_rule(parameters, trained, isinstance(trainer, trl.DPOTrainer)),
         "activations": None,
+        "activations_by_strategy": None,
         "fits": None,
         "phases": {},
         "peak": None,
@@ -1067,20 +1192,65 @@ def about_memory(trainer, recipe, parts, batches, args):
         "auto_batch": sorted(getattr(training, "auto_batch", ())),
         "optimizer_is_paged": "paged" in optim,
         "flops_of_a_row": None,
+        "fit": None,
     }
-    kind = CHECKPOINTING[bool(training.activation_checkpointing)]
     try:
-        activations, worst = about_activations(trainer, [one for one in batches if one.phase == TRAINING])
+        counted, report["flops_of_a_row"] = count_by_strategy(trainer, recipe, batches, args)
     except Exception as e:  # a model that looks at content somewhere: the other figures hold all the same
         return report | {"not_counted": reason(e)}
-    report["activations"] = activations
-    report["phases"] = {TRAINING: about_batch(worst[kind]) | activations[kind]}
-    others = [one for one in batches if one.phase != TRAINING]
-    other_phases, report["flops_of_a_row"] = measure_others(trainer, recipe, others)
-    report["phases"] |= other_phases
+    report["activations_by_strategy"] = {name: activations for name, (activations, _) in counted.items()}
+    report["activations"], phases = counted[args.strategy]
+    report["phases"] = {name: dict(phase) for name, phase in phases.items()}
     if fixed[args.strategy]:
-        add_sums(report, args)
+        add_sums(report, weights, args)
+    if args.fit:
+        report["fit"] = about_fit(args.fit, weights, counted, training)
     return report
+
+
+def count_by_strategy(trainer, recipe, batches, args):
+    """-> ({strategy: (activations, phases)}, FLOPs of a training step on one row, or None).
+
+    DDP's forward pass makes 16-bit copies of the weights that are trained in float32. The other strategies hand the
+    weights out in 16 bits, so everything is counted once more with such, where the report is about these."""
+    activations, phases, flops = count(trainer, recipe, batches)
+    counted = dict.fromkeys(STRATEGIES, (activations, phases))
+    if args.gpus > 1 or args.strategy != "ddp" or args.fit:
+        with trained_in_16_bits(trainer):
+            activations, sharded_phases, _ = count(trainer, recipe, batches)
+        sharded_phases[OPTIMIZER] = phases[OPTIMIZER]  # its copy of the weights is in float32
+        for name in STRATEGIES:
+            if name != "ddp":
+                counted[name] = activations, sharded_phases
+    return counted, flops
+
+
+def count(trainer, recipe, batches):
+    """-> (activations, see about_activations; {phase: entry of the report}; FLOPs, see measure_others)."""
+    kind = CHECKPOINTING[bool(trainer.args.activation_checkpointing)]
+    activations, worst = about_activations(trainer, [one for one in batches if one.phase == TRAINING])
+    phases = {TRAINING: about_batch(worst[kind]) | activations[kind]}
+    others, flops = measure_others(trainer, recipe, [one for one in batches if one.phase != TRAINING])
+    return activations, phases | others, flops
+
+
+@contextlib.contextmanager
+def trained_in_16_bits(trainer):
+    """Within it the weights that are trained are in 16 bits where the forward pass is."""
+    model, replaced, halved = trainer.model, [], {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if trainer.args.bf16 and p is not None and p.requires_grad and p.dtype == torch.float32:
+                if id(p) not in halved:
+                    halved[id(p)] = torch.nn.Parameter(p.detach().to(torch.bfloat16))
+                replaced.append((module, name, p))
+    for module, name, p in replaced:
+        module._parameters[name] = halved[id(p)]
+    try:
+        yield
+    finally:
+        for module, name, p in replaced:
+            module._parameters[name] = p
 
 
 def about_activations(trainer, batches):
@@ -1103,30 +1273,46 @@ def about_batch(batch):
     return about
 
 
-def add_sums(report, args):
+def add_sums(report, weights, args):
     """Add to the section on memory what follows for the chosen strategy: `sum`, `all` of each phase, the `peak`, and
     what `fits`."""
-    fixed, activations, phases = report["fixed"][args.strategy], report["activations"], report["phases"]
-    total = sum(fixed.values())
-    for name, phase in phases.items():
-        if "bytes" in phase:
-            phase["all"] = fixed_in(name, fixed, args.strategy) + phase["bytes"]
-            if name == OPTIMIZER and args.strategy != "ddp":
-                phase["all"] = total + phase["bytes"] / args.gpus  # each has its share of the weights to change
-    counted = {name: phase["all"] for name, phase in phases.items() if "all" in phase}
-    highest = max(counted, key=counted.get)
-    report["peak"] = {"phase": highest, "bytes": counted[highest]}
+    activations, phases = report["activations"], report["phases"]
+    sums = sums_of_phases(phases, weights, args.strategy, args.gpus)
+    for name, size in sums.items():
+        phases[name]["all"] = size
+    highest = max(sums, key=sums.get)
+    report["peak"] = {"phase": highest, "bytes": sums[highest]}
+    total = sum(report["fixed"][args.strategy].values())
     report["sum"] = {kind: total + size["bytes"] for kind, size in activations.items()}
-    least = phases[OPTIMIZER].get("all", 0)
+    least = sums.get(OPTIMIZER, 0)
     report["fits"] = {card: largest_fits(card, total, activations, report["batch"], least) for card in args.memory}
 
 
-def fixed_in(phase, fixed, strategy):
-    """Bytes that are there in a phase, besides what it allocates itself. Once the optimizer has used them, gradients
-    are gone until the next training step; DeepSpeed keeps its own."""
+def sums_of_phases(phases, weights, strategy, gpus):
+    """{phase: bytes on each GPU in all}, of the phases that are counted. per_gpu must not be None."""
+    sums = {}
+    for name, phase in phases.items():
+        if "bytes" in phase:
+            own = phase["bytes"]
+            if name == OPTIMIZER and strategy != "ddp":
+                own /= gpus  # each has its share of the weights to change
+            sums[name] = fixed_in(name, weights, strategy, gpus) + own
+    return sums
+
+
+def fixed_in(phase, weights, strategy, gpus):
+    """Bytes that are there in a phase, besides what it allocates itself.
+
+    Once the optimizer has used them, gradients are gone until the next training step; DeepSpeed keeps its own, and
+    makes them float32 for the optimizer step. FSDP2 gathers nothing for that, and has shared out the gradients."""
+    fixed = per_gpu(weights, strategy, gpus)
     total = sum(fixed.values())
-    if phase in (EVALUATION, GENERATION) and strategy in ("ddp", "fsdp"):
+    if phase in (EVALUATION, GENERATION) and strategy not in DEEPSPEED:
         total -= fixed["gradients"]
+    if phase == OPTIMIZER and strategy in DEEPSPEED:
+        total += (4 - weights.width) * weights.trained_count / gpus
+    if phase == OPTIMIZER and strategy == "fsdp2":
+        total += weights.trained / gpus - fixed["gradients"] - fixed["exchange"]
     return total
 
 
@@ -1146,6 +1332,64 @@ def largest_fits(card, fixed, activations, batch, least):
     return largest
 
 
+def about_fit(card, weights, counted, training):
+    """For GPUs of so many GB, one row at a time: the fewest that are enough -> the report's section on --fit.
+
+    counted: see count_by_strategy. `strategies` has an entry of fewest_gpus for each that is not refused. `best` is
+    the one with the fewest GPUs, of several the first of STRATEGIES; None where none is enough."""
+    kind = CHECKPOINTING[bool(training.activation_checkpointing)]
+    batch = training.per_device_train_batch_size
+    batches = batch * training.gradient_accumulation_steps
+    weights = weights._replace(holds_gradients=holds_gradients(training, batches))
+    strategies = {}
+    for name, (activations, phases) in counted.items():
+        if per_gpu(weights, name, 2) is None:
+            continue
+        strategies[name] = found = fewest_gpus(card, weights, name, with_one_row(phases))
+        if found["gpus"]:
+            fixed = sum(per_gpu(weights, name, found["gpus"]).values())
+            found["batch"] = largest_fits(card, fixed, {kind: activations[kind]}, batch, least=0)[kind]
+    enough = [name for name, found in strategies.items() if found["gpus"]]
+    best = min(enough, key=lambda name: strategies[name]["gpus"], default=None)
+    return {"memory": card, "best": best, "strategies": strategies, "help": what_helps(weights, training)}
+
+
+def with_one_row(phases):
+    """Phases of a report -> what they take with batches of one row."""
+    found = {}
+    for name, phase in phases.items():
+        found[name] = dict(phase)
+        if "for_each_row" in phase:
+            found[name]["bytes"] = phase["bytes"] + (1 - phase["batch"]) * phase["for_each_row"]
+    return found
+
+
+def fewest_gpus(card, weights, strategy, phases):
+    """How many GPUs of so many GB a strategy needs -> {"gpus": of FIT_GPUS, None where the most are too few; "bytes":
+    the most on each of them; "phase": that takes these; "batch": the largest of a training step, 0 where none fits}.
+    """
+    numbers = FIT_GPUS[1:]
+    if strategy == "ddp":
+        numbers = (1,)  # with more it takes no less
+    for gpus in numbers:
+        sums = sums_of_phases(phases, weights, strategy, gpus)
+        phase = max(sums, key=sums.get)
+        found = {"gpus": gpus, "bytes": sums[phase], "phase": phase, "batch": 0}
+        if sums[phase] <= room_on(card):
+            return found
+    return found | {"gpus": None}
+
+
+def what_helps(weights, training):
+    """What would take less memory on each GPU, a list of texts."""
+    remedies = []
+    if not training.activation_checkpointing:
+        remedies.append("--activation_checkpointing true")
+    if not weights.scales:
+        remedies.append("an adapter on 4-bit weights")
+    return [*remedies, "shorter rows", "smaller pictures", "GPUs with more memory"]
+
+
 def about_auto(memory, plan, args):
     """What --per_device_train_batch_size auto and its like for evaluation would choose on each card -> {card:
     {"train", "eval": rows of a batch, 0 where not even one fits; "accumulation"; "bytes": the expected peak of a
@@ -1154,7 +1398,7 @@ def about_auto(memory, plan, args):
     As the recipes do it: of the divisors of the rows that a GPU has in a step, and of EVALUATION_BATCHES, the largest
     that leaves a tenth free (1 - FULL) of what was free when the weights were loaded. The recipes measure what is
     taken; here the share that is lost in pieces is added."""
-    if not memory["fits"] or not memory["for_gpu"] or FLAG_OF_STRATEGY.get(args.strategy) == "deepspeed":
+    if not memory["fits"] or not memory["for_gpu"] or args.strategy in DEEPSPEED:
         return None
     fixed, phases = memory["fixed"][args.strategy], memory["phases"]
     rows = max(1, plan["effective_batch"] // args.gpus)
@@ -1358,21 +1602,20 @@ def odd_rows(data, settings):
     return odd
 
 
-def odd_memory(memory, args, recipe):
+def odd_memory(memory, args):
     """What is odd about memory, a list of texts."""
     odd = []
     largest = max(args.memory)
-    if memory["peak"] and memory["peak"]["bytes"] > room_on(largest):
-        peak = memory["peak"]
+    peak = memory["peak"]
+    if peak and peak["bytes"] > room_on(largest) and not memory["fit"]:
         odd.append(f"{peak['bytes'] / 1e9:.1f} GB on a GPU ({peak['phase']}): more than one of {largest} GB has")
-    if memory["fixed"][args.strategy] is None:
-        odd.append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
-    refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
-    if hasattr(recipe, "check_processes"):  # it has DeepSpeed from its launcher
-        refused.discard("deepspeed")
-    flag = FLAG_OF_STRATEGY.get(args.strategy)
-    if flag in refused:
-        odd.append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
+    if args.strategy in memory["refused"]:
+        others = "DDP, ZeRO-2 or FSDP2"
+        odd.append(f"{STRATEGIES[args.strategy]} is refused: {memory['refused'][args.strategy]}; use {others}")
+    if memory["fit"] and not memory["fit"]["best"]:
+        odd.append(
+            f"up to {FIT_GPUS[-1]} GPUs of {args.fit} GB are too few; what helps: {', '.join(memory['fit']['help'])}"
+        )
     return odd
 
 
@@ -1398,6 +1641,8 @@ def batches_of(recipe, settings, training, train, held_out, plan):
 def inspect(recipe, args, recipe_flags):
     """A recipe, own arguments and the recipe's flags -> the report, a dict as --json prints it. Raises SystemExit."""
     settings, training, dtype = read_flags(recipe, recipe_flags, args.gpus)
+    if args.fit and not training.for_gpu:
+        fail("--fit is about GPUs: without --use_cpu")
     is_evaluated = training.eval_strategy != "no"
     try:
         processor = recipe.load_processor(settings)
@@ -1440,7 +1685,7 @@ def inspect(recipe, args, recipe_flags):
     odd += odd_steps(plan, training) + odd_rows(report["data"], settings)
     if not sum_of(report["parts"], "trainable"):
         odd.append("nothing is trained")
-    report["odd"] = odd + odd_memory(report["memory"], args, recipe)
+    report["odd"] = odd + odd_memory(report["memory"], args)
     return report
 
 
@@ -1559,26 +1804,15 @@ class Report:
         where = "of the GPU" if memory["for_gpu"] else "of a CPU (--use_cpu)"
         if gpus > 1:
             where, strategies = f"of each of {gpus} GPUs", list(STRATEGIES)
-        fixed = [memory["fixed"][name] for name in strategies]
         self.head(f"Memory {where}, in GB")
         table = self.table("", *(STRATEGIES[name] if gpus > 1 else "" for name in strategies))
-        labels = {"weights": "frozen weights", "trained": "what is trained", "gradients": "gradients"}
-        labels |= {"optimizer": f"optimizer's states ({memory['optim']})", "exchange": "sent between GPUs"}
-        for key, label in labels.items():
-            if any(sizes and sizes[key] for sizes in fixed):
-                table.add_row(label, *(gigabytes(sizes[key]) if sizes else "not in 4-bit" for sizes in fixed))
-        activations, chosen = memory["activations"] or {}, CHECKPOINTING[bool(memory["checkpointing"])]
-        for kind, size in activations.items():
-            label = f"activations, {kind.replace('_', ' ')}"
-            if kind != chosen:
-                label += " (not chosen)"
-            table.add_row(label, *[gigabytes(size["bytes"])] * len(fixed))
-        for kind, size in activations.items():
-            sums = [gigabytes(sum(sizes.values()) + size["bytes"]) if sizes else "-" for sizes in fixed]
-            style = "bold" if kind == chosen and self.has_colour else None
-            table.add_row(f"all, {kind.replace('_', ' ')}", *sums, style=style)
+        self.add_fixed(table, memory, strategies)
+        self.add_activations(table, memory, strategies)
         self.console.print(table)
-        if not activations:
+        if gpus > 1:
+            for name, cause in memory["refused"].items():
+                self.say(f"{STRATEGIES[name]} is refused: {cause}.")
+        if not memory["activations"]:
             cause = escape(memory["not_counted"])
             self.say(f"Activations are not counted: this model cannot be run without content ({cause}).")
             return
@@ -1594,6 +1828,60 @@ class Report:
             self.print_phases(memory)
         if memory["fits"] and memory["for_gpu"]:  # a CPU keeps other things: what it takes says nothing of a card
             self.print_fits(memory)
+        if memory["fit"]:
+            self.print_fit(memory["fit"], memory["refused"])
+
+    @staticmethod
+    def add_fixed(table, memory, strategies):
+        """Rows of the table of memory: all but activations."""
+        fixed = [memory["fixed"][name] for name in strategies]
+        labels = {"weights": "frozen weights", "trained": "what is trained", "gradients": "gradients"}
+        labels |= {"optimizer": f"optimizer's states ({memory['optim']})", "exchange": "gathered, sent between GPUs"}
+        for key, label in labels.items():
+            if any(sizes and sizes[key] for sizes in fixed):
+                table.add_row(label, *(gigabytes(sizes[key]) if sizes else "refused" for sizes in fixed))
+
+    def add_activations(self, table, memory, strategies):
+        """Rows of the table of memory: activations, and the sums."""
+        chosen = CHECKPOINTING[bool(memory["checkpointing"])]
+        by_strategy = memory["activations_by_strategy"] or {}
+        for kind in memory["activations"] or {}:
+            label = f"activations, {kind.replace('_', ' ')}"
+            if kind != chosen:
+                label += " (not chosen)"
+            table.add_row(label, *(gigabytes(by_strategy[name][kind]["bytes"]) for name in strategies))
+        for kind in memory["activations"] or {}:
+            sums = []
+            for name in strategies:
+                sizes = memory["fixed"][name]
+                sums.append(gigabytes(sum(sizes.values()) + by_strategy[name][kind]["bytes"]) if sizes else "-")
+            style = "bold" if kind == chosen and self.has_colour else None
+            table.add_row(f"all, {kind.replace('_', ' ')}", *sums, style=style)
+
+    def print_fit(self, fit, refused):
+        """How many GPUs each strategy needs, and the fewest of all."""
+        self.head(f"GPUs of {fit['memory']} GB that are enough, one row at a time")
+        table = self.table("", "GPUs", "GB on each", "phase", "largest batch")
+        for name, found in fit["strategies"].items():
+            number, batch = str(found["gpus"]), str(found["batch"])
+            if not found["gpus"]:
+                number, batch = f"more than {FIT_GPUS[-1]}", "-"
+            if not found["gpus"] and name == "ddp":
+                number = "none"
+            table.add_row(STRATEGIES[name], number, gigabytes(found["bytes"]), found["phase"], batch)
+        table.columns[3].justify = "left"
+        self.console.print(table)
+        for name, cause in refused.items():
+            self.say(f"{STRATEGIES[name]} is refused: {cause}.")
+        room = f"{room_on(fit['memory']) / 1e9:.1f} GB"
+        reserved = f"{CONTEXT / 1e9:g} GB is for CUDA, {PIECES:.0%} are lost in pieces"
+        self.say(f"Of {fit['memory']} GB, {room} are free for a run: {reserved}.")
+        if fit["best"]:
+            found = fit["strategies"][fit["best"]]
+            gpus = "1 GPU" if found["gpus"] == 1 else f"{found['gpus']} GPUs, {STRATEGIES[fit['best']]}"
+            self.say(f"The fewest: {gpus}.")
+        else:
+            self.say(f"The fewest: none up to {FIT_GPUS[-1]}. What helps: {', '.join(fit['help'])}.")
 
     @staticmethod
     def rows_of(phase):
