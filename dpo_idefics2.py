@@ -22,7 +22,7 @@ Tokens in the loss: both answers, each with the token that ends it. The question
 Trained weights: LoRA on all linear layers, also of vision tower and connector, not lm_head (or --adapters language).
 Result: the last weights, or with --load_best_model_at_end true those with the lowest eval_loss: this loss on held-out
     images, averaged over all their pairs. Read samples.md, too: the loss can fall while answers decay.
-All rows that are used, with their images, are checked before training. The same command resumes a run that was
+Before training all rows are checked, or where that takes minutes a sample. The same command resumes a run that was
 interrupted, if data and settings are unchanged (also on another number of GPUs).
 Every setting is a flag: python dpo_idefics2.py --help. The formats of a row are shown in load_data."""
 
@@ -1395,13 +1395,18 @@ def stored_results(rows, collator, bound, description, training):
         new_fingerprint=folder.name,
         desc=description,
     )
+    store_results(results, folder)
+    return datasets.load_from_disk(folder)
+
+
+def store_results(results, folder):
+    """Write results of a check, as a whole."""
     part = f"{folder}.{os.getpid()}.part"
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    return datasets.load_from_disk(folder)
 
 
 def check_batch(columns, check):

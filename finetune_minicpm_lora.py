@@ -19,7 +19,7 @@ Loss: next-token cross-entropy, averaged over all trained tokens of an optimizer
 Trained tokens: the assistant's answers, each with its <|im_end|>. Prompts and images are read, not trained.
 Trained weights: LoRA on the language model's linear layers, and the whole projector. The vision tower stays frozen.
 Result: the checkpoint with the lowest eval_loss: this loss on held-out images, averaged over trained tokens.
-All rows that are used, with their images, are checked before training. The same command resumes a run that was
+Before training all rows are checked, or where that takes minutes a sample. The same command resumes a run that was
 interrupted, if data and settings are unchanged (also on another number of GPUs).
 Every setting is a flag: python finetune_minicpm_lora.py --help. The format of a row is shown in load_data."""
 
@@ -1327,13 +1327,18 @@ def stored_results(rows, collator, bound, description, training):
         new_fingerprint=folder.name,
         desc=description,
     )
+    store_results(results, folder)
+    return datasets.load_from_disk(folder)
+
+
+def store_results(results, folder):
+    """Write results of a check, as a whole."""
     part = f"{folder}.{os.getpid()}.part"
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    return datasets.load_from_disk(folder)
 
 
 def check_batch(columns, check):

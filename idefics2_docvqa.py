@@ -24,7 +24,7 @@ Trained weights: LoRA on the attention projections of the language model and of 
 Result: the checkpoint with the highest eval_anls, the mean ANLS of the answers to held-out questions. The log also has
     eval_loss: this loss on their first accepted answers, averaged over trained tokens.
     Load it with PeftModel.from_pretrained(base_model, output_dir) and AutoProcessor.from_pretrained(output_dir).
-All rows that are used, with their pages, are checked before training. The same command resumes a run that was
+Before training all rows are checked, or where that takes minutes a sample. The same command resumes a run that was
 interrupted, if data and settings are unchanged (also on another number of GPUs).
 Every setting is a flag: python idefics2_docvqa.py --help. The formats of a row are shown in load_data."""
 
@@ -1184,13 +1184,18 @@ def stored_results(rows, collator, bound, description, training):
         new_fingerprint=folder.name,
         desc=description,
     )
+    store_results(results, folder)
+    return datasets.load_from_disk(folder)
+
+
+def store_results(results, folder):
+    """Write results of a check, as a whole."""
     part = f"{folder}.{os.getpid()}.part"
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    return datasets.load_from_disk(folder)
 
 
 def check_batch(columns, check):

@@ -22,7 +22,7 @@ Trained tokens: align, the caption and the newline that ends it; instruct, the a
 Trained weights: parts with a learning rate above 0, each with its own. The vision tower has 0: it stays frozen.
 Result: the last weights, or with --load_best_model_at_end true those with the lowest eval_loss: this loss on held-out
 images, averaged over trained tokens. Each whole model takes 13 GB on the disk (7B in 16 bits).
-All rows that are used, with their images, are checked before training. The same command resumes a run that was
+Before training all rows are checked, or where that takes minutes a sample. The same command resumes a run that was
 interrupted, if data, settings and rows in a step are unchanged (with DeepSpeed also the number of GPUs).
 Every setting is a flag: --help. `accelerate config --config_file zero3.yaml` writes that file."""
 
@@ -1292,13 +1292,18 @@ def stored_results(rows, collator, bound, description, training):
         new_fingerprint=folder.name,
         desc=description,
     )
+    store_results(results, folder)
+    return datasets.load_from_disk(folder)
+
+
+def store_results(results, folder):
+    """Write results of a check, as a whole."""
     part = f"{folder}.{os.getpid()}.part"
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    return datasets.load_from_disk(folder)
 
 
 def check_batch(columns, check):

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import log
+from conftest import ROOT, log
 from PIL import Image
 from recipes import sequences
 from safetensors.torch import load_file
 from test_bad_rows import says, shows
+
+from tools import inspect_recipe
 
 GOOD = 14  # rows
 RUN = {"max_steps": 7, "eval_steps": 1, "save_steps": 1, "save_total_limit": 9, "logging_steps": 1, "sample_rows": 0}
@@ -109,6 +111,21 @@ def test_all_rows_are_decoded_where_asked_for_and_then_never_again(large, rows, 
     (large.tmp_path / "0.png").write_bytes(b"not a picture any more")
     with pytest.raises(SystemExit, match="row 0: unreadable image(?s:.*)row 4: unreadable image"):
         large.load_data(**flags, check_rows="all")
+
+
+def test_what_the_report_before_a_run_has_decoded_is_not_decoded_again(large, rows, write, monkeypatch, capsys):
+    rows[5] = shows(large, "nowhere.png")
+    flags = {"dataset_name": write(rows), "image_folder": large.tmp_path, "eval_fraction": 0}
+    report = [str(ROOT / f"{large.name}.py"), *large.flags(**flags), "--rows", "all", "--json"]
+    with pytest.raises(SystemExit, match="1"):  # the run would stop at that row
+        inspect_recipe.main(report)
+    numbers = decoded(large, monkeypatch)
+    with pytest.raises(SystemExit, match="1 of 14 rows(?s:.*)row 5: unreadable image"):
+        large.load_data(**flags)
+    assert set(numbers) <= {0, 1}  # which tell the time that it would take
+    Image.new("RGB", (64, 64)).save(large.tmp_path / "nowhere.png")
+    large.load_data(**flags, check_rows="all")
+    assert set(numbers) == set(range(GOOD))
 
 
 def test_a_number_of_rows_is_decoded_where_asked_for(large, rows, write, monkeypatch):

@@ -98,7 +98,9 @@ def parse(argv=None):
     parser = flag_parser(__doc__)
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe's file: sft_llava.py, or a copy of it")
     parser.add_argument(
-        "--rows", type=int, help="look at so many rows only, evenly drawn (default: all, as the recipe itself does)"
+        "--rows",
+        type=row_count,
+        help="look at so many rows only, evenly drawn; all (the default): the recipe need not then",
     )
     parser.add_argument("--examples", type=int, default=2, help="rows to show as the model sees them (default 2)")
     parser.add_argument("--gpus", type=int, default=1, help="estimate for so many GPUs (default 1)")
@@ -120,6 +122,11 @@ def parse(argv=None):
         args.memory = [args.fit]
     args.memory = args.memory or list(CARDS)
     return args, recipe_flags
+
+
+def row_count(text):
+    """A number of rows; None for "all"."""
+    return None if text == "all" else int(text)
 
 
 def check_fit(args):
@@ -202,10 +209,23 @@ def shape_of(batch):
     return inputs["input_ids"], trained, batch["attention_mask"].bool()
 
 
+class Remembering:
+    """A collator whose last batch can be looked at."""
+
+    def __init__(self, collator):
+        self.collator, self.read, self.batch = collator, collator.read, None
+
+    def __call__(self, rows):
+        self.batch = self.collator(rows)
+        return self.batch
+
+
 def look_at(rows, collator, recipe):
-    """Rows through the collator, one by one -> for each {problem, length, trained (tokens), images ([width, height]),
-    image_values (elements of its image tensors)}; length 0 where it is not known."""
+    """Rows through the collator, one by one, as by the recipe's own check_row -> for each {result (of that), problem,
+    length, trained (tokens), images ([width, height]), image_values (elements of its image tensors)}; length 0 where
+    it is not known."""
     found, sizes, load_image = [], [], recipe.load_image
+    remembering = Remembering(collator)
 
     def remember_size(cell, **options):
         image = load_image(cell, **options)
@@ -216,17 +236,15 @@ def look_at(rows, collator, recipe):
         for row in rows:
             sizes.clear()
             entry = {"problem": None, "length": 0, "trained": 0, "tokens": 0, "image_values": 0}
-            try:
-                batch = collator([row])
+            result = recipe.check_row(row, remembering)
+            entry |= {"result": result, "image_keys": result["image_keys"], "images": list(sizes)}
+            if result["reason"] is None:
+                batch = remembering.batch
                 ids, trained, real = shape_of(batch)
                 entry |= {"length": ids.shape[1], "trained": int(trained.sum()), "tokens": int(real.sum())}
-                entry["images"] = list(sizes)
                 entry["image_values"] = sum(x.numel() for x in tensors(dict(batch)) if x.is_floating_point())
-                images = recipe.pil_images(collator.read(row))
-                entry["image_keys"] = [recipe.image_key(image) for image in images]  # see hold_out
-            except recipe.BadRow as e:
-                entry["problem"] = f"{e.reason}: {e.detail}"
-                entry["images"] = list(sizes)
+            else:
+                entry["problem"] = f"{result['reason']}: {result['detail']}"
                 length = re.match(r"too long: (\d+) tokens", entry["problem"])
                 if length:
                     entry["length"] = int(length[1])
@@ -271,6 +289,9 @@ class Data:
         if self.most and whole > self.most:
             data = data.select([n * whole // self.most for n in range(self.most)])
         found = self.look(data, name, collator)
+        if len(data) == whole:  # the recipe then takes these results instead of looking again
+            results = datasets.Dataset.from_list([entry["result"] for entry in found], self.recipe.RESULT_COLUMNS)
+            self.recipe.store_results(results, self.recipe.result_folder(data, collator))
         limit = max_length(settings, training) or math.inf
         for entry in found:
             if entry["problem"] is None and entry["length"] > limit:  # some recipes look at it after the collator
