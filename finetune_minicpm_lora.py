@@ -1564,9 +1564,12 @@ def hold_out(rows, settings, training):
     images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
     connected = UnionFind()
     for images in images_of_row:
-        connected.union(*images)
-    groups = list(connected.to_sets())
-    group_of_image = {image: n for n, group in enumerate(groups) for image in group}
+        if len(images) > 1:
+            connected.union(*images)
+    group_of_image = {}  # a group is named by one of its images
+    for image in itertools.chain.from_iterable(images_of_row):
+        group_of_image[image] = connected[image] if image in connected.parents else image
+    num_images_of = Counter(group_of_image.values())
     num_rows_of = Counter(group_of_image[images[0]] for images in images_of_row)
     # 2. Go through the images in random order and hold out the group of each, unless that would exceed the goal.
     goal = max(1, round(settings.eval_fraction * len(group_of_image)))
@@ -1575,12 +1578,12 @@ def hold_out(rows, settings, training):
     held_out, num_images, num_rows, is_limited = set(), 0, 0, False
     for image in shuffled:
         group = group_of_image[image]
-        if group not in held_out and num_images + len(groups[group]) <= goal:
+        if group not in held_out and num_images + num_images_of[group] <= goal:
             if num_rows + num_rows_of[group] > settings.max_eval_rows:
                 is_limited = True
                 continue
             held_out.add(group)
-            num_images += len(groups[group])
+            num_images += num_images_of[group]
             num_rows += num_rows_of[group]
     if is_limited and num_images < goal:
         share = f"less than --eval_fraction {settings.eval_fraction:g} is held out"
@@ -1588,7 +1591,7 @@ def hold_out(rows, settings, training):
         say(note)
         read_differently(training, note)
     if not held_out:
-        held_out = {min(range(len(groups)), key=lambda group: (len(groups[group]), num_rows_of[group]))}
+        held_out = {min(num_images_of, key=lambda group: (num_images_of[group], num_rows_of[group]))}
     is_held_out = [group_of_image[images[0]] in held_out for images in images_of_row]
     train = rows.select([n for n, held in enumerate(is_held_out) if not held])
     evaluation = rows.select([n for n, held in enumerate(is_held_out) if held])
