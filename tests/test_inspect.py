@@ -403,8 +403,8 @@ def test_weights_gradients_and_optimizer_by_strategy():
         assert [round(size / 1e9, 2) for size in sizes.values()][:4] == gigabytes and sizes["exchange"] > 0
     assert inspect_recipe.per_gpu(parts, "adamw_torch", "ddp", 1, True, 0, 0)["exchange"] == 0
     parts["language model"]["four_bit"] = 10**9
-    for strategy in ("zero3", "fsdp"):
-        assert inspect_recipe.per_gpu(parts, "adamw_torch", strategy, 4, True, 0, 0) is None
+    assert inspect_recipe.per_gpu(parts, "adamw_torch", "zero3", 4, True, 0, 0) is None
+    assert inspect_recipe.per_gpu(parts, "adamw_torch", "fsdp", 4, True, 0, 0)["weights"] == 5 * 10**9
 
 
 def test_optimizer_states():
@@ -537,9 +537,6 @@ def test_what_is_odd(settings, odd, llava, uncounted):
 
 
 def test_a_strategy_that_the_recipe_refuses_is_odd(llava, uncounted):
-    for strategy, flags in (("zero3", ["--deepspeed"]), ("fsdp", ["--fsdp"]), ("ddp", [])):
-        odd = llava("--gpus", "4", "--strategy", strategy, load_in_4bit=False)["odd"]
-        assert re.findall("takes no (--[a-z]+)", " ".join(odd)) == flags
     odd = llava("--gpus", "4", "--strategy", "zero3")["odd"]
     assert any("4-bit weights are not split: ZeRO-3" in text for text in odd)
 
@@ -587,7 +584,6 @@ def test_steps_of_several_gpus(tiny_parts, tmp_path, inspect, uncounted):
     for gpus in ("1", "8"):
         report = inspect("llava_two_stage", flags, "--gpus", gpus, "--strategy", "zero3")
         assert report["plan"]["effective_batch"] == 128 and report["memory"]["strategy"] == "zero3"
-        assert not any("takes no" in text for text in report["odd"])
 
 
 def test_as_plain_text(llava, uncounted, capsys):

@@ -62,7 +62,6 @@ from tools.runs import base_name, code_not_executed, load_recipe, trust_only_fla
 CONTRACT = """Settings Training parse check load_processor load_data check_and_measure_rows BadRow load_image Collator
 load_model main"""
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp": "FSDP"}
-FLAG_OF_STRATEGY = {"zero2": "deepspeed", "zero3": "deepspeed", "fsdp": "fsdp"}
 CARDS = (16, 24, 40, 80)  # memory of GPUs, GB, without --memory
 MOST_MEMORY = 1000  # more in --memory is no GB
 # Of a card's memory: CUDA's own context in bytes, and the share that its allocator cannot use because it is in pieces.
@@ -1008,7 +1007,7 @@ def per_gpu(parts, optim, strategy, gpus, is_half, layer, hidden):
     """
     frozen, trained, count = (sum_of(parts, key) for key in ("frozen_bytes", "trained_bytes", "trainable"))
     optimizer = count * state_bytes(optim)
-    if strategy in ("zero3", "fsdp") and sum_of(parts, "four_bit"):
+    if strategy == "zero3" and sum_of(parts, "four_bit"):
         return None
     if strategy == "ddp":
         exchange = trained if gpus > 1 else 0
@@ -1154,7 +1153,7 @@ def about_auto(memory, plan, args):
     As the recipes do it: of the divisors of the rows that a GPU has in a step, and of EVALUATION_BATCHES, the largest
     that leaves a tenth free (1 - FULL) of what was free when the weights were loaded. The recipes measure what is
     taken; here the share that is lost in pieces is added."""
-    if not memory["fits"] or not memory["for_gpu"] or FLAG_OF_STRATEGY.get(args.strategy) == "deepspeed":
+    if not memory["fits"] or not memory["for_gpu"] or args.strategy != "ddp":
         return None
     fixed, phases = memory["fixed"][args.strategy], memory["phases"]
     rows = max(1, plan["effective_batch"] // args.gpus)
@@ -1358,7 +1357,7 @@ def odd_rows(data, settings):
     return odd
 
 
-def odd_memory(memory, args, recipe):
+def odd_memory(memory, args):
     """What is odd about memory, a list of texts."""
     odd = []
     largest = max(args.memory)
@@ -1367,12 +1366,6 @@ def odd_memory(memory, args, recipe):
         odd.append(f"{peak['bytes'] / 1e9:.1f} GB on a GPU ({peak['phase']}): more than one of {largest} GB has")
     if memory["fixed"][args.strategy] is None:
         odd.append(f"4-bit weights are not split: {STRATEGIES[args.strategy]} cannot be used with them")
-    refused = {*getattr(recipe, "REFUSED_HERE", ()), *getattr(recipe, "REFUSED_EVERYWHERE", ())}
-    if hasattr(recipe, "check_processes"):  # it has DeepSpeed from its launcher
-        refused.discard("deepspeed")
-    flag = FLAG_OF_STRATEGY.get(args.strategy)
-    if flag in refused:
-        odd.append(f"{args.recipe} takes no --{flag}: several GPUs share its work by DDP only")
     return odd
 
 
@@ -1440,7 +1433,7 @@ def inspect(recipe, args, recipe_flags):
     odd += odd_steps(plan, training) + odd_rows(report["data"], settings)
     if not sum_of(report["parts"], "trainable"):
         odd.append("nothing is trained")
-    report["odd"] = odd + odd_memory(report["memory"], args, recipe)
+    report["odd"] = odd + odd_memory(report["memory"], args)
     return report
 
 
