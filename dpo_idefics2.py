@@ -81,6 +81,9 @@ from networkx.utils import UnionFind
 from peft import LoraConfig, PeftModel
 from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.hf_argparser import HfArg
@@ -412,7 +415,7 @@ def load_model(settings, training):
         settings.model_name_or_path,
         revision=settings.model_revision,
         dtype=dtype,
-        device_map={"": training.device},
+        device_map=place_of_weights(training),
         attn_implementation=attention_kernel(settings),
         quantization_config=nf4_quantization(settings.load_in_4bit, dtype, [parts.head, parts.vision]),
     )
@@ -467,7 +470,7 @@ class Trainer(DPOTrainer):
 
     def __init__(self, settings, model, **kwargs):
         super().__init__(model, **kwargs)
-        train_in_float32(self.model)  # DPOTrainer made them bf16
+        train_in_float32(self)  # DPOTrainer made them bf16
         self.settings = settings
         self.answers_before = {}  # {evaluated dataset: list of Answer}, by the base model
         self.step_counts = None  # loss_counts of the whole step
@@ -562,6 +565,7 @@ def main(argv=None):
     if not all(train_dataset["image_keys"]):  # adapters in the tower get no gradient from rows without an image
         training.ddp_find_unused_parameters = True
     require_same_rows(training, checkpoint, train_dataset, eval_dataset)
+    require_images(train_dataset, eval_dataset)
     example = mark_trained_pair(collator([train_dataset[0]]), processor)
     say(f"\nOne pair as the model sees it, trained tokens in «»:\n\n{example}\n")
 
@@ -1629,7 +1633,8 @@ def hold_out(rows, settings, training):
     more rows than are scored (--max_eval_rows). Rows that share an image, directly or through other rows, go to the
     same side: another question about an image that was trained on would be no test."""
     # 1. Groups of images that rows connect. A row without images counts as one image.
-    images_of_row = [keys or [f"row {number}"] for number, keys in zip(rows["row"], rows["image_keys"], strict=True)]
+    keys_of_row = zip(rows["row"][:], rows["image_keys"][:], strict=True)
+    images_of_row = [keys or [f"row {number}"] for number, keys in keys_of_row]
     connected = UnionFind()
     for images in images_of_row:
         if len(images) > 1:
@@ -2458,6 +2463,8 @@ def nf4_quantization(load_in_4bit, dtype, skip_modules):
     if not load_in_4bit:
         return None
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    if uses_fsdp():  # it can share out 4-bit weights if they are packed in numbers of the dtype it computes in
+        nf4["bnb_4bit_quant_storage"] = dtype
     return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip_modules, **nf4)
 
 
@@ -2558,16 +2565,42 @@ def image_text_config(settings):
     return config
 
 
-def train_in_float32(model):
+def train_in_float32(trainer):
     """Make trained weights float32: in 16 bits small steps round to nothing, and fp16 gradients cannot be scaled."""
-    for parameter in model.parameters():
+    if trainer.is_deepspeed_enabled and weight_dtype(trainer.args) != torch.float32:
+        return  # it keeps float32 copies of its own
+    for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
+def without_zero3():
+    """A context in which a process makes a whole model by itself; ZeRO-3 would shard it over all processes."""
+    return patch.object(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", None)
+
+
+def uses_fsdp():
+    """Whether `accelerate launch` was given a configuration for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def shares_weights():
+    """Whether each process has a share of the weights, so that all must run the same parts of the model in step."""
+    return uses_fsdp() or is_deepspeed_zero3_enabled()
+
+
+def place_of_weights(training):
+    """What from_pretrained takes as device_map. ZeRO-3 shares weights out while they are loaded; FSDP2 takes them from
+    the CPU, layer by layer, so a GPU never holds all of them."""
+    if is_deepspeed_zero3_enabled():
+        return None
+    return {"": "cpu" if uses_fsdp() else training.device}
+
+
 def empty_model(settings):
     """The model without weights (on the meta device), to look at its modules before any are loaded."""
-    with fail_on_error(f"--model_name_or_path {settings.model_name_or_path}"), torch.device("meta"):
+    cannot_be_read = fail_on_error(f"--model_name_or_path {settings.model_name_or_path}")
+    with cannot_be_read, without_zero3(), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model_name_or_path, revision=settings.model_revision)
         return transformers.AutoModelForImageTextToText.from_config(config)
 
@@ -2679,7 +2712,7 @@ def print_parameters(model, parts):
         count = counts[max((part for part in parts if part in name), key=len, default=parts[-1])]
         size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 a process has a share of it
         if type(parameter).__name__ == "Params4bit":
-            size *= 2  # a byte holds two
+            size *= 2 * parameter.element_size()  # a byte holds two
             count["in 4-bit"] += size
         count["all"] += size
         count["trained"] += size if parameter.requires_grad else 0
@@ -2744,10 +2777,17 @@ class SafeTrainer:
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, *args, **kwargs):
-        if not self.is_uneven:
-            return super().compute_loss(*args, **kwargs)
-        with patch.multiple(self.accelerator, gather=self.gather_rows, gather_for_metrics=self.gather_rows):
-            return super().compute_loss(*args, **kwargs)  # TRL gathers what it logs
+        is_training, zero = torch.is_grad_enabled(), None
+        if is_training and self.is_deepspeed_enabled:
+            zero = zero_of_unused(self)  # before the loss: so its backward comes last, in one order in all processes
+        with contextlib.ExitStack() as stack:
+            if self.is_uneven:  # TRL gathers what it logs
+                gathers = dict.fromkeys(("gather", "gather_for_metrics"), self.gather_rows)
+                stack.enter_context(patch.multiple(self.accelerator, **gathers))
+            loss = super().compute_loss(*args, **kwargs)
+        if is_training and self.is_fsdp_enabled:
+            zero = zero_of_unused(self)  # after it: only now are these weights whole
+        return loss if zero is None else loss + zero
 
     def gather_rows(self, values):
         """The values (N,) of all processes' rows, of which each may have another number, or none."""
@@ -2844,6 +2884,12 @@ class SafeTrainer:
             self.state.save_to_json(part)
             os.replace(part, os.path.join(self.args.output_dir, "trainer_state.json"))
 
+    def save_model(self, *args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            if self.is_fsdp_enabled:
+                stack.enter_context(patch.object(self.accelerator, "get_state_dict", gathered_weights))
+            super().save_model(*args, **kwargs)
+
     def _save(self, output_dir=None, state_dict=None):
         with patch.object(self.args, "hub_token", None):  # it would stand in training_args.bin
             super()._save(output_dir, state_dict)
@@ -2919,6 +2965,17 @@ def say_unreadable(trainer):
         say(f"{len(rows)} rows could not be trained on; others took their places (at most 20 shown):\n{shown}")
 
 
+def zero_of_unused(trainer):
+    """A zero that gives the trained weights of tower and projector a gradient, of zeros where they had none. A batch
+    without images does not use them, but ZeRO-2 and FSDP2 must sum the same gradients in all processes."""
+    if is_deepspeed_zero3_enabled():
+        return None  # see require_images
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    always_used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    trained = [weight for weight in model.parameters() if weight.requires_grad and weight not in always_used]
+    return 0 * sum(weight.sum() for weight in trained)
+
+
 class RowsOnce(BatchSamplerShard):
     """The batches of one process. Accelerate's make the last ones of an epoch as large as the others, by repeating
     rows. Here they do not. A process that is left without a row gets one that another one has, since all must take
@@ -2992,17 +3049,45 @@ def rows_of_step(trainer):
 def require_finite(trainer):
     """Stop before weights are saved that are not finite, or after steps that changed none. Raises SystemExit."""
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    is_finite = torch.stack([torch.isfinite(weight).all() for weight in trained.values()]).tolist()
+    is_finite = torch.stack([torch.isfinite(share_of(weight)).all() for weight in trained.values()])
+    is_finite = trainer.accelerator.gather(is_finite[None]).all(dim=0).tolist()  # of all shares
     broken = [name for name, finite in zip(trained, is_finite, strict=True) if not finite]
     remedy = "nothing is saved; the newest checkpoint is of before. A lower --learning_rate may help"
     require(not broken, f"step {trainer.state.global_step}: {broken[:1]} has weights that are not finite: {remedy}")
     require(trainer.num_nonfinite == 0, f"the last {trainer.num_nonfinite} gradients are not finite: {remedy}")
 
 
+def share_of(weight):
+    """What this process has of a weight: all of it, or a share, of ZeRO-3 or FSDP2."""
+    weight = getattr(weight, "ds_tensor", weight)
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def share_out_layers(trainer):
+    """FSDP2: each decoder layer is shared out for itself. All else (tower, projector, head) stays whole during a step,
+    so that a process may have images while another one has none. Gradients are summed in float32."""
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        decoder = trainer.accelerator.unwrap_model(trainer.model).get_decoder()
+        layers = getattr(decoder, "layers", None)
+        require(layers is not None, f"FSDP2: no layers to share out are found in a {type(decoder).__name__}")
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        if trainer.args.bf16:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def gathered_weights(model):
+    """FSDP2: the whole weights, or adapters without their base, for the first process to save. All must call this."""
+    only_trained = hasattr(model, "peft_config")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    return get_model_state_dict(model, options=options)
+
+
 def train_and_save(trainer, checkpoint=None):
     """Print the plan, train, save the result in output_dir. Raises SystemExit."""
     args = trainer.args
     make_safe(trainer)
+    share_out_layers(trainer)
     fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     lock(args)
@@ -3114,9 +3199,9 @@ Answer = namedtuple("Answer", "text num_tokens ended")  # ended: by itself, not 
 
 def answer_rows(trainer, rows, max_new_tokens):
     """Greedy answers to the last question of each row: a list of Answer, the same in all processes. Each process
-    answers a run of the rows; under ZeRO-3, where all must work in step, each answers all of them."""
+    answers a run of the rows; where all must work in step, each answers all of them."""
     share = range(len(rows))
-    if not is_deepspeed_zero3_enabled():
+    if not shares_weights():
         process, processes = PartialState().process_index, PartialState().num_processes
         share = share[len(rows) * process // processes : len(rows) * (process + 1) // processes]
     batch_size = trainer.args.per_device_eval_batch_size
@@ -3197,6 +3282,7 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
     require(settings.max_eval_rows >= 1, "--max_eval_rows must be at least 1; --eval_strategy no turns evaluation off")
     instead = "leave it out: a recipe writes one anyway, and does not take the run for finished"
     require(not training.enable_jit_checkpoint, f"--enable_jit_checkpoint, a checkpoint on SIGTERM: {instead}")
+    check_shares(settings, training)
     if training.load_best_model_at_end:
         check_best_model(training, metrics)
     try:  # tested now: otherwise they fail after the long loading of the weights
@@ -3206,6 +3292,23 @@ def check_common_flags(settings, training, memory_needed, metrics=("loss",)):
             HfApi(token=training.hub_token).whoami()
     except Exception as error:  # each integration has exceptions of its own
         fail(f"--report_to or --push_to_hub: {error}")
+
+
+def check_shares(settings, training):
+    """Stop if weights cannot be shared out as `accelerate launch --config_file` wants it. Raises SystemExit."""
+    if is_deepspeed_zero3_enabled():
+        in_4_bits = getattr(settings, "load_in_4bit", False) or getattr(settings, "q_lora", False)
+        remedy = "FSDP2 shares them out, ZeRO-2 and DDP keep them whole"
+        require(not in_4_bits, f"4 bits and ZeRO-3: it cannot share out 4-bit weights while it loads them; {remedy}")
+    if uses_fsdp():
+        version = os.environ.get("FSDP_VERSION", "1")
+        require(version == "2", f"fsdp_version {version}: it cannot train some weights and freeze others; take 2")
+        saved = os.environ.get("FSDP_STATE_DICT_TYPE", "").upper()
+        require(saved == "FULL_STATE_DICT", "fsdp_state_dict_type must be FULL_STATE_DICT: others save no result")
+        require(not training.fp16, "--fp16 and FSDP2: nobody has tried it; GPUs with bf16 are needed")
+        optimizer = training.optim.value
+        remedy = "bitsandbytes' optimizers cannot update shares of weights: --optim adamw_torch"
+        require(not re.search("bit|bnb|paged|ademamix", optimizer), f"--optim {optimizer} and FSDP2: {remedy}")
 
 
 def check_best_model(training, metrics):
@@ -3477,6 +3580,7 @@ def checkpoint_to_resume(training, before=()):
     if wanted.lower() != "auto":
         problem = damage_of(Path(wanted))
         require(problem is None, f"--resume_from_checkpoint {wanted}: not a complete checkpoint: {problem}")
+        require_same_shares(training, Path(wanted))
         require_no_other_checkpoints(Path(wanted), output_dir, checkpoints)
         require_same_settings(training, Path(wanted).absolute().parent, ("max_steps", "num_train_epochs"), before)
         return wanted
@@ -3496,7 +3600,24 @@ def checkpoint_to_resume(training, before=()):
     for folder, problem in damaged.items():
         if problem is not None:
             say(f"{folder}: {problem}, skipped")
-    return None if newest is None else str(newest)
+    if newest is None:
+        return None
+    require_same_shares(training, newest)
+    return str(newest)
+
+
+def require_same_shares(training, checkpoint):
+    """Stop unless a checkpoint of DeepSpeed is resumed by it, on the same number of processes, and FSDP's by FSDP.
+    Raises SystemExit."""
+    written_by = len(list(checkpoint.glob("global_step*/*optim_states.pt")))  # a file for each process
+    resumed_by = training.world_size if training.deepspeed_plugin is not None else 0
+    has_fsdp = any(checkpoint.glob("pytorch_model_fsdp*"))
+    how = f"by {written_by} processes with DeepSpeed" if written_by > 0 else "without DeepSpeed"
+    if has_fsdp or uses_fsdp():
+        how = "with FSDP" if has_fsdp else "without FSDP"
+    remedy = "resume it in the same way, or choose another --output_dir"
+    is_same = written_by == resumed_by and has_fsdp == uses_fsdp()
+    require(is_same, f"{checkpoint} was written {how}: {remedy}")
 
 
 def require_no_other_checkpoints(wanted, output_dir, checkpoints):
@@ -3529,6 +3650,15 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
             if old is not None and old[1] != training.rows_digest:
                 cause = "the data changed, or how much is held out (--max_eval_rows)"
                 fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
+
+
+def require_images(*all_rows):
+    """Stop if rows have no images where weights are in shares: all processes must run the same parts of the model, or
+    they wait for each other for ever. Raises SystemExit."""
+    if is_deepspeed_zero3_enabled():
+        for rows in all_rows:
+            count = 0 if rows is None else sum(not keys for keys in rows["image_keys"][:])
+            require(count == 0, f"{count} rows have no image, with ZeRO-3: leave them out, or take ZeRO-2 or DDP")
 
 
 def require_same_settings(training, folder, may_also_differ=(), before=()):
@@ -3689,7 +3819,7 @@ def damage_of(checkpoint):
         if file.exists():
             return wrong_checksum(checkpoint, json.loads(file.read_text()))
         # Cut off before its checksums were written, or of an earlier version, which wrote none.
-        optimizer = "latest" if (checkpoint / "latest").exists() else "optimizer.pt"  # latest: DeepSpeed's
+        optimizer = "latest" if (checkpoint / "latest").exists() else "optimizer.*"  # latest: DeepSpeed's
         for pattern in ("*.safetensors", optimizer, "scheduler.pt", "rng_state*", "trainer_state.json"):
             if not any(checkpoint.glob(pattern)):
                 return f"incomplete, without {pattern}"
@@ -4038,10 +4168,10 @@ def gpu_memory(device):
 
 def fill_card(trainer):
     """Choose the batch sizes that are auto: the largest with which the longest rows take less than 90 % of the GPU's
-    free memory. A step keeps its rows, by accumulation. On a CPU, and with DeepSpeed, the recipe's defaults stay."""
+    free memory. A step keeps its rows, by accumulation. On a CPU, with DeepSpeed and FSDP, the defaults stay."""
     args, accelerator = trainer.args, trainer.accelerator
     share = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled:
+    if gpu_memory(args.device) is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         args.as_given |= {name: getattr(args, name) for name in args.auto_batch}
         if BATCH_SIZES[0] in args.auto_batch:
             args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
@@ -4187,6 +4317,9 @@ def scored_at(model, trained_at, with_mask=True):
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, trained_at)[None]
         return output
 
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):  # TRL takes its weight without calling it, and would not average its gradient
+        head.unshard()
     with contextlib.ExitStack() as stack:
         for hook in (
             model.base_model.register_forward_pre_hook(without_mask, with_kwargs=True),

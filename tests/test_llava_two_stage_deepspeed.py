@@ -1,25 +1,15 @@
-"""llava_two_stage.py on several processes: what configs/*.yaml start trains like one process with as many rows a step.
-
-`accelerate launch` itself reads the configuration and sets the environment. Only the processes are not started anew by
-torch.distributed.run, but forked from this one, which has imported everything: that takes seconds off each of them."""
+"""llava_two_stage.py by DeepSpeed: what configs/*.yaml start trains like one process with as many rows a step."""
 
 import contextlib
 import functools
-import importlib.util
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import sys
-import time
-import traceback
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT, log
+from conftest import log
+from launched import deepspeed_on_cpu, free_port, launch, wait_for  # noqa: F401
 from recipes import Recipe
 from safetensors.torch import load_file
 
@@ -46,76 +36,7 @@ KINDS = {
     "full": RATES | {"projector_learning_rate": 2e-3},
     "LoRA": RATES | {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0},
 }
-pytestmark = pytest.mark.slow
-
-
-# -------------------------------------------------------------------------------------------------- several processes
-def work(rank, run, argv, file):
-    """One of the processes that torch.distributed.run starts, in its place."""
-    local_size = int(run.nproc_per_node)
-    os.environ["RANK"] = str(rank + local_size * int(run.node_rank))
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(local_size)}
-    os.environ["WORLD_SIZE"] = str(local_size * int(run.nnodes.split(":")[-1]))  # "1:1": at least, at most
-    address, port = run.rdzv_endpoint.split(":") if run.rdzv_endpoint else (run.master_addr, run.master_port)
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    code = 0
-    with open(file, "a", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            llava_two_stage.main(argv)
-        except BaseException:  # of which nobody would hear
-            traceback.print_exc()
-            code = 1
-        out.flush()
-    os._exit(code)  # Python's own end would wait for, or trip over, threads of the group's communication
-
-
-def launch(config, argv, folder, num_processes=2, more=()):
-    """`accelerate launch --config_file configs/CONFIG.yaml`, on the CPU -> its processes, and where they write."""
-    if config != "ddp":
-        pytest.importorskip("deepspeed")
-    started, fork = [], multiprocessing.get_context("fork")
-
-    def run(args):
-        for rank in range(int(args.nproc_per_node)):
-            file = folder / f"{len(list(folder.glob('*.txt')))}.txt"
-            file.touch()
-            process = fork.Process(target=work, args=(rank, args, args.training_script_args, file), daemon=True)
-            process.start()
-            started.append((process, file))
-
-    flags = ["--config_file", ROOT / "configs" / f"{config}.yaml", "--num_processes", num_processes]
-    flags += more or ["--main_process_port", 0]  # any that is free
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.distributed.run.run", run)
-        launch_command(launch_command_parser().parse_args([*map(str, flags), "llava_two_stage.py", *argv]))
-    return started
-
-
-def wait_for(started):
-    """Wait for the end of all, which is a good one -> what they printed."""
-    processes, latest = [process for process, _ in started], time.monotonic() + 120
-    while any(process.is_alive() for process in processes) and time.monotonic() < latest:
-        if any(process.exitcode for process in processes):
-            break  # the others would wait for it for ever
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.join()
-    texts = [file.read_text(encoding="utf-8") for _, file in started]
-    assert not any(process.exitcode for process in processes), "\n".join(text[-3000:] for text in texts)
-    return texts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    """DeepSpeed for the CPU; without the communication that it compiles for processes of one machine, as on GPUs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        if importlib.util.find_spec("deepspeed"):
-            patch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("deepspeed_on_cpu")]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +84,7 @@ def together(flags_of, tmp_path_factory):
     def run(config, kind):
         folder = tmp_path_factory.mktemp("together")
         argv = flags_of(kind, folder / "out", per_device_train_batch_size=1)
-        first, second = wait_for(launch(config, argv, folder))
+        first, second = wait_for(launch(config, llava_two_stage.main, argv, folder))
         assert "rows to train on" in first and "rows to train on" not in second  # said once
         return folder / "out"
 
@@ -191,13 +112,11 @@ def test_two_processes_train_like_one(together, alone, config, kind):
 
 def test_two_machines_train_like_one(flags_of, alone, tmp_path):
     """Two launchers, with one process each, that meet at an address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv, started = flags_of("full", tmp_path / "out", per_device_train_batch_size=1), []
     for rank in (0, 1):
         meet = ["--num_machines", 2, "--machine_rank", rank, "--main_process_ip", "127.0.0.1"]
-        started += launch("zero3", argv, tmp_path, more=[*meet, "--main_process_port", port])
+        started += launch("zero3", llava_two_stage.main, argv, tmp_path, more=[*meet, "--main_process_port", port])
     assert len(wait_for(started)) == 2
     assert_same_run(alone("full"), tmp_path / "out")
 
@@ -219,9 +138,9 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_only_in_the_same_way(flag
     _, training = llava_two_stage.parse(one_process)
     training.deepspeed_plugin = object()  # of one process with DeepSpeed
     with pytest.raises(SystemExit, match=in_the_same_way):
-        llava_two_stage.check_processes(checkpoint, training)
+        llava_two_stage.require_same_shares(training, checkpoint)
 
-    first, _ = wait_for(launch(config, argv, tmp_path))
+    first, _ = wait_for(launch(config, llava_two_stage.main, argv, tmp_path))
     assert f"resuming from {checkpoint}" in first and log(out) == log(whole)
     part = next((out / "checkpoint-4").glob("global_step*/*"))
     part.write_bytes(part.read_bytes()[:-500])
@@ -234,4 +153,4 @@ def test_a_run_without_deepspeed_is_not_gone_on_with_in_shares(flags_of, alone):
     _, training = llava_two_stage.parse(flags_of("align", alone("align")))
     training.deepspeed_plugin = object()
     with pytest.raises(SystemExit, match="checkpoint-4 was written without DeepSpeed: resume it in the same way"):
-        llava_two_stage.check_processes(alone("align") / "checkpoint-4", training)
+        llava_two_stage.require_same_shares(training, alone("align") / "checkpoint-4")

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, log
+from launched import free_port
 from PIL import Image
 from recipes import Recipe
 from runs import VARIANTS, Runs
@@ -61,9 +61,7 @@ def one_of_two(rank, port, file, main, argv):
 def in_two_processes(main, argv, folder, expected=(0, 0)):
     """Run main(argv) in two processes that train together, and end with these codes. Returns what each printed."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")  # a new Python would need seconds to import
     files = [folder / f"{rank}.txt" for rank in range(2)]
     both = [context.Process(target=one_of_two, args=(rank, port, files[rank], main, argv)) for rank in range(2)]
@@ -119,6 +117,29 @@ def test_two_processes_train_like_one(variant, runs, tmp_path, monkeypatch):
     in_two_processes(case.module.main, runs.argv(variant, tmp_path / "again", **alone, **again), tmp_path / "printed2")
     for name in ("loss", "grad_norm"):  # in the second epoch, whose order is not the first one's
         assert log(tmp_path / "again", name) == log(tmp_path / "two", name)
+
+
+@pytest.mark.parametrize("variant", ["sft: 4-bit"])
+def test_two_machines_train_like_one(variant, runs, tmp_path):
+    """An agent of torchrun for each, with one process, as configs/skypilot.yaml starts them, at an address."""
+    module, settings = runs.module(variant), {**RUN, **STILL, "max_steps": 3, "eval_strategy": "no"}
+    alone = {**settings, "per_device_train_batch_size": 1}
+    argv = [*map(str, runs.argv(variant, tmp_path / "two", **alone))]
+    agents = []
+    port = str(free_port())
+    for rank in ("0", "1"):
+        meet = ["--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"]
+        meet += ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [sys.executable, "-m", "torch.distributed.run", *meet, module.__file__, *argv]
+        output = open(tmp_path / f"agent-{rank}.txt", "w")  # noqa: SIM115
+        agents.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+    codes = [agent.wait(timeout=200) for agent in agents]
+    printed = [(tmp_path / f"agent-{rank}.txt").read_text() for rank in ("0", "1")]
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in printed)
+    assert all("3 steps of 4 rows" in text for text in printed)  # the first process of each machine says it
+    one = runs.run(variant, tmp_path / "one", **settings, per_device_train_batch_size=2)
+    for name in ("loss", "grad_norm"):
+        assert log(tmp_path / "two", name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
 
 
 ONE_OF_EACH = {name: TWO[name] for name in ("sft: float", "docvqa: float", "dpo: float", "4.6: lora", "align")}

@@ -1419,7 +1419,7 @@ def about_auto(memory, plan, args):
     As the recipes do it: of the divisors of the rows that a GPU has in a step, and of EVALUATION_BATCHES, the largest
     that leaves a tenth free (1 - FULL) of what was free when the weights were loaded. The recipes measure what is
     taken; here the share that is lost in pieces is added."""
-    if not memory["fits"] or not memory["for_gpu"] or args.strategy in DEEPSPEED:
+    if not memory["fits"] or not memory["for_gpu"] or args.strategy != "ddp":
         return None
     fixed, phases = memory["fixed"][args.strategy], memory["phases"]
     rows = max(1, plan["effective_batch"] // args.gpus)
