@@ -75,13 +75,20 @@ def test_only_a_sample_is_decoded_and_the_start_says_so(large, rows, write, monk
     assert training.as_given["check_rows"] == "auto:1"
 
 
-def test_lengths_are_upper_bounds_and_not_far_off(large, rows, write):
-    collator = large.collator()
+def test_lengths_are_upper_bounds(large, rows, write):
+    """Of the bytes of the texts, for all rows; those by words are also close."""
+    module, collator = large.module, large.collator()
     train, _ = large.load_data(**{"dataset_name": write(rows), "image_folder": large.tmp_path, "eval_fraction": 0})
-    for row in train:
-        length = max(len(ids) for ids, _ in sequences(collator([row])))
-        both = 40 if large.name == "dpo_idefics2" else 0  # of a pair both answers are counted
-        assert length <= row["length"] <= 1.2 * length + 15 + both, (length, row["length"])
+    lengths = [max(len(ids) for ids, _ in sequences(collator([row]))) for row in train]
+    read = train.remove_columns(["length", "num_tokens", "image_keys"])
+    bound = module.LengthBound(read, collator)
+    bound.fit(read.select([0, 1]), lengths[:2])
+    both = 40 if large.name == "dpo_idefics2" else 0  # of a pair both answers are counted
+    for row, length in zip(train, lengths):
+        messages = collator.read(row)
+        sizes = [module.load_image(image, only_size=True) for image in module.pil_images(messages)]
+        by_words = bound({name: row[name] for name in read.column_names}, len(messages), sizes, by_words=True)
+        assert length <= row["length"] and length <= by_words <= 1.2 * length + 15 + both
 
 
 def test_a_row_whose_bound_is_too_long_is_tokenized(large, rows, write, monkeypatch):
