@@ -4,12 +4,12 @@
     python benchmarks/start.py --rows 665000 --recipes sft_llava --folder build/start
     python benchmarks/start.py --rows 10000 --json start.json
 
-Each recipe is started twice, with `--max_steps 1`, as a program of its own: first with an empty cache, then with what
-the first start left there. Rows are LLaVA JSON (pairs for dpo_idefics2): conversations of two to sixteen turns, words
-drawn from 50,000 made-up ones by Zipf's law, some 1.3 kB of JSON each, like LLaVA's mix665k; each with a picture of
-640 x 480 pixels of its own. The pictures are hard links to 1,000 different JPEGs: other file systems than ext4 or xfs
-may not allow as many. The models are small, with the real processors (336 pixels for LLaVA, 490 for Idefics2) and a
-tokenizer that takes more tokens for a word than a real one; the longest row is set to four times the usual one.
+Each recipe is started twice, for one step of one row, as a program of its own: first with an empty cache, then with
+what the first start left there. Rows are LLaVA JSON (pairs for dpo_idefics2): conversations of two to sixteen turns,
+words drawn from 50,000 made-up ones by Zipf's law, some 1.3 kB of JSON each, like LLaVA's mix665k; each with a picture
+of 640 x 480 pixels of its own. The pictures are hard links to 1,000 different JPEGs: other file systems than ext4 or
+xfs may not allow as many. The models are small, with the real processors (336 pixels for LLaVA, 490 for Idefics2) and
+a tokenizer that takes more tokens for a word than a real one; the longest row is set to four times the usual one.
 
 Seconds: from the start of Python to the log of the first step. Memory: the most that all processes of the run have
 together, looked at twice a second; what several share counts once (PSS). Where other programs share the cores, CPU
@@ -148,16 +148,8 @@ def start(recipe, folder, rows, cache, more=()):
     shutil.rmtree(out, ignore_errors=True)
     flags = ["--use_cpu", "--model_name_or_path", folder / MODELS[recipe], "--dataset_name", rows, "--output_dir", out]
     flags += ["--image_folder", folder / "pictures", "--max_steps", 1, "--logging_steps", 1, "--report_to", "none"]
-    flags += [
-        "--eval_strategy",
-        "steps",
-        "--load_best_model_at_end",
-        "false",
-        "--sample_rows",
-        0,
-        *FLAGS[recipe],
-        *more,
-    ]
+    flags += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 1, "--sample_rows", 0]
+    flags += ["--load_best_model_at_end", "false", *FLAGS[recipe], *more]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     before, begun, lines = os.times(), time.perf_counter(), []
     seconds = None

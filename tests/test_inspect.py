@@ -449,7 +449,6 @@ def test_4_bit_weights_are_shared_out_by_fsdp2_only():
     packed = PROJECTOR._replace(frozen=5e9, scales=1.6e8)
     assert inspect_recipe.per_gpu(packed, "zero2", 4)["weights"] == 5.16e9
     assert inspect_recipe.per_gpu(packed, "fsdp2", 4)["weights"] == 5e9 / 4 + 1.6e8
-    assert inspect_recipe.per_gpu(packed, "zero3", 4) is None
 
 
 def test_fsdp2_shares_are_those_of_fully_shard(llava, uncounted, monkeypatch):
@@ -594,7 +593,7 @@ def test_fit_is_said(llava, uncounted, capsys):
     text = capsys.readouterr().out
     assert "GPUs of 80 GB that are enough, one row at a time" in text and "The fewest: 1 GPU." in text
     assert re.search(r"\nDDP +1 +1\.\d\d +training step +7\d\n", text)
-    assert "ZeRO-3 is refused: DeepSpeed cannot shard 4-bit weights." in text
+    assert "ZeRO-3 is refused: 4 bits and ZeRO-3: it cannot share out 4-bit weights" in text
     show(llava, "--fit", "1", **settings, load_in_4bit=False)
     text = capsys.readouterr().out
     assert "up to 64 GPUs of 1 GB are too few; what helps: an adapter on 4-bit weights, shorter rows" in text
@@ -732,14 +731,27 @@ def test_what_is_odd(settings, odd, llava, uncounted):
 def test_4_bits_and_zero3_are_odd(llava, uncounted, capsys):
     for strategy in inspect_recipe.STRATEGIES:
         report = llava("--gpus", "4", "--strategy", strategy)
-        refusal = "ZeRO-3 is refused: DeepSpeed cannot shard 4-bit weights; use DDP, ZeRO-2 or FSDP2"
-        assert (refusal in report["odd"]) == (strategy == "zero3")
-        assert report["memory"]["refused"] == {"zero3": inspect_recipe.NO_ZERO3}
+        refusal = "ZeRO-3 is refused: 4 bits and ZeRO-3: it cannot share out 4-bit weights while it loads them; "
+        assert any(text.startswith(refusal) for text in report["odd"]) == (strategy == "zero3")
+        assert list(report["memory"]["refused"]) == ["zero3"]
+        assert any("and FSDP2: bitsandbytes' optimizers" in text for text in report["odd"]) == (strategy == "fsdp2")
     assert not any("refused" in text for text in llava("--strategy", "zero3", load_in_4bit=False)["odd"])
     assert llava("--gpus", "4", "--strategy", "fsdp")["memory"]["strategy"] == "fsdp2"
     show(llava, "--gpus", "4")
     text = capsys.readouterr().out
     assert re.search(r"\n +DDP +ZeRO-2 +FSDP2 +ZeRO-3\nfrozen weights .* refused\n", text)
+
+
+def test_what_a_recipe_refuses_with_its_rows_or_model(tiny_minicpm, tmp_path, inspect, llava, uncounted):
+    more = {"q_lora": None, "use_cpu": None}
+    report = inspect("finetune_minicpm_lora", minicpm_run(tiny_minicpm, tmp_path / "out", **more), "--gpus", "2")
+    assert list(report["memory"]["refused"]) == ["zero3"] and "slices" in report["memory"]["refused"]["zero3"]
+    (tmp_path / "rows.json").write_text(json.dumps([said("Which?", "two"), said("Who?", "six")] * 4))
+    settings = {"load_in_4bit": False, "dataset_name": tmp_path / "rows.json", "dataset_test_split": None}
+    report = llava("--gpus", "2", **settings, eval_fraction=0)
+    assert report["memory"]["refused"] == {
+        "zero3": "8 rows have no image, with ZeRO-3: leave them out, or take ZeRO-2 or DDP"
+    }
 
 
 def test_a_sound_run_is_not_odd(llava, uncounted):

@@ -20,12 +20,14 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import re
 import statistics
@@ -65,7 +67,8 @@ CONTRACT = """Settings Training parse check load_processor load_data check_and_m
 load_model main"""
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}  # the simplest and fastest first
 DEEPSPEED = ("zero2", "zero3")
-NO_ZERO3 = "DeepSpeed cannot shard 4-bit weights"
+# What accelerate launch sets in the processes that it starts with configs/fsdp2.yaml.
+AS_FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 FIT_GPUS = (1, 2, 4, *range(8, 65, 8))  # what --fit tries: parts of a machine of eight GPUs, then whole machines
 LIVE_WEIGHTS = 10**9  # stage3_max_live_parameters of configs/zero3.yaml, and DeepSpeed's default
 CARDS = (16, 24, 40, 80)  # memory of GPUs, GB, without --memory
@@ -193,6 +196,26 @@ def read_flags(recipe, recipe_flags, gpus):
     if is_half:
         dtype = torch.float16 if fp16 else torch.bfloat16
     return settings, training, dtype
+
+
+def refusals(recipe, settings, training, *all_rows):
+    """{strategy: why the recipe refuses it with these settings and rows}. A refusal of the optimizer is none: another
+    one is a flag away (see odd_memory)."""
+    found = {}
+    for strategy in STRATEGIES:
+        with (
+            patch.dict(os.environ, AS_FSDP2 if strategy == "fsdp2" else {}),
+            patch.object(recipe, "is_deepspeed_zero3_enabled", functools.partial(operator.eq, strategy, "zero3")),
+            patch.object(training, "optim", transformers.training_args.OptimizerNames.ADAMW_TORCH),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            try:
+                recipe.check(settings, training)
+                if hasattr(recipe, "require_images"):
+                    recipe.require_images(*all_rows)
+            except SystemExit as refused:
+                found[strategy] = str(refused.code).removeprefix("error: ")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -1056,10 +1079,11 @@ class Weights(NamedTuple):
 
 
 def about_weights(trainer, parts):
-    """The trainer and its parts -> Weights. A layer is what is in a list of modules, as FSDP2 wraps it."""
+    """The trainer and its parts -> Weights. A layer is one of the language model, as the recipes share them out by
+    FSDP2; all else stays whole during a step."""
     model, training = trainer.model, trainer.args
     width = 2 if training.bf16 else 4
-    layers = [layer for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
+    layers = list(getattr(model.get_decoder(), "layers", ()))
     largest = max(layers, key=lambda layer: gathered_bytes(layer.parameters(), width), default=torch.nn.Module())
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     outside = [p for p in model.parameters() if id(p) not in in_layers and not is_input_embedding(p, model)]
@@ -1102,14 +1126,12 @@ def is_input_embedding(p, model):
 def per_gpu(weights, strategy, gpus):
     """Weights, a strategy, a number of GPUs -> bytes on each of them, apart from activations: weights (frozen ones),
     trained (adapters, and parts that are trained in full), gradients, optimizer, exchange (what is gathered, and what
-    the GPUs send each other). None where the strategy cannot do it.
+    the GPUs send each other).
 
     DDP keeps everything everywhere. ZeRO-2 shares out gradients and optimizer, ZeRO-3 and FSDP2 the weights as well
     (Rajbhandari et al. 2019, arXiv 1910.02054; Zhao et al. 2023, arXiv 2304.11277, docs.pytorch.org/docs/stable/
     distributed.fsdp.fully_shard.html).
     """
-    if strategy == "zero3" and weights.scales:
-        return None
     if strategy == "ddp":
         return per_gpu_ddp(weights, gpus)
     if strategy == "fsdp2":
@@ -1187,11 +1209,12 @@ def by_the_rule(parameters, trained, has_reference):
     return table
 
 
-def about_memory(trainer, recipe, parts, batches, args):
-    """The trainer, its parts, the batches to run (see largest_batches) -> the report's section on memory."""
+def about_memory(trainer, recipe, parts, batches, args, refused):
+    """The trainer, its parts, the batches to run (see largest_batches), the refused strategies -> the report's section
+    on memory."""
     training = trainer.args
     weights = about_weights(trainer, parts)
-    fixed = {name: per_gpu(weights, name, args.gpus) for name in STRATEGIES}
+    fixed = {name: None if name in refused else per_gpu(weights, name, args.gpus) for name in STRATEGIES}
     parameters, trained = sum_of(parts, "total") - sum_of(parts, "adapters"), sum_of(parts, "trainable")
     optim = getattr(training.optim, "value", training.optim)
     report = {
@@ -1201,7 +1224,7 @@ def about_memory(trainer, recipe, parts, batches, args):
         "gpus": args.gpus,
         "strategy": args.strategy,
         "fixed": fixed,
-        "refused": {name: NO_ZERO3 for name, sizes in fixed.items() if sizes is None},
+        "refused": refused,
         "checkpointing": training.activation_checkpointing,
         "by_the_rule": by_the_rule(parameters, trained, isinstance(trainer, trl.DPOTrainer)),
         "activations": None,
@@ -1225,7 +1248,8 @@ def about_memory(trainer, recipe, parts, batches, args):
     if fixed[args.strategy]:
         add_sums(report, weights, args)
     if args.fit:
-        report["fit"] = about_fit(args.fit, weights, counted, training)
+        accepted = {name: found for name, found in counted.items() if name not in refused}
+        report["fit"] = about_fit(args.fit, weights, accepted, training)
     return report
 
 
@@ -1310,7 +1334,7 @@ def add_sums(report, weights, args):
 
 
 def sums_of_phases(phases, weights, strategy, gpus):
-    """{phase: bytes on each GPU in all}, of the phases that are counted. per_gpu must not be None."""
+    """{phase: bytes on each GPU in all}, of the phases that are counted."""
     sums = {}
     for name, phase in phases.items():
         if "bytes" in phase:
@@ -1356,16 +1380,14 @@ def largest_fits(card, fixed, activations, batch, least):
 def about_fit(card, weights, counted, training):
     """For GPUs of so many GB, one row at a time: the fewest that are enough -> the report's section on --fit.
 
-    counted: see count_by_strategy. `strategies` has an entry of fewest_gpus for each that is not refused. `best` is
-    the one with the fewest GPUs, of several the first of STRATEGIES; None where none is enough."""
+    counted: see count_by_strategy, without strategies that are refused. `strategies` has an entry of fewest_gpus for
+    each. `best` is the one with the fewest GPUs, of several the first of STRATEGIES; None where none is enough."""
     kind = CHECKPOINTING[bool(training.activation_checkpointing)]
     batch = training.per_device_train_batch_size
     batches = batch * training.gradient_accumulation_steps
     weights = weights._replace(holds_gradients=holds_gradients(training, batches))
     strategies = {}
     for name, (activations, phases) in counted.items():
-        if per_gpu(weights, name, 2) is None:
-            continue
         strategies[name] = found = fewest_gpus(card, weights, name, with_one_row(phases))
         if found["gpus"]:
             fixed = sum(per_gpu(weights, name, found["gpus"]).values())
@@ -1623,7 +1645,7 @@ def odd_rows(data, settings):
     return odd
 
 
-def odd_memory(memory, args):
+def odd_memory(memory, args, recipe, settings, training):
     """What is odd about memory, a list of texts."""
     odd = []
     largest = max(args.memory)
@@ -1631,8 +1653,13 @@ def odd_memory(memory, args):
     if peak and peak["bytes"] > room_on(largest) and not memory["fit"]:
         odd.append(f"{peak['bytes'] / 1e9:.1f} GB on a GPU ({peak['phase']}): more than one of {largest} GB has")
     if args.strategy in memory["refused"]:
-        others = "DDP, ZeRO-2 or FSDP2"
-        odd.append(f"{STRATEGIES[args.strategy]} is refused: {memory['refused'][args.strategy]}; use {others}")
+        odd.append(f"{STRATEGIES[args.strategy]} is refused: {memory['refused'][args.strategy]}")
+    elif "fsdp2" in (args.strategy, (memory["fit"] or {}).get("best")):
+        with patch.dict(os.environ, AS_FSDP2), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                recipe.check(settings, training)
+            except SystemExit as refused:  # for its optimizer: see refusals
+                odd.append(str(refused.code).removeprefix("error: "))
     if memory["fit"] and not memory["fit"]["best"]:
         odd.append(
             f"up to {FIT_GPUS[-1]} GPUs of {args.fit} GB are too few; what helps: {', '.join(memory['fit']['help'])}"
@@ -1685,6 +1712,7 @@ def inspect(recipe, args, recipe_flags):
     if train is None:
         report["odd"] = [f"no row of {data.looked[-1][0]} can be trained on"]
         return report | {"examples": [], "parts": {}, "memory": None, "plan": None}
+    refused = refusals(recipe, settings, training, train, held_out)
     few = min(args.examples, len(train))
     chosen = sorted((train[n * len(train) // few] for n in range(few)), key=lambda row: row["row"])
     report["examples"] = [example_of(row, collator, processor) for row in chosen]
@@ -1698,7 +1726,7 @@ def inspect(recipe, args, recipe_flags):
     report["parts"] = about_parameters(trainer.model, kind_of)
     report["plan"] = plan = about_plan(trainer, kind_of, settings, report["data"], train, held_out, args.gpus)
     batches = batches_of(recipe, settings, training, train, held_out, plan)
-    report["memory"] = memory = about_memory(trainer, recipe, report["parts"], batches, args)
+    report["memory"] = memory = about_memory(trainer, recipe, report["parts"], batches, args, refused)
     memory["longest"] = max(train["length"])
     memory["auto"] = about_auto(memory, plan, args)
     odd = odd_rates(plan, isinstance(trainer, trl.DPOTrainer))
@@ -1706,7 +1734,7 @@ def inspect(recipe, args, recipe_flags):
     odd += odd_steps(plan, training) + odd_rows(report["data"], settings)
     if not sum_of(report["parts"], "trainable"):
         odd.append("nothing is trained")
-    report["odd"] = odd + odd_memory(report["memory"], args)
+    report["odd"] = odd + odd_memory(report["memory"], args, recipe, settings, training)
     return report
 
 
