@@ -1270,7 +1270,7 @@ def rows_to_decode(rows, name, collator, training):
         return len(rows), None, {}
     found = [None]
     if training.process_index == 0:
-        is_done = result_folder(rows, collator).exists()
+        is_done = known_results(result_folder(rows, collator)) is not None
         start = time.perf_counter()
         first = [check_row(rows[n], collator) for n in range(ROWS_TO_TIME)]
         seconds = (time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training)
@@ -1324,10 +1324,9 @@ def stored_results(rows, collator, bound, description, training):
     check = functools.partial(check_row, collator=collator)
     if bound is not None:
         check = functools.partial(check_structure, collator=collator, bound=bound)
-    if folder.exists():
-        results = datasets.load_from_disk(folder)
-        if have_same_images(results):
-            return results
+    known = known_results(folder)
+    if known is not None:
+        return known
     results = rows.map(
         check_batch,
         batched=True,
@@ -1361,13 +1360,16 @@ def check_batch(columns, check):
     return {name: [result[name] for result in results] for name in RESULT_COLUMNS}
 
 
-def have_same_images(results):
-    """Whether the image files of checked rows have not changed since."""
+def known_results(folder):
+    """The results of a check that are kept there; None if there are none, or if an image has changed since."""
+    if not folder.exists():
+        return None
+    results = datasets.load_from_disk(folder)
     for some in results.select_columns(["image_keys", "image_times"]).iter(10_000):
         for keys, times in zip(some["image_keys"], some["image_times"], strict=True):
             if list(map(time_of, keys)) != times:
-                return False
-    return True
+                return None
+    return results
 
 
 def time_of(image):
@@ -1487,10 +1489,13 @@ class LengthBound:
 
     def tokens_of_image(self, size):
         if size not in self.tokens_of_size:
-            if self.has_arithmetic:
-                self.tokens_of_size[size] = tokens_by_arithmetic(self.collator.processor, size)
-            else:
-                self.tokens_of_size[size] = tokens_of_blank(self.collator, size)
+            try:
+                if self.has_arithmetic:
+                    self.tokens_of_size[size] = tokens_by_arithmetic(self.collator.processor, size)
+                else:
+                    self.tokens_of_size[size] = tokens_of_blank(self.collator, size)
+            except Exception as error:  # processors raise many kinds, for images too small or too narrow for them
+                raise BadRow("unfit for the processor", f"{size} pixels: {type(error).__name__}: {error}") from error
         return self.tokens_of_size[size]
 
 
@@ -2659,7 +2664,7 @@ def stop_or_note_unreadable(trainer, batches):
     saved = "No step is done yet."
     if step > 0:
         trainer._save_checkpoint(trainer.model, None)
-        saved = f"The checkpoint of step {step} is saved."
+        saved = f"The checkpoint of step {trainer.saved_step} is saved."
     rows = sorted(set(gather_object(found)))
     shown = "\n".join(f"row {number} cannot be trained on: {problem}" for number, problem in rows)
     remedy = (
