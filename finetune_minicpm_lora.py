@@ -11,7 +11,6 @@
     python finetune_minicpm_lora.py --dataset_name train.json     # MiniCPM-V-4.6, LoRA; train.json is the default
     python finetune_minicpm_lora.py --q_lora                    # language model in 4-bit NF4
     python finetune_minicpm_lora.py --model_name_or_path openbmb/MiniCPM-V-2_6 --trust_remote_code
-    python finetune_minicpm_lora.py --use_lora false --tune_llm --learning_rate 1e-5   # language model in full
     accelerate launch --num_processes 4 finetune_minicpm_lora.py                       # several GPUs, DDP
     python finetune_minicpm_lora.py --config minicpm-lora/settings.yaml                # resume that run after a crash
 
