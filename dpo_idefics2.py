@@ -1203,6 +1203,7 @@ def load_image(image, max_aspect_ratio=200, only_size=False):
     source = (image.get("path") or "its bytes") if isinstance(image, dict) else str(image)
     if len(source) > 100 and not re.search(r"\.\w{2,5}$", source):  # an image written as text, of no known kind
         source = f"{source:.60}..."
+    is_opened_here = not isinstance(image, Image.Image)
     try:
         if isinstance(image, dict):
             image = Image.open(io.BytesIO(image["bytes"]))
@@ -1210,13 +1211,16 @@ def load_image(image, max_aspect_ratio=200, only_size=False):
             image = Image.open(image)
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's photo and preview
         width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
-            width, height = height, width
         if only_size:
-            image.close()
+            exif = Image.Image.getexif(image)  # PNG's own would decode the pixels
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
+                width, height = height, width
+            if is_opened_here:
+                image.close()
         else:
             image.load()  # verify() would accept a truncated JPEG
             image = to_rgb(image)
+            width, height = image.size
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise BadRow("image too large", f"{source} has more than {limit:,} pixels: shrink it") from error
@@ -1376,7 +1380,8 @@ def result_folder(rows, collator, bound=None):
     """Where the results of a check of these rows are kept: another one for other rows, settings, or code."""
     added = None if bound is None else (bound.for_a_row, bound.for_a_turn)
     code = sha256_of(__file__)  # the Hasher gives functions of a script another hash at each start
-    return cache_folder("checked") / Hasher.hash([code, vars(collator), added, rows._fingerprint])
+    folders = sorted(map(os.path.realpath, rows.unique("folder")))  # a link may point elsewhere now
+    return cache_folder("checked") / Hasher.hash([code, vars(collator), added, folders, rows._fingerprint])
 
 
 def stored_results(rows, collator, bound, description, training):
@@ -1392,6 +1397,7 @@ def stored_results(rows, collator, bound, description, training):
     results = rows.map(
         check_batch,
         batched=True,
+        batch_size=100,  # embedded images may be large
         fn_kwargs={"check": check},
         features=RESULT_COLUMNS,
         remove_columns=rows.column_names,
@@ -1407,12 +1413,15 @@ def stored_results(rows, collator, bound, description, training):
 
 def store_results(results, folder):
     """Write results of a check, as a whole."""
-    part = f"{folder}.{os.getpid()}.part"
+    part = f"{folder}.{platform.node()}.{os.getpid()}.part"
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        os.replace(part, folder)
+    except OSError:  # another run has just written the same
+        shutil.rmtree(part)
 
 
 def check_batch(columns, check):
@@ -1521,8 +1530,7 @@ class LengthBound:
 
     def __init__(self, rows, collator):
         self.collator = collator
-        others = ("id", "row", "folder")
-        self.columns = [name for name in rows.column_names if name not in others and not holds_media(rows, name)]
+        self.columns = [name for name in rows.column_names if name not in ("id", "row", "folder")]
         self.tokens_of_word, self.tokens_of_size = TokensOfWords(collator.processor.tokenizer), {}
         self.for_a_row, self.for_a_turn = 0, 0  # what the chat template adds, see fit
         differences = []
@@ -1534,6 +1542,8 @@ class LengthBound:
     def __call__(self, row, num_turns, sizes, by_words=False):
         length = self.for_a_row + self.for_a_turn * num_turns + sum(map(self.tokens_of_image, sizes))
         for text in leaf_texts([row[column] for column in self.columns]):
+            if " " not in text and is_media(text):  # the name of an image, or one as text
+                continue
             length += sum(map(self.tokens_of_word.__getitem__, text.split(" "))) if by_words else len(text.encode())
         return length
 
@@ -1547,7 +1557,7 @@ class LengthBound:
             turns.append(len(messages))
         self.for_a_row = max(0, min(added, default=0))
         rest = [(more - self.for_a_row) / number for more, number in zip(added, turns, strict=True)]
-        self.for_a_turn = math.ceil(max(rest, default=0)) + 2  # a little more: other rows may take more
+        self.for_a_turn = max(0, math.ceil(max(rest, default=0))) + 2  # a little more: other rows may take more
 
     def tokens_of_image(self, size):
         if size not in self.tokens_of_size:
@@ -1791,7 +1801,8 @@ def read_json(path):
     The file is read as a stream, twice: first to see where its rows are, then in pieces, by several processes. They
     write an Arrow file into the cache of `datasets`, which is used until the file changes."""
     file = path.stat()
-    key = Hasher.hash([str(path.resolve()), file.st_size, file.st_mtime_ns])
+    form = 1  # of what is stored: to be raised if that changes
+    key = Hasher.hash([str(path.resolve()), file.st_size, file.st_mtime_ns, form])
     found = cache_folder("json") / f"{key}.json"
     if not found.exists():
         write_whole(found, json.dumps(pieces_of_json(path)))
@@ -1891,7 +1902,7 @@ class JsonWindow:
 
     def read_on(self):
         """Forget what is behind us, and read the next few MB."""
-        chunk = self.file.read(JSON_PIECE)
+        chunk = self.file.read(max(JSON_PIECE, len(self.text) - self.position))
         self.is_whole = not chunk
         self.text, self.position = self.text[self.position :] + self.decode(chunk, final=self.is_whole), 0
 
@@ -2963,7 +2974,7 @@ def stop_or_note_unreadable(trainer, batches):
     saved = "No step is done yet."
     if step > 0:
         trainer._save_checkpoint(trainer.model, None)
-        saved = f"The checkpoint of step {trainer.saved_step} is saved."
+        saved = f"The checkpoint of step {trainer.saved_step} is saved." if trainer.saved_step else "None is saved."
     rows = sorted(set(gather_object(found)))
     shown = "\n".join(f"row {number} cannot be trained on: {problem}" for number, problem in rows)
     remedy = (
@@ -2988,7 +2999,7 @@ def zero_of_unused(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     always_used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     trained = [weight for weight in model.parameters() if weight.requires_grad and weight not in always_used]
-    return 0 * sum(weight.sum() for weight in trained)
+    return 0 * sum(weight.sum(dtype=torch.float32) for weight in trained)
 
 
 class RowsOnce(BatchSamplerShard):
@@ -3567,7 +3578,7 @@ def where_they_differ(prompt, whole):
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
 sample_rows sample_tokens shared_prompt per_device_eval_batch_size stop_on_nonfinite gradient_accumulation_steps
-rows_per_step on_bad_rows""".split()
+rows_per_step on_bad_rows on_long_rows""".split()
 CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
 INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
@@ -3649,9 +3660,10 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
     """Stop if the run in output_dir was begun with other rows, by their numbers and lengths. Raises SystemExit.
     Earlier versions did not write that down: then rows must be read as they read them (see read_differently)."""
     digest, is_compared = hashlib.sha256(), training.load_best_model_at_end  # by scores on the rows to evaluate on
+    has_bounds = getattr(training, "has_unread_rows", False)  # they change when an image is repaired
     for rows in (train_rows, eval_rows if is_compared else None):
         if rows is not None:
-            digest.update(json.dumps([rows["row"][:], rows["length"][:]]).encode())
+            digest.update(json.dumps([rows["row"][:], [] if has_bounds else rows["length"][:]]).encode())
     training.rows_digest = digest.hexdigest()[:16]
     if checkpoint is not None:
         output_dir = Path(checkpoint).absolute().parent

@@ -102,7 +102,7 @@ def faulty_loss(self, model, inputs, *args, stock=Trainer.compute_loss, **kwargs
 
 Trainer.compute_loss = faulty_loss
 """
-WEIGHTS = "\n\ndef train_in_float32(model):\n    model.bfloat16()\n"
+WEIGHTS = "\n\ndef train_in_float32(trainer):\n    trainer.model.bfloat16()\n"
 DTYPE = "\n\ndef weight_dtype(training):\n    return torch.float32\n"
 
 
