@@ -1002,7 +1002,7 @@ def load_image(image, max_aspect_ratio=200, only_size=False):
         width, height = image.size
         if only_size:
             exif = Image.Image.getexif(image)  # PNG's own would decode the pixels
-            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF":  # to be turned; TIFF's size is
                 width, height = height, width
             if is_opened_here:
                 image.close()
@@ -3407,7 +3407,7 @@ def damage_of(checkpoint):
         if file.exists():
             return wrong_checksum(checkpoint, json.loads(file.read_text()))
         # Cut off before its checksums were written, or of an earlier version, which wrote none.
-        optimizer = "latest" if (checkpoint / "latest").exists() else "optimizer.*"  # latest: DeepSpeed's
+        optimizer = "latest" if (checkpoint / "latest").exists() else "optimizer.pt"  # latest: DeepSpeed's
         for pattern in ("*.safetensors", optimizer, "scheduler.pt", "rng_state*", "trainer_state.json"):
             if not any(checkpoint.glob(pattern)):
                 return f"incomplete, without {pattern}"

@@ -2,12 +2,13 @@
 
 import re
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, log
-from PIL import Image
-from recipes import sequences
+from PIL import ExifTags, Image, ImageFile
+from recipes import chat, sequences
 from safetensors.torch import load_file
 from test_bad_rows import says, shows
 
@@ -89,6 +90,27 @@ def test_lengths_are_upper_bounds(large, rows, write):
         sizes = [module.load_image(image, only_size=True) for image in module.pil_images(messages)]
         by_words = bound({name: row[name] for name in read.column_names}, len(messages), sizes, by_words=True)
         assert length <= row["length"] and length <= by_words <= 1.2 * length + 15 + both
+
+
+@pytest.mark.parametrize("case", ["sft_llava"], indirect=True)
+def test_text_beside_images_within_a_turn_counts(large, rows, write):
+    parts = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "two " * 50}]
+    rows = [chat(("user", parts), ("assistant", "two")) for _ in range(GOOD)]
+    train, _ = large.load_data(dataset_name=write(rows), image_folder=large.tmp_path, eval_fraction=0)
+    assert min(train["length"]) >= 200 + 16  # bytes of text, and an image
+
+
+def test_only_the_header_of_an_image_is_read_for_its_size(case, tmp_path):
+    """Of each kind of file, turned upright; an image of the caller's stays open."""
+    picture, exif = Image.effect_noise((300, 200), 90), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name in ("a.jpg", "a.png", "a.webp", "a.tiff"):
+        picture.save(tmp_path / name, exif=exif)
+        content = (tmp_path / name).read_bytes()
+        with mock.patch.object(ImageFile.ImageFile, "load", side_effect=AssertionError("pixels are decoded")):
+            assert case.module.load_image(str(tmp_path / name), only_size=True) == (200, 300), name
+            assert case.module.load_image({"bytes": content}, only_size=True) == (200, 300), name
+    assert case.module.load_image(picture, only_size=True) == picture.size and picture.getpixel((0, 0)) is not None
 
 
 def test_a_row_whose_bound_is_too_long_is_tokenized(large, rows, write, monkeypatch):
