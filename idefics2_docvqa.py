@@ -1236,7 +1236,7 @@ def time_of(image):
     """When an image file was changed last, in ns; 0 if it does not exist, or is no file."""
     try:
         return os.stat(image).st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return 0
 
 
