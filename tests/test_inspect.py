@@ -735,7 +735,8 @@ def test_4_bits_and_zero3_are_odd(llava, uncounted, capsys):
         assert any(text.startswith(refusal) for text in report["odd"]) == (strategy == "zero3")
         assert list(report["memory"]["refused"]) == ["zero3"]
         assert any("and FSDP2: bitsandbytes' optimizers" in text for text in report["odd"]) == (strategy == "fsdp2")
-    assert not any("refused" in text for text in llava("--strategy", "zero3", load_in_4bit=False)["odd"])
+    in_16_bits = llava("--strategy", "zero3", load_in_4bit=False)["odd"]  # some rows have no image
+    assert all("rows have no image, with ZeRO-3" in text for text in in_16_bits if "refused" in text)
     assert llava("--gpus", "4", "--strategy", "fsdp")["memory"]["strategy"] == "fsdp2"
     show(llava, "--gpus", "4")
     text = capsys.readouterr().out
