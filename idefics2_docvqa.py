@@ -1123,16 +1123,14 @@ def rows_to_decode(rows, name, collator, training):
     wanted = training.as_given["check_rows"].removeprefix("auto:")
     if wanted == "all" or len(rows) <= ROWS_OF_A_SAMPLE or (wanted.isdigit() and int(wanted) >= len(rows)):
         return len(rows), None, {}
-    found = [None]
-    if training.process_index == 0:
-        is_done = known_results(result_folder(rows, collator)) is not None
+    found = [(0, [])]  # the seconds that all rows take: none, if that is done already; what is found in the first
+    if training.process_index == 0 and (wanted != "auto" or known_results(result_folder(rows, collator)) is None):
         start = time.perf_counter()
         first = [check_row(rows[n], collator) for n in range(ROWS_TO_TIME)]
-        seconds = (time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training)
-        found = [(is_done, seconds, first)]
-    is_done, seconds, first = broadcast_object_list(found)[0]
+        found = [((time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training), first)]
+    seconds, first = broadcast_object_list(found)[0]
     if wanted == "auto":
-        wanted = "all" if is_done or seconds <= MOST_SECONDS else str(ROWS_OF_A_SAMPLE)
+        wanted = "all" if seconds <= MOST_SECONDS else str(ROWS_OF_A_SAMPLE)
         training.as_given["check_rows"] = f"auto:{wanted}"
     if wanted == "all":
         return len(rows), None, {}
