@@ -62,6 +62,7 @@ from unittest.mock import patch
 from urllib.parse import unquote, urlparse
 
 import datasets
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -1261,7 +1262,7 @@ def check_and_measure_rows(rows, name, collator, settings, training):
         read_differently(training, "Unicode, white space or parts of texts")
     measures = results.select_columns(["length", "num_tokens", "image_keys"])
     rows = datasets.concatenate_datasets([rows, measures], axis=1)
-    return rows.select([n for n in range(len(rows)) if n not in problems])
+    return rows.select(np.delete(np.arange(len(rows)), list(problems)))  # an array: a list takes `datasets` seconds
 
 
 def rows_to_decode(rows, name, collator, training):
@@ -1296,7 +1297,12 @@ def rows_to_decode(rows, name, collator, training):
 
 def num_checkers(training):
     """How many processes check rows."""
-    return getattr(training, "dataset_num_proc", None) or os.cpu_count()
+    return getattr(training, "dataset_num_proc", None) or num_cores()
+
+
+def num_cores():
+    """How many cores this process may use: under Slurm and in containers often not all that there are."""
+    return len(os.sched_getaffinity(0))
 
 
 RESULT_COLUMNS = datasets.Features(
@@ -1401,15 +1407,8 @@ def begin_result(row, collator):
     return {"image_keys": keys, "image_times": times, "notes": notes}, messages
 
 
-NOTHING_FOUND = {
-    "reason": None,
-    "detail": None,
-    "length": 0,
-    "num_tokens": 0,
-    "image_keys": [],
-    "image_times": [],
-    "notes": [],
-    "differs": False,
+NOTHING_FOUND = {"reason": None, "detail": None, "length": 0, "num_tokens": 0, "differs": False} | {
+    name: [] for name in ("image_keys", "image_times", "notes")
 }
 
 
@@ -1438,35 +1437,29 @@ def check_structure(row, collator, bound):
         ratio = getattr(collator, "max_aspect_ratio", 200)
         sizes = [load_image(image, ratio, only_size=True) for image in pil_images(messages)]
         length = bound(row, len(messages), sizes)
-        if length > collator.max_length and bound(row, len(messages), sizes, by_words=True) > collator.max_length:
+        if length > collator.max_length:
+            length = bound(row, len(messages), sizes, by_words=True)
+        if length > collator.max_length:
             collator([row])
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
     return result | {"length": length, "num_tokens": length}
 
 
-class TokensOfWords(dict):
-    """{word: how many tokens it is, behind a space}, which grows as words are looked up."""
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def __missing__(self, word):
-        if len(self) > 500_000:
-            self.clear()
-        self[word] = len(self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
-        return self[word]
+@functools.lru_cache(500_000)  # a text has the same words again and again
+def tokens_of_word(tokenizer, word):
+    """How many tokens a word is, behind a space."""
+    return len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
 
 
 class LengthBound:
     """Upper bounds of rows' lengths in tokens. No token is less than a byte of text, and what an image takes follows
-    from its size. With `by_words` it takes some 30 microseconds, and is close: words are looked up in a table."""
+    from its size. With `by_words` it takes some 30 microseconds, and is close."""
 
     def __init__(self, rows, collator):
         self.collator = collator
         self.columns = [name for name in rows.column_names if name not in ("id", "row", "folder")]
-        self.tokens_of_word, self.tokens_of_size = TokensOfWords(collator.processor.tokenizer), {}
+        self.tokens_of_size = {}
         self.for_a_row, self.for_a_turn = 0, 0  # what the chat template adds, see fit
         differences = []
         if hasattr(collator.processor, "_get_num_multimodal_tokens"):
@@ -1475,11 +1468,15 @@ class LengthBound:
         self.has_arithmetic = len(set(differences)) == 1  # what comes beside the image is always the same
 
     def __call__(self, row, num_turns, sizes, by_words=False):
+        tokenizer = self.collator.processor.tokenizer
         length = self.for_a_row + self.for_a_turn * num_turns + sum(map(self.tokens_of_image, sizes))
         for text in leaf_texts([row[column] for column in self.columns]):
             if " " not in text and is_media(text):  # the name of an image, or one as text
                 continue
-            length += sum(map(self.tokens_of_word.__getitem__, text.split(" "))) if by_words else len(text.encode())
+            if by_words:
+                length += sum(tokens_of_word(tokenizer, word) for word in text.split(" "))
+            else:
+                length += len(text.encode())
         return length
 
     def fit(self, rows, lengths):
@@ -1620,9 +1617,8 @@ def hold_out(rows, settings, training):
         read_differently(training, note)
     if not held_out:
         held_out = {min(num_images_of, key=lambda group: (num_images_of[group], num_rows_of[group]))}
-    is_held_out = [group_of_image[images[0]] in held_out for images in images_of_row]
-    train = rows.select([n for n, held in enumerate(is_held_out) if not held])
-    evaluation = rows.select([n for n, held in enumerate(is_held_out) if held])
+    is_held_out = np.array([group_of_image[images[0]] in held_out for images in images_of_row])
+    train, evaluation = rows.select(np.flatnonzero(~is_held_out)), rows.select(np.flatnonzero(is_held_out))
     remedy = "without an image in both: --eval_fraction 0 turns evaluation off"
     require(len(train) > 0, f"{len(rows)} rows cannot be divided into training and evaluation {remedy}")
     return train, draw_rows(evaluation, settings.max_eval_rows, training.seed)
@@ -1677,7 +1673,9 @@ def read_dataset(name, split, settings):
     new_columns = ("row", "folder", "length", "num_tokens", "image_keys")
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
-    return rows.add_column("row", list(range(len(rows)))).add_column("folder", [folder] * len(rows))
+    rows = rows.add_column("row", np.arange(len(rows)))
+    name = Hasher.hash([rows._fingerprint, folder])  # given, since `datasets` would hash the whole list
+    return rows.add_column("folder", [folder] * len(rows), new_fingerprint=name)
 
 
 def undecoded(feature):
@@ -1736,151 +1734,151 @@ def read_json(path):
     The file is read as a stream, twice: first to see where its rows are, then in pieces, by several processes. They
     write an Arrow file into the cache of `datasets`, which is used until the file changes."""
     file = path.stat()
-    form = 1  # of what is stored: to be raised if that changes
+    form = 2  # of what is stored: to be raised if that changes
     key = Hasher.hash([str(path.resolve()), file.st_size, file.st_mtime_ns, form])
     found = cache_folder("json") / f"{key}.json"
-    if not found.exists():
-        write_whole(found, json.dumps(pieces_of_json(path)))
-    pieces, columns = json.loads(found.read_text(encoding="utf-8"))
     try:
-        return datasets.Dataset.from_list(pieces).map(
-            rows_of_piece,
-            batched=True,
-            batch_size=1,
-            fn_kwargs={"path": str(path), "columns": columns},
-            remove_columns=list(pieces[0]),
-            features=datasets.Features({column: datasets.Json() for column in columns}),
-            num_proc=min(len(pieces), os.cpu_count()) if len(pieces) > 1 else None,
-            new_fingerprint=key,
-            cache_file_name=str(found.with_suffix(".arrow")),
-            desc=f"Reading {path}",
-        )
+        with one_after_another():
+            if not found.exists():
+                write_whole(found, json.dumps(pieces_of_json(path)))
+            pieces, columns = json.loads(found.read_text(encoding="utf-8"))
+            return datasets.Dataset.from_list(pieces).map(
+                rows_of_piece,
+                batched=True,
+                batch_size=1,
+                fn_kwargs={"path": str(path), "columns": columns},
+                remove_columns=list(pieces[0]),
+                features=datasets.Features({column: datasets.Json() for column in columns}),
+                num_proc=min(len(pieces), num_cores()) if len(pieces) > 1 else None,
+                new_fingerprint=key,
+                cache_file_name=str(found.with_suffix(".arrow")),
+                desc=f"Reading {path}",
+            )
     except ValueError as error:
         raise ValueError(str(error)) from None  # without the traceback of another process
 
 
-JSON_PIECE = 2**22  # bytes of JSON that are decoded together
+@contextlib.contextmanager
+def one_after_another():
+    """For what the first process of each machine does, or fails to do; then the others find it done, or fail too."""
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_local_main_process:
+            state.wait_for_everyone()
+
+
+JSON_PIECE = 2**22  # bytes of JSON that are read together
 JSON_FORM = "(a .json file is one list of rows, a .jsonl file has one row a line)"
 NO_LIST_OF_ROWS = 'it must be a list of rows: [{"column": value, ...}, ...]'
 SPACE = re.compile(r"\s*")
-BETWEEN_ROWS = re.compile(r"[\s,]*")
+BETWEEN_ROWS = re.compile(r"[\s,\[\]]*")
 
 
 def pieces_of_json(path):
-    """([{"start", "end", "line", "row"}], columns): where the pieces of a file are, in bytes, and what each begins
-    with. Raises ValueError, with the line, for what is no JSON, or no rows."""
+    """([{"start", "end", "line", "row"}], columns): where the pieces of a file are, in bytes, and with which line and
+    row each begins. Raises ValueError, with the line, for what is no JSON, or no rows."""
     stream = json_lines if path.suffix.lower() == ".jsonl" else json_list
-    pieces, columns = [], {}
+    pieces, columns, number = [], {}, 0
     with open(path, "rb") as file:
-        for number, (row, start, end, line) in enumerate(stream(file)):
-            if not isinstance(row, dict):
-                raise ValueError(NO_LIST_OF_ROWS)
-            columns.update(dict.fromkeys(row))
-            if not pieces or end - pieces[-1]["start"] > JSON_PIECE:
-                pieces.append({"start": start, "line": line, "row": number})
-            pieces[-1]["end"] = end
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
+        for num_rows, start, end, line in stream(file, columns):
+            pieces.append({"start": start, "end": end, "line": line, "row": number})
+            number += num_rows
     if not columns:
         raise ValueError("it is empty")
     return pieces, list(columns)
 
 
-def json_lines(file):
-    """Yields (row, its first byte, the byte after it, its line) of each row of a .jsonl file. Raises ValueError."""
-    start = 0
-    for line, content in enumerate(file, start=1):
-        text = content.decode("utf-8-sig" if line == 1 else "utf-8")
-        end = start + len(content)
-        try:
-            if text.strip():
-                yield json.loads(text), end - len(text.encode()), end, line
-        except ValueError as error:
-            raise ValueError(f"line {line}: {error} {JSON_FORM}") from None
-        start = end
-
-
-def json_list(file):
-    """Yields (row, its first byte, the byte after it, its line) of each row of a .json file. Raises ValueError."""
-    window = JsonWindow(file)
-    if not window.take("["):
-        if window.is_at_end():
-            raise ValueError("it is empty")
-        window.take_value()
-        window.require_end()
+def add_columns(row, columns):
+    """Add the columns of a row to these, {column: None}. Raises ValueError."""
+    if not isinstance(row, dict):
         raise ValueError(NO_LIST_OF_ROWS)
-    if not window.take("]"):
-        yield window.take_value()
-        while window.take(","):
-            yield window.take_value()
-        if not window.take("]"):
-            raise window.error("Expecting ',' delimiter")
-    window.require_end()
+    columns.update(dict.fromkeys(row))
 
 
-class JsonWindow:
-    """A JSON file, of which a few MB, `text`, are in memory. We are at `position` in it: at a `byte` of a `line`."""
-
-    def __init__(self, file):
-        self.file = file
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.parse = json.JSONDecoder().raw_decode
-        self.text, self.is_whole = "", False  # is_whole: the file ends with this text
-        self.position, self.byte, self.line, self.column = 0, file.tell(), 1, 1
-
-    def go_to(self, position):
-        passed = self.text[self.position : position]
-        self.byte += len(passed.encode())
-        self.line += passed.count("\n")
-        self.column = len(passed) - passed.rfind("\n") if "\n" in passed else self.column + len(passed)
-        self.position = position
-
-    def read_on(self):
-        """Forget what is behind us, and read the next few MB."""
-        chunk = self.file.read(max(JSON_PIECE, len(self.text) - self.position))
-        self.is_whole = not chunk
-        self.text, self.position = self.text[self.position :] + self.decode(chunk, final=self.is_whole), 0
-
-    def is_at_end(self):
-        """Go on to what is no white space. Is there nothing more?"""
-        while True:
-            self.go_to(SPACE.match(self.text, self.position).end())
-            if self.is_whole or len(self.text) - self.position > JSON_PIECE // 2:
-                return self.position == len(self.text)
-            self.read_on()
-
-    def take(self, character):
-        """Whether this character comes next; if so, go on behind it."""
-        is_next = not self.is_at_end() and self.text[self.position] == character
-        if is_next:
-            self.go_to(self.position + 1)
-        return is_next
-
-    def take_value(self):
-        """The JSON value that comes next -> (value, its first byte, the byte after it, its line)."""
-        self.is_at_end()
-        while True:
+def json_lines(file, columns):
+    """Yields (number of rows, first byte, byte after them, first line) of pieces of a .jsonl file. Adds what columns
+    the rows have to `columns`. Raises ValueError."""
+    start, line = file.tell(), 1
+    while texts := file.readlines(JSON_PIECE):
+        num_rows = 0
+        for number, text in enumerate(texts, start=line):
             try:
-                value, end = self.parse(self.text, self.position)
-                break
+                if text.strip():
+                    add_columns(json.loads(text.decode()), columns)
+                    num_rows += 1
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error} {JSON_FORM}") from None
+        end = start + sum(map(len, texts))
+        if num_rows > 0:
+            yield num_rows, start, end, line
+        start, line = end, line + len(texts)
+
+
+def json_list(file, columns):
+    """Like json_lines, of a .json file."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text, start, line, column = "", file.tell(), 1, 1  # what is in memory, from this byte, line and column on
+    expected, is_whole = "[", False  # the next character; whether the file ends with the text
+    while not is_whole:
+        chunk = file.read(max(JSON_PIECE, len(text)))
+        is_whole = not chunk
+        try:
+            text += decode(chunk, final=is_whole)
+        except UnicodeDecodeError as error:
+            line, column = line_and_column(text + error.object[: error.start].decode(), line, column)
+            raise ValueError(f"line {line}: {error} {JSON_FORM}") from None
+        num_rows, end, expected, error = whole_rows(text, expected, columns)
+        if is_whole and expected == "[" and text.strip("[ ]\t\r\n") == "":
+            raise ValueError("it is empty")
+        # Before the end of the file, an error may mean that the rest of a row is not in memory yet.
+        is_cut_off = error is None or error.msg.startswith("Unterminated string") or len(text) - error.pos < 100
+        if is_whole and expected and error is None:
+            error = json.JSONDecodeError(NEEDED[expected], text, len(text))
+        if error is not None and (is_whole or not is_cut_off):
+            line, column = line_and_column(text[: error.pos], line, column)
+            raise ValueError(f"{error.msg}: line {line} column {column} {JSON_FORM}")
+        behind = start + len(text[:end].encode())
+        if num_rows > 0:
+            yield num_rows, start, behind, line
+        line, column = line_and_column(text[:end], line, column)
+        text, start = text[end:], behind
+
+
+NEEDED = {"[": NO_LIST_OF_ROWS, ",": "Expecting ',' delimiter", "": "Extra data"}
+
+
+def whole_rows(text, expected, columns):
+    """Go through the rows that are whole in a part of a .json file, before which [ or , is expected. -> (how many, the
+    position behind them, the character expected there, JSONDecodeError about what is there instead, or None)."""
+    parse = json.JSONDecoder().raw_decode
+    num_rows, end = 0, 0
+    while (begin := SPACE.match(text, end).end()) < len(text):
+        if expected == "," and text[begin] == "]":
+            expected, end = "", begin + 1
+        elif text[begin] != expected:
+            return num_rows, end, expected, json.JSONDecodeError(NEEDED[expected], text, begin)
+        else:
+            try:
+                row, end = parse(text, SPACE.match(text, begin + 1).end())
             except json.JSONDecodeError as error:
-                # Perhaps the rest of the value is not in memory yet.
-                is_cut_off = error.msg.startswith("Unterminated string") or len(self.text) - error.pos < 100
-                if self.is_whole or not is_cut_off:
-                    self.go_to(error.pos)
-                    raise self.error(error.msg) from None
-                self.read_on()
-        first, line = self.byte, self.line
-        self.go_to(end)
-        return value, first, self.byte, line
+                return num_rows, end, expected, error
+            add_columns(row, columns)
+            num_rows += 1
+            expected = ","
+    return num_rows, end, expected, None
 
-    def require_end(self):
-        if not self.is_at_end():
-            raise self.error("Extra data")
 
-    def error(self, problem):
-        """The ValueError about what is here."""
-        return ValueError(f"{problem}: line {self.line} column {self.column} {JSON_FORM}")
+def line_and_column(text, line, column):
+    """The line and column behind this text, which begins at these; counted from 1."""
+    if "\n" in text:
+        return line + text.count("\n"), len(text) - text.rfind("\n")
+    return line, column + len(text)
 
 
 def rows_of_piece(piece, path, columns):
@@ -1888,12 +1886,12 @@ def rows_of_piece(piece, path, columns):
     (start,), (end,), (line,), (number,) = piece["start"], piece["end"], piece["line"], piece["row"]
     with open(path, "rb") as file:
         file.seek(start)
-        text = file.read(end - start).decode("utf-8")
+        text = file.read(end - start).decode()
     parse = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys, parse_int=read_integer).raw_decode
     cells = {column: [] for column in columns}
     may_have_surrogates = "\\u" in text
     position = 0
-    while position < len(text):
+    while (position := BETWEEN_ROWS.match(text, position).end()) < len(text):
         try:
             row, behind = parse(text, position)
         except ValueError as error:
@@ -1904,7 +1902,7 @@ def rows_of_piece(piece, path, columns):
             cells[column].append(json.dumps(row.get(column), ensure_ascii=False))
             if may_have_surrogates and re.search("[\ud800-\udfff]", cells[column][-1]):
                 raise ValueError(f"row {number} has invalid Unicode (a lone surrogate); fix its encoding")
-        position = BETWEEN_ROWS.match(text, behind).end()
+        position = behind
         number += 1
     return cells
 

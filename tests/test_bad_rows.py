@@ -478,7 +478,7 @@ FILES = {  # name, what is in it, what the message says behind the name; for mor
     "no keys": ("x.json", "[{}]", "it is empty"),
     "cut off": ("x.json", f"[\n{ROW},\n{ROW[:14]}", r"line 3 column \d+"),
     "a null among rows": ("x.json", f"[{ROW}, null]", NEEDED),
-    "jsonl called json": ("x.json", f"{ROW}\n{ROW}", r"Extra data: line 2 column 1.*a \.jsonl file has one row a"),
+    "jsonl called json": ("x.json", f"{ROW}\n{ROW}", r"it must be a list of rows.*a \.jsonl file has one row a"),
     "json called jsonl": ("x.jsonl", json.dumps([{"a": 1}], indent=1), r"line 1: .*one row a line"),
     "nested too deep": ("x.json", "[" * 100_000, "recursion"),
     "latin-1": ("x.json", '[{"a": "é"}]'.encode("latin-1"), "utf-8"),

@@ -590,7 +590,7 @@ def test_one_bad_row_in_a_thousand_is_found_in_parallel_and_left_out_where_asked
     case, write, images, monkeypatch, capsys
 ):
     images(1, (8, 8))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     rows = [case.row("q", str(n), id=f"id{n}") for n in range(1001)]
     rows[900] = case.row("q", " ", id="id900")
     flags = {"dataset_name": write(rows), "image_folder": None, "eval_fraction": 0}

@@ -389,6 +389,7 @@ def test_lora_targets_in_the_code_are_checked_like_those_of_the_flag(recipe, mod
     "name, text, message",
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": 2\n', "line 3: .*one row a line"),
+        ("a.jsonl", '{"a": 1}\n\udcff', "line 2: 'utf-8' codec can't decode byte 0xff"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "line 2: a key appears twice in .*'a', 1.*'a', 2"),
         ("a.json", '[{"a": 1, "a": 2}]', "a key appears twice"),
         ("a.json", '{"a": 1}', "must be a list of rows"),
@@ -397,7 +398,7 @@ def test_lora_targets_in_the_code_are_checked_like_those_of_the_flag(recipe, mod
     ],
 )
 def test_json_files_that_cannot_be_read(recipe, name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         recipe.read_json(tmp_path / name)
 
@@ -447,12 +448,13 @@ def test_rows_of_json_are_those_that_json_reads_wherever_pieces_are_cut(recipe, 
         ("{\n}", "it must be a list of rows"),
         ("  ", "it is empty"),
         ('[{"a": 1}', "Expecting ',' delimiter: line 1 column 10 "),
+        ('[{"a": 1},\n {"a": "\udcff"}]', "line 2: 'utf-8' codec can't decode byte 0xff .*one list of rows"),
     ],
 )
 @pytest.mark.parametrize("piece", [5, 2**22])
 def test_mistakes_in_json_are_named_with_their_line(recipe, piece, text, message, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "JSON_PIECE", piece)
-    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=f"^{message}"):
         recipe.read_json(tmp_path / "a.json")
 
