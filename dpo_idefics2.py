@@ -864,7 +864,7 @@ def check_losses(training):
 # =====================================================================================================================
 # The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
 # Its last sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
-# SafeTrainer, in train_and_save, and above this line.
+# SafeTrainer, train_and_save and fail_on_trouble, and above this line.
 # In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 # =====================================================================================================================
 
@@ -1268,11 +1268,12 @@ HELD_OUT_ROWS = "the rows held out"
 NO_ANSWER = "no answer"  # the reason of BadRow for a row with a question only
 
 
-# With --check_rows auto all rows are decoded before training, if that takes at most so many seconds,
+# --check_rows auto: all rows are decoded before training, if that takes at most MOST_SECONDS, judged by the first
+# ROWS_TO_TIME. Else ROWS_OF_A_SAMPLE are, drawn by seed, and the LARGEST_ROWS longest, and as many with most images.
 MOST_SECONDS = 120
-ROWS_TO_TIME = 200  # going by the first ones;
-ROWS_OF_A_SAMPLE = 2000  # else so many, drawn by seed,
-LARGEST_ROWS = 100  # and so many of the longest, and of those with most images
+ROWS_TO_TIME = 200
+ROWS_OF_A_SAMPLE = 2000
+LARGEST_ROWS = 100
 
 
 def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
@@ -1297,13 +1298,12 @@ def prepare_rows(train_rows, eval_rows, name, collator, settings, training):
 
 
 def check_and_measure_rows(rows, name, collator, settings, training):
-    """The rows that the collator accepts, with new columns: `image_keys`, for hold_out, `length`, in tokens, of a pair
-    of the longer sequence, and `num_tokens`, of a pair of its prompt and both answers.
+    """The rows that the collator accepts, with new columns: `image_keys`, for hold_out; `length`, the tokens of a row
+    (of a pair of answers: of the prompt and the longer one); `num_tokens` (of a pair: of the prompt and both answers).
     The others are left out, or the program lists them and ends (--on_bad_rows, --on_long_rows). None for a test split
     without any answers.
     If there are too many training rows to decode all of them now (--check_rows), the structure of all is checked, and
     a sample is decoded; lengths are then upper bounds. SafeTrainer sees to the rows that turn out to be unreadable."""
-    require(len(rows) > 0, f"{name} is empty: it has no rows")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process would wait forever for OpenMP's threads, which only its parent has
     wanted, bound, first = len(rows), None, {}
@@ -1329,18 +1329,18 @@ def check_and_measure_rows(rows, name, collator, settings, training):
 
 
 def rows_to_decode(rows, name, collator, training):
-    """(how many of the training rows to decode before training, by --check_rows or by their time; if not all, the
-    LengthBound of the others, and the problems of the first rows: they are decoded here). Notes it for settings.yaml,
-    since a resumed run must leave out the same rows."""
+    """What --check_rows asks for, or what auto chooses by the time of the first rows. -> (how many rows to decode
+    before training; if that is not all of them, a LengthBound for the others, and {index: (reason, detail)} of the bad
+    ones among the first). The choice goes into settings.yaml: a resumed run must leave out the same rows."""
     wanted = training.as_given["check_rows"].removeprefix("auto:")
     if wanted == "all" or len(rows) <= ROWS_OF_A_SAMPLE or (wanted.isdigit() and int(wanted) >= len(rows)):
         return len(rows), None, {}
-    found = [(0, [])]  # the seconds that all rows take: none, if that is done already; what is found in the first
+    seconds, first = 0, []  # that decoding all rows takes (0: it was done before); results of the first rows
     if training.process_index == 0 and (wanted != "auto" or known_results(result_folder(rows, collator)) is None):
         start = time.perf_counter()
         first = [check_row(rows[n], collator) for n in range(ROWS_TO_TIME)]
-        found = [((time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training), first)]
-    seconds, first = broadcast_object_list(found)[0]
+        seconds = (time.perf_counter() - start) / ROWS_TO_TIME * len(rows) / num_checkers(training)
+    seconds, first = broadcast_object_list([seconds, first])
     if wanted == "auto":
         wanted = "all" if seconds <= MOST_SECONDS else str(ROWS_OF_A_SAMPLE)
         training.as_given["check_rows"] = f"auto:{wanted}"
@@ -1351,11 +1351,11 @@ def rows_to_decode(rows, name, collator, training):
         f"{name}: {wanted} of {len(rows)} rows are decoded before training, the others during it, with no more than "
         f"their structure checked now. (--check_rows all would take {seconds / 60:.0f} minutes here.)"
     )
-    lengths = {n: result["length"] for n, result in enumerate(first) if result["reason"] is None}
+    problems = {n: (result["reason"], result["detail"]) for n, result in enumerate(first) if result["reason"]}
+    good = [n for n in range(len(first)) if n not in problems]
     bound = LengthBound(rows, collator)
-    bound.fit(rows.select(list(lengths)), lengths.values())
-    problems = {n: (result["reason"], result["detail"]) for n, result in enumerate(first)}
-    return int(wanted), bound, {n: problem for n, problem in problems.items() if n not in lengths}
+    bound.fit(rows.select(good), [first[n]["length"] for n in good])
+    return int(wanted), bound, problems
 
 
 def num_checkers(training):
@@ -1365,7 +1365,7 @@ def num_checkers(training):
 
 def num_cores():
     """How many cores this process may use: under Slurm and in containers often not all that there are."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 RESULT_COLUMNS = datasets.Features(
@@ -1378,6 +1378,12 @@ RESULT_COLUMNS = datasets.Features(
     notes=datasets.List(datasets.Value("string")),
     differs=datasets.Value("bool"),
 )
+
+
+def sha256_of(file):
+    """The SHA-256 of a file, as 64 hex digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def result_folder(rows, collator, bound=None):
@@ -1421,10 +1427,11 @@ def store_results(results, folder):
     datasets.disable_progress_bars()
     results.save_to_disk(part)
     datasets.enable_progress_bars()
-    shutil.rmtree(folder, ignore_errors=True)
+    if known_results(folder) is None:  # else another run, which may read them, has just written the same
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         os.replace(part, folder)
-    except OSError:  # another run has just written the same
+    except OSError:  # it is there already
         shutil.rmtree(part)
 
 
@@ -1501,45 +1508,31 @@ def check_structure(row, collator, bound):
         sizes = [load_image(image, ratio, only_size=True) for image in pil_images(messages)]
         length = bound(row, len(messages), sizes)
         if length > collator.max_length:
-            length = bound(row, len(messages), sizes, by_words=True)
-        if length > collator.max_length:
             collator([row])
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
     return result | {"length": length, "num_tokens": length}
 
 
-@functools.lru_cache(500_000)  # a text has the same words again and again
-def tokens_of_word(tokenizer, word):
-    """How many tokens a word is, behind a space."""
-    return len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
-
-
 class LengthBound:
-    """Upper bounds of rows' lengths in tokens. No token is less than a byte of text, and what an image takes follows
-    from its size. With `by_words` it takes some 30 microseconds, and is close."""
+    """Upper bounds of rows' lengths in tokens, from words and image sizes: without tokenizing a row, or decoding."""
 
     def __init__(self, rows, collator):
         self.collator = collator
         self.columns = [name for name in rows.column_names if name not in ("id", "row", "folder")]
-        self.tokens_of_size = {}
+        self.tokens_of_word = functools.lru_cache(500_000)(self.count_tokens)  # the same words come again and again
         self.for_a_row, self.for_a_turn = 0, 0  # what the chat template adds, see fit
-        differences = []
-        if hasattr(collator.processor, "_get_num_multimodal_tokens"):
-            for size in [(64, 64), (640, 480), (300, 1000)]:
-                differences.append(tokens_of_blank(collator, size) - tokens_by_arithmetic(collator.processor, size))
-        self.has_arithmetic = len(set(differences)) == 1  # what comes beside the image is always the same
+        self.tokens_of_size = {}
+        sizes = [(64, 64), (640, 480), (300, 1000), (2000, 1500)]
+        beside = {tokens_of_blank(collator, size) - tokens_by_arithmetic(collator.processor, size) for size in sizes}
+        self.beside_an_image = beside.pop() if len(beside) == 1 else None  # None: other sizes must be tried, too
 
-    def __call__(self, row, num_turns, sizes, by_words=False):
-        tokenizer = self.collator.processor.tokenizer
+    def __call__(self, row, num_turns, sizes):
         length = self.for_a_row + self.for_a_turn * num_turns + sum(map(self.tokens_of_image, sizes))
         for text in leaf_texts([row[column] for column in self.columns]):
             if " " not in text and is_media(text):  # the name of an image, or one as text
                 continue
-            if by_words:
-                length += sum(tokens_of_word(tokenizer, word) for word in text.split(" "))
-            else:
-                length += len(text.encode())
+            length += sum(map(self.tokens_of_word, text.split(" ")))
         return length
 
     def fit(self, rows, lengths):
@@ -1548,26 +1541,33 @@ class LengthBound:
         for row, length in zip(rows, lengths, strict=True):
             messages = self.collator.read(row)
             sizes = [load_image(image, only_size=True) for image in pil_images(messages)]
-            added.append(length - self(row, 0, sizes, by_words=True))
+            added.append(length - self(row, 0, sizes))
             turns.append(len(messages))
         self.for_a_row = max(0, min(added, default=0))
         rest = [(more - self.for_a_row) / number for more, number in zip(added, turns, strict=True)]
         self.for_a_turn = max(0, math.ceil(max(rest, default=0))) + 2  # a little more: other rows may take more
 
+    def count_tokens(self, word):
+        return len(self.collator.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
+
     def tokens_of_image(self, size):
+        """Of an image of this size, (width, height), and what stands beside it. Raises BadRow."""
         if size not in self.tokens_of_size:
             try:
-                if self.has_arithmetic:
-                    self.tokens_of_size[size] = tokens_by_arithmetic(self.collator.processor, size)
-                else:
+                if self.beside_an_image is None:
                     self.tokens_of_size[size] = tokens_of_blank(self.collator, size)
+                else:
+                    tokens = tokens_by_arithmetic(self.collator.processor, size)
+                    self.tokens_of_size[size] = tokens + self.beside_an_image
             except Exception as error:  # processors raise many kinds, for images too small or too narrow for them
                 raise BadRow("unfit for the processor", f"{size} pixels: {type(error).__name__}: {error}") from error
         return self.tokens_of_size[size]
 
 
 def tokens_by_arithmetic(processor, size):
-    """The tokens of an image of this size, (width, height), as vLLM asks for them."""
+    """The tokens of an image of this size, (width, height), as vLLM asks for them; 0 if the processor cannot say."""
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        return 0
     return processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0]
 
 
@@ -1576,6 +1576,12 @@ def tokens_of_blank(collator, size):
     turn = question_turn("x", images=[Image.new("RGB", size)])
     inputs = collator.tokenize([[turn]], prompt=True)
     return inputs.get("data", inputs)["input_ids"].shape[1]
+
+
+def image_counts(rows):
+    """The number of images of each row."""
+    keys = rows.select_columns(["image_keys"]).with_format("arrow")[:]["image_keys"]
+    return keys.combine_chunks().value_lengths().to_pylist()
 
 
 def check_sample(rows, results, problems, count, collator, training):
@@ -1588,9 +1594,10 @@ def check_sample(rows, results, problems, count, collator, training):
         sample.update(heapq.nlargest(LARGEST_ROWS, good, cost.__getitem__))
     sample.update(heapq.nsmallest(1, good, num_images.__getitem__))
     sample = sorted(sample)
+    if not sample:  # not one row is good
+        return {}
     decoded = stored_results(rows.select(sample), collator, None, "Decoding a sample", training)
-    found = problems_of(decoded)
-    return {sample[n]: problem for n, problem in found.items()}
+    return {sample[n]: problem for n, problem in problems_of(decoded).items()}
 
 
 def tokens_of_row(batch):
@@ -1730,6 +1737,7 @@ def read_dataset(name, split, settings):
     require(split in splits, f"{name} has no split {split!r}; it has {', '.join(splits)}")
 
     rows = splits[split]
+    require(len(rows) > 0, f"{name} is empty: its split {split} has no rows")
     for column, feature in rows.features.items():
         if undecoded(feature) != feature:
             rows = rows.cast_column(column, undecoded(feature))
@@ -2007,6 +2015,21 @@ def rename_columns(rows, columns):
     also_kept = [column for column in others if column in rows.column_names and column not in new_names]
     # Always in the same order: it is part of the key by which checked rows are cached.
     return rows.select_columns([*new_names, *also_kept]).rename_columns(new_names)
+
+
+MEDIA_FILE = re.compile(
+    r"\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|hei[cf]|avif|dcm|mp4|avi|mov|mkv|webm|wav|mp3|m4a|flac|ogg)(\?\S*)?",
+    re.IGNORECASE,
+)
+
+
+def is_media(cell):
+    """Whether a cell is bytes, base64, or the name of a media file, or a list or dict that holds such."""
+    if isinstance(cell, (list, dict)):
+        return any(map(is_media, cell.values() if isinstance(cell, dict) else cell))
+    if isinstance(cell, str):
+        return bool(cell.startswith("data:") or MEDIA_FILE.fullmatch(cell) or BASE64_IMAGE.fullmatch(cell))
+    return isinstance(cell, bytes)
 
 
 def leaf_texts(cell):
@@ -2752,7 +2775,7 @@ class SafeTrainer:
     each row counts once, however many processes share the rows. Nothing is saved that is not whole, or not finite."""
 
     is_uneven = False  # in the last step of an epoch, if the processes have unequal numbers of rows
-    repeats = None  # of this step's batches the one that only repeats a row, since this process has none of its own
+    repeats = None  # a batch of this step that is not trained: it repeats a row, where this process has none left
     is_repeat = False  # whether this batch is that one
     num_evaluated = 0  # rows of the evaluation
     eval_totals = 0  # (2, K): for each of K losses the sum, and of how many it is
@@ -2801,14 +2824,14 @@ class SafeTrainer:
     def compute_loss(self, *args, **kwargs):
         is_training, zero = torch.is_grad_enabled(), None
         if is_training and self.is_deepspeed_enabled:
-            zero = zero_of_unused(self)  # before the loss: so its backward comes last, in one order in all processes
+            zero = zero_of_unused(self)  # made first, it comes last in backward: the same order in all processes
         with contextlib.ExitStack() as stack:
             if self.is_uneven:  # TRL gathers what it logs
                 gathers = dict.fromkeys(("gather", "gather_for_metrics"), self.gather_rows)
                 stack.enter_context(patch.multiple(self.accelerator, **gathers))
             loss = super().compute_loss(*args, **kwargs)
         if is_training and self.is_fsdp_enabled:
-            zero = zero_of_unused(self)  # after it: only now are these weights whole
+            zero = zero_of_unused(self)  # made last, since FSDP2 gathers these weights in the forward pass
         return loss if zero is None else loss + zero
 
     def gather_rows(self, values):
@@ -2925,10 +2948,8 @@ class ReadableRows:
         self.collate, self.rows, self.seed = collate, rows, seed
 
     def __call__(self, rows):
-        try:
+        with contextlib.suppress(BadRow):  # if it is raised, find out below which row is bad
             return self.collate(rows)
-        except BadRow:
-            pass  # now find out which one
         readable, unreadable = [], []
         for row in rows:
             draw = random.Random(f"{self.seed} {row['row']}")  # the same row when a run is resumed
@@ -2971,12 +2992,12 @@ def stop_or_note_unreadable(trainer, batches):
     if step > 0:
         trainer._save_checkpoint(trainer.model, None)
         saved = f"The checkpoint of step {trainer.saved_step} is saved." if trainer.saved_step else "None is saved."
-    rows = sorted(set(gather_object(found)))
+    rows = sorted(set(map(tuple, gather_object(found))))  # tuples again: pin_memory makes lists of them
     shown = "\n".join(f"row {number} cannot be trained on: {problem}" for number, problem in rows)
     remedy = (
         "Repair it, or train without such rows (--on_bad_rows skip, --on_long_rows drop): the same command resumes"
     )
-    fail(f"{shown}\n{saved} {remedy}")
+    fail(f"{shown}\n{saved} {remedy}. (A file that is gone must come back even so.)")
 
 
 def say_unreadable(trainer):
@@ -2991,7 +3012,7 @@ def zero_of_unused(trainer):
     """A zero that gives the trained weights of tower and projector a gradient, of zeros where they had none. A batch
     without images does not use them, but ZeRO-2 and FSDP2 must sum the same gradients in all processes."""
     if is_deepspeed_zero3_enabled():
-        return None  # see require_images
+        return None  # there each process has images: rows without are refused, or shown a blank one
     model = trainer.accelerator.unwrap_model(trainer.model)
     always_used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     trained = [weight for weight in model.parameters() if weight.requires_grad and weight not in always_used]
@@ -3349,10 +3370,6 @@ def check_best_model(training, metrics):
 SECOND_MEDIA = re.compile(
     r"\w+_(image|img|picture|photo|frame)s?|(image|img|pic|picture|photo|video|audio)s?_list|media"
 )
-MEDIA_FILE = re.compile(
-    r"\S.*\.(jpe?g|png|gif|webp|bmp|tiff?|hei[cf]|avif|dcm|mp4|avi|mov|mkv|webm|wav|mp3|m4a|flac|ogg)(\?\S*)?",
-    re.IGNORECASE,
-)
 
 
 # Columns that are not worth naming.
@@ -3408,15 +3425,6 @@ def holds_media(rows, column):
     """Whether most cells of a column, of a sample, are media: bytes, base64, or names of media files."""
     cells = [cell for cell in sampled_cells(rows, column) if not is_missing(cell)]
     return 2 * sum(map(is_media, cells)) > len(cells)
-
-
-def is_media(cell):
-    """Whether a cell is bytes, base64, or the name of a media file, or a list or dict that holds such."""
-    if isinstance(cell, (list, dict)):
-        return any(map(is_media, cell.values() if isinstance(cell, dict) else cell))
-    if isinstance(cell, str):
-        return bool(cell.startswith("data:") or MEDIA_FILE.fullmatch(cell) or BASE64_IMAGE.fullmatch(cell))
-    return isinstance(cell, bytes)
 
 
 def first_row_with(rows, column, unless):
@@ -3552,7 +3560,8 @@ def check_mixed_batches(collator, train_rows, eval_rows, training):
         has_images = [] if rows is None or is_single else [count > 0 for count in image_counts(rows)]
         if len(set(has_images)) == 2:
             with fail_on_error("this processor cannot mix rows with and without images; leave out those of one kind"):
-                collator([rows[has_images.index(False)], rows[has_images.index(True)]])
+                both = [rows[has_images.index(False)], rows[has_images.index(True)]]
+                ReadableRows(collator, rows, training.seed)(both)
 
 
 def where_they_differ(prompt, whole):
@@ -3570,11 +3579,11 @@ def where_they_differ(prompt, whole):
 # --------------------------------------------------------------------------------------------------- only for resuming
 
 
-# Settings of all recipes that may change on resume. (Of the last two, the rows in a step are compared.)
+# Settings of all recipes that may change on resume. (Instead of the last three, the rows in a step are compared.)
 MAY_CHANGE_ON_RESUME = """output_dir resume_from_checkpoint report_to run_name disable_tqdm log_level logging_steps
 dataloader_num_workers dataset_num_proc push_to_hub hub_model_id hub_strategy hub_private_repo save_total_limit
-sample_rows sample_tokens shared_prompt per_device_eval_batch_size stop_on_nonfinite gradient_accumulation_steps
-rows_per_step on_bad_rows on_long_rows""".split()
+sample_rows sample_tokens shared_prompt per_device_eval_batch_size stop_on_nonfinite on_bad_rows on_long_rows
+per_device_train_batch_size gradient_accumulation_steps rows_per_step""".split()
 CHOOSE_OR_RESUME = "Choose another --output_dir, or resume what is there: python {} --config {}/settings.yaml"
 INTERRUPTED = "interrupted; to resume from the newest checkpoint, if any: --config {}/settings.yaml"
 
@@ -3646,7 +3655,7 @@ def require_no_other_checkpoints(wanted, output_dir, checkpoints):
     """Stop if output_dir has checkpoints of another run, or newer ones than this: the next start would resume from
     them. Raises SystemExit."""
     others = [path.name for path in checkpoints]
-    if wanted.absolute().parent == output_dir.absolute():
+    if wanted.absolute().parent == output_dir.absolute() and wanted.name in others:
         others = others[others.index(wanted.name) + 1 :]
     remedy = "delete them, or choose another --output_dir: a later start would resume from them"
     require(not others, f"{output_dir} holds other checkpoints than {wanted}: {' '.join(others)}; {remedy}")
@@ -3720,7 +3729,7 @@ def require_same_settings(training, folder, may_also_differ=(), before=()):
         lines[10:] = [f"  and {len(lines) - 10} more"]
     require(not lines, "\n".join([f"{folder} holds a run with other settings:", *lines, remedy]))
     if made_up_for:
-        say(f"processes {old_processes} -> {training.world_size}: {made_up_for}")
+        say(made_up_for)
     for name in may_also_differ:
         if old.get(name) != new[name]:
             say(f"{name} {old.get(name)} -> {new[name]}: from here on the learning rates are those of the new length")
@@ -3747,11 +3756,12 @@ def adopt_choices(training, old, before):
 
 
 def adopt_rows_per_step(training, old, old_rows, old_processes):
-    """Keep the rows of a step of the run to resume, where that is possible: on another number of processes by another
-    accumulation. Returns that in words, or None."""
+    """Keep the rows of a step of the run to resume, where that is possible: on another number of processes, or with
+    another batch, by another accumulation. Returns that in words, or None."""
     before = training.gradient_accumulation_steps
     adopt_batch(training, old, old_rows)
-    if old_processes == str(training.world_size):
+    is_new_batch = BATCH_SIZES[0] in training.typed and "gradient_accumulation_steps" not in training.typed
+    if old_processes == str(training.world_size) and not is_new_batch:
         return None
     if not old_processes.isdigit():  # of an earlier version: perhaps the number is the same, and a flag wants others
         before = training.gradient_accumulation_steps
@@ -3765,7 +3775,10 @@ def adopt_rows_per_step(training, old, old_rows, old_processes):
     if after == before:
         return None
     training.gradient_accumulation_steps = training.as_given["gradient_accumulation_steps"] = after
-    return f"gradient_accumulation_steps {before} -> {after}, so that a step keeps its {old_rows} rows"
+    cause = f"processes {old_processes} -> {training.world_size}"
+    if old_processes == str(training.world_size):
+        cause = f"per_device_train_batch_size {old[BATCH_SIZES[0]]} -> {training.per_device_train_batch_size}"
+    return f"{cause}: gradient_accumulation_steps {before} -> {after}, so that a step keeps its {old_rows} rows"
 
 
 def adopt_batch(training, old, old_rows):
@@ -3818,12 +3831,6 @@ LOG_STATE = "log_state.json"
 def checkpoint_folder(trainer):
     """The folder of the checkpoint of this step."""
     return Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
-
-
-def sha256_of(file):
-    """The SHA-256 of a file, as 64 hex digits."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_checksums(folder):
@@ -4059,7 +4066,7 @@ class StopAndResume(transformers.TrainerCallback):
                 state.best_model_checkpoint = self.checkpoint
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.evaluate_if_due(state)  # not before: now the random numbers are what they were
+        self.evaluate_if_due(state)  # here, since Trainer restores the random state after on_train_begin
         RUN.saves_soon = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -4223,6 +4230,8 @@ def fill_card(trainer):
                     reason = f"when this run began {before}, which does not fit here"
                 say(f"{name} {size} ({reason}); on the longest rows at most {peak / 1e9:.1f} GB of the GPU are taken")
     args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    if args.as_given["gradient_accumulation_steps"] is not None:  # of another number of processes
+        args.as_given["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     trainer._train_batch_size = args.train_batch_size  # Trainer took it when it was made
     if hasattr(trainer, "_metrics"):  # what TRL would log
         trainer._total_train_tokens = 0
@@ -4283,7 +4292,9 @@ def train_once(trainer, rows):
     trainer.current_gradient_accumulation_steps, args = 1, trainer.args
     if args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
-    (batch,), num_tokens = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, args.device)
+    batch = ReadableRows(trainer.data_collator, trainer.train_dataset, args.seed)(rows)
+    batch.pop("unreadable", None)
+    (batch,), num_tokens = trainer.get_batch_samples(iter([batch]), 1, args.device)
     trainer.training_step(trainer.model, batch, num_tokens)
 
 
@@ -4293,12 +4304,6 @@ def evaluate_once(trainer, rows):
     with torch.no_grad():
         trainer.prediction_step(trainer.model, trainer.data_collator(rows), prediction_loss_only=True)
     answer_batch(trainer, rows, max_new_tokens=2)
-
-
-def image_counts(rows):
-    """The number of images of each row."""
-    keys = rows.select_columns(["image_keys"]).with_format("arrow")[:]["image_keys"]
-    return keys.combine_chunks().value_lengths().to_pylist()
 
 
 def takes_mask(model):

@@ -149,6 +149,25 @@ def condition_times_text(node):
     return False
 
 
+def test_the_last_sections_of_the_workbench_can_go_with_their_callers():
+    """As the header says: nothing but SafeTrainer, train_and_save, fail_on_trouble and a recipe calls them."""
+    starts = [n for n, line in enumerate(WORKBENCH.splitlines(), start=1) if re.match("# -{20,} only ", line)]
+    needed, optional = [], set()
+    for node in ast.parse(WORKBENCH).body:
+        if node.lineno < starts[0]:
+            needed.append(node)
+        else:
+            optional.update([node.name] if hasattr(node, "name") else [target.id for target in node.targets])
+    callers = {
+        f"{node.name} needs {name.id}"
+        for node in needed
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and name.id in optional
+    }
+    named = re.compile("(SafeTrainer|train_and_save|fail_on_trouble) ")
+    assert len(starts) == 5 and len(optional) > 60 and not [caller for caller in callers if not named.match(caller)]
+
+
 ROOMS_WITH_CODE = ("workbench", "tools", "evals", "benchmarks", "tiny", "docs", "tests")
 SOURCES = [*LINES, *(str(path.relative_to(ROOT)) for room in ROOMS_WITH_CODE for path in (ROOT / room).rglob("*.py"))]
 

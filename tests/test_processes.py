@@ -182,6 +182,23 @@ def test_a_run_goes_on_with_another_number_of_processes(variant, runs, tmp_path)
     assert re.search("rows in a step 4 -> 6, 3 at once on each of 1 processes", stopped.value.code)
 
 
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_a_run_goes_on_with_a_smaller_batch(variant, runs, tmp_path):
+    """As after one that ran out of memory. A step keeps its rows, by another accumulation, so the log is the same."""
+    settings = {**RUN, **ONE_OF_EACH[variant], "gradient_accumulation_steps": None}
+    large = {**settings, "per_device_train_batch_size": 4, "rows_per_step": 4}
+    one = runs.run(variant, tmp_path / "one", **large)
+    (tmp_path / "two").mkdir()
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2")
+    text = (tmp_path / "one" / "settings.yaml").read_text().replace("rows_per_step: 4", "rows_per_step: null")
+    (tmp_path / "two" / "settings.yaml").write_text(text)
+    two = runs.run(variant, tmp_path / "two", **settings, per_device_train_batch_size=2)
+    said = r"per_device_train_batch_size 4 -> 2: gradient_accumulation_steps \d+ -> 2, so that a step keeps its 4 rows"
+    assert re.search(said, two.text)
+    for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+        assert log(two.out, name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
+
+
 # ------------------------------------------------------------------------------------------------ the one file alone
 def started_alone(folder, *argv, launcher=()):
     """Run a program in a folder, where nothing else of this project is found. Returns what it printed."""

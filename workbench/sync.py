@@ -16,7 +16,7 @@ LINE = "# " + "=" * 117
 MARKER = f"""{LINE}
 # The workbench: the same in every recipe. Which tokens and which weights are trained is decided above this line.
 # Its last sections (only checks, only for resuming, only for speed) can go, with the lines that call them: in
-# SafeTrainer, in train_and_save, and above this line.
+# SafeTrainer, train_and_save and fail_on_trouble, and above this line.
 # In a copy of your own edit anything; in this repository edit workbench/workbench.py, then `make sync`.
 {LINE}
 """
