@@ -24,7 +24,7 @@ Trained weights: LoRA on the attention projections of the language model and of 
 Result: the checkpoint with the highest eval_anls, the mean ANLS of the answers to held-out questions. The log also has
     eval_loss: this loss on their first accepted answers, averaged over trained tokens.
     Load it with PeftModel.from_pretrained(base_model, output_dir) and AutoProcessor.from_pretrained(output_dir).
-Before training all rows are checked, or where that takes minutes a sample. The same command resumes a run that was
+Before training all rows are checked; of many only a sample is decoded then. The same command resumes a run that was
 interrupted, if data and settings are unchanged (also on another number of GPUs).
 Every setting is a flag: python idefics2_docvqa.py --help. The formats of a row are shown in load_data."""
 
@@ -901,8 +901,8 @@ def pick_batch(training, batch, accumulation, eval_batch):
         return
     steps, rest = divmod(rows, max(1, at_once * processes))
     if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
-        here = f"{at_once} at once in each of {processes} processes"
-        raise ValueError(f"--rows_per_step {rows}: {here} and --gradient_accumulation_steps do not make so many")
+        here = f"{at_once} rows at once in each of {processes} processes"
+        raise ValueError(f"{here} and --gradient_accumulation_steps do not make --rows_per_step {rows}: change one")
     training.gradient_accumulation_steps = steps
 
 
@@ -1184,12 +1184,8 @@ def result_folder(rows, collator, bound=None):
 
 
 def stored_results(rows, collator, bound, description, training):
-    """What check_row returns for each row or, with a LengthBound, check_structure. As a Dataset, which is kept on the
-    disk until rows or images change."""
+    """What check_row returns for each row. As a Dataset, which is kept on the disk until rows or images change."""
     folder = result_folder(rows, collator, bound)
-    check = functools.partial(check_row, collator=collator)
-    if bound is not None:
-        check = functools.partial(check_structure, collator=collator, bound=bound)
     known = known_results(folder)
     if known is not None:
         return known
@@ -1197,7 +1193,7 @@ def stored_results(rows, collator, bound, description, training):
         check_batch,
         batched=True,
         batch_size=100,  # embedded images may be large
-        fn_kwargs={"check": check},
+        fn_kwargs={"collator": collator, "bound": bound},
         features=RESULT_COLUMNS,
         remove_columns=rows.column_names,
         num_proc=num_checkers(training) if len(rows) > 1000 else None,
@@ -1224,10 +1220,10 @@ def store_results(results, folder):
         shutil.rmtree(part)
 
 
-def check_batch(columns, check):
+def check_batch(columns, collator, bound):
     """{column: cells} of some rows -> {column: results}."""
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    results = [check(row) for row in rows]
+    results = [check_row(row, collator, bound) for row in rows]
     return {name: [result[name] for result in results] for name in RESULT_COLUMNS}
 
 
@@ -1257,50 +1253,36 @@ def problems_of(results):
     return {n: (reason, detail) for n, (reason, detail) in reasons if reason is not None}
 
 
-def begin_result(row, collator):
-    """(what is known of a row before it is decoded, as check_row returns it; its messages). Raises BadRow."""
-    messages = collator.read(row)
-    keys = [image_key(image) for image in pil_images(messages)]
-    times = [time_of(key) for key in keys]
-    notes = sorted({note for message in messages for note in message.get("notes", ())})
-    return {"image_keys": keys, "image_times": times, "notes": notes}, messages
-
-
 NOTHING_FOUND = {"reason": None, "detail": None, "length": 0, "num_tokens": 0, "differs": False} | {
     name: [] for name in ("image_keys", "image_times", "notes")
 }
 
 
-def check_row(row, collator):
+def check_row(row, collator, bound=None):
     """Try the collator on a row -> {"length", "num_tokens", "image_keys", "image_times", "notes" to the user, whether
-    it "differs" from how earlier versions read it, and for a bad row "reason" and "detail"}."""
+    it "differs" from how earlier versions read it, and for a bad row "reason" and "detail"}.
+    With a LengthBound only its structure is checked, without pixels, chat template and tokenizer, and the lengths are
+    upper bounds. Only a row that may be too long goes through the collator."""
     result = dict(NOTHING_FOUND)
     try:
-        begun, messages = begin_result(row, collator)
-        result |= begun
-        batch = collator([row])
+        messages = collator.read(row)
+        images = pil_images(messages)
+        result["image_keys"] = list(map(image_key, images))
+        result["image_times"] = list(map(time_of, result["image_keys"]))
+        result["notes"] = sorted({note for message in messages for note in message.get("notes", ())})
+        if bound is not None:
+            ratio = getattr(collator, "max_aspect_ratio", 200)
+            sizes = [load_image(image, ratio, only_size=True) for image in images]
+            result["length"] = result["num_tokens"] = bound(row, len(messages), sizes)
+        if bound is None or result["length"] > collator.max_length:
+            batch = collator([row])
     except BadRow as error:
         return result | {"reason": error.reason, "detail": error.detail}
-    is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
-    result["differs"] = not is_nfc or any(message.get("differs", False) for message in messages)
-    return result | {"length": batch["attention_mask"].shape[1], "num_tokens": tokens_of_row(batch)}
-
-
-def check_structure(row, collator, bound):
-    """Like check_row, but without decoding: no pixels, no chat template, no tokenizer, and for lengths upper bounds.
-    Only a row that may be too long goes through the collator."""
-    result = dict(NOTHING_FOUND)
-    try:
-        begun, messages = begin_result(row, collator)
-        result |= begun
-        ratio = getattr(collator, "max_aspect_ratio", 200)
-        sizes = [load_image(image, ratio, only_size=True) for image in pil_images(messages)]
-        length = bound(row, len(messages), sizes)
-        if length > collator.max_length:
-            collator([row])
-    except BadRow as error:
-        return result | {"reason": error.reason, "detail": error.detail}
-    return result | {"length": length, "num_tokens": length}
+    if bound is None:
+        is_nfc = all(unicodedata.is_normalized("NFC", text) for text in leaf_texts(list(row.values())))
+        result["differs"] = not is_nfc or any(message.get("differs", False) for message in messages)
+        result |= {"length": batch["attention_mask"].shape[1], "num_tokens": tokens_of_row(batch)}
+    return result
 
 
 class LengthBound:
@@ -1534,8 +1516,8 @@ def read_dataset(name, split, settings):
     rows = rows.remove_columns([column for column in new_columns if column in rows.column_names])
     folder = os.path.abspath(settings.image_folder or (name if os.path.isdir(name) else os.path.dirname(name)))
     rows = rows.add_column("row", np.arange(len(rows)))
-    name = Hasher.hash([rows._fingerprint, folder])  # given, since `datasets` would hash the whole list
-    return rows.add_column("folder", [folder] * len(rows), new_fingerprint=name)
+    fingerprint = Hasher.hash([rows._fingerprint, folder])  # given, since `datasets` would hash the whole list
+    return rows.add_column("folder", [folder] * len(rows), new_fingerprint=fingerprint)
 
 
 def undecoded(feature):
@@ -2715,7 +2697,7 @@ def train_and_save(trainer, checkpoint=None):
     fill_card(trainer)
     steps, steps_per_epoch = print_plan(trainer, checkpoint)
     lock(args)
-    if args.process_index == 0:
+    if args.should_save:
         write_settings(args)
         warn_if_disk_is_small(trainer, steps)
     if checkpoint is not None:
@@ -2924,6 +2906,9 @@ def check_shares(settings, training):
         in_4_bits = getattr(settings, "load_in_4bit", False) or getattr(settings, "q_lora", False)
         remedy = "FSDP2 shares them out, ZeRO-2 and DDP keep them whole"
         require(not in_4_bits, f"4 bits and ZeRO-3: it cannot share out 4-bit weights while it loads them; {remedy}")
+    if training.deepspeed_plugin is not None or uses_fsdp():
+        apart = training.save_on_each_node
+        require(not apart, "--save_on_each_node: checkpoints of DeepSpeed and FSDP2 want one disk for all machines")
     if uses_fsdp():
         version = os.environ.get("FSDP_VERSION", "1")
         require(version == "2", f"fsdp_version {version}: it cannot train some weights and freeze others; take 2")
@@ -3271,7 +3256,7 @@ def require_same_settings(training, folder, may_also_differ=(), before=()):
     old_rows, old_processes = int(notes[ROWS_NOTE]), notes.get(PROCESSES_NOTE, "(not written down)")
     adopt_choices(training, old, before)
     made_up_for = adopt_rows_per_step(training, old, old_rows, old_processes)
-    may_differ = {*MAY_CHANGE_ON_RESUME, *may_also_differ}
+    may_differ = {*MAY_CHANGE_ON_RESUME, *may_also_differ} - getattr(training, "must_not_differ", set())
     # How answers are scored may only change if checkpoints are not compared by it.
     if not training.load_best_model_at_end:
         may_differ.add("max_new_tokens")

@@ -1,5 +1,6 @@
 """Recipes in processes of their own: two that train as one, the one file alone, pictures that vanish under loaders."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -119,27 +120,45 @@ def test_two_processes_train_like_one(variant, runs, tmp_path, monkeypatch):
         assert log(tmp_path / "again", name) == log(tmp_path / "two", name)
 
 
+def on_two_machines(file, argv, folders):
+    """Run a recipe by an agent of torchrun in each folder, with one process, as configs/skypilot.yaml starts them."""
+    agents, port = [], str(free_port())
+    for rank, folder in enumerate(folders):
+        meet = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
+        meet += ["--master_addr", "127.0.0.1", "--master_port", port]
+        command = [sys.executable, "-m", "torch.distributed.run", *meet, file, *map(str, argv)]
+        with open(folder / "printed.txt", "w") as output:
+            agents.append(subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT))
+    codes = [agent.wait(timeout=200) for agent in agents]
+    printed = [(folder / "printed.txt").read_text() for folder in folders]
+    assert codes == [0, 0], "\n".join(text[-2000:] for text in printed)
+    return printed
+
+
 @pytest.mark.parametrize("variant", ["sft: 4-bit"])
 def test_two_machines_train_like_one(variant, runs, tmp_path):
-    """An agent of torchrun for each, with one process, as configs/skypilot.yaml starts them, at an address."""
+    """Each with a disk of its own, on which it finds what it needs to resume."""
     module, settings = runs.module(variant), {**RUN, **STILL, "max_steps": 3, "eval_strategy": "no"}
-    alone = {**settings, "per_device_train_batch_size": 1}
-    argv = [*map(str, runs.argv(variant, tmp_path / "two", **alone))]
-    agents = []
-    port = str(free_port())
-    for rank in ("0", "1"):
-        meet = ["--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1"]
-        meet += ["--master_addr", "127.0.0.1", "--master_port", port]
-        command = [sys.executable, "-m", "torch.distributed.run", *meet, module.__file__, *argv]
-        output = open(tmp_path / f"agent-{rank}.txt", "w")  # noqa: SIM115
-        agents.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
-    codes = [agent.wait(timeout=200) for agent in agents]
-    printed = [(tmp_path / f"agent-{rank}.txt").read_text() for rank in ("0", "1")]
-    assert codes == [0, 0], "\n".join(text[-2000:] for text in printed)
+    alone = {**settings, "per_device_train_batch_size": 1, "save_on_each_node": True}
+    argv = runs.argv(variant, "out", **alone)
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for folder in machines:
+        folder.mkdir()
+    printed = on_two_machines(module.__file__, argv, machines)
     assert all("3 steps of 4 rows" in text for text in printed)  # the first process of each machine says it
     one = runs.run(variant, tmp_path / "one", **settings, per_device_train_batch_size=2)
-    for name in ("loss", "grad_norm"):
-        assert log(tmp_path / "two", name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
+
+    def is_like_one():
+        for name, folder in itertools.product(("loss", "grad_norm"), machines):
+            assert log(folder / "out", name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
+
+    is_like_one()
+    for folder in machines:  # as if they had been taken away after step 2
+        (folder / "out" / "trainer_state.json").unlink()
+        shutil.rmtree(folder / "out" / "checkpoint-3")
+    printed = on_two_machines(module.__file__, argv, machines)
+    assert all("resuming from out/checkpoint-2" in text for text in printed)
+    is_like_one()
 
 
 ONE_OF_EACH = {name: TWO[name] for name in ("sft: float", "docvqa: float", "dpo: float", "4.6: lora", "align")}
@@ -197,6 +216,13 @@ def test_a_run_goes_on_with_a_smaller_batch(variant, runs, tmp_path):
     assert re.search(said, two.text)
     for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
         assert log(two.out, name) == pytest.approx(log(one.out, name), rel=1e-4, abs=1e-4), name
+
+
+def test_a_loss_that_compares_the_pairs_of_a_batch_keeps_it(runs, tmp_path):
+    settings = {**RUN, "loss_type": "aot", "gradient_accumulation_steps": None, "rows_per_step": 4}
+    runs.run("dpo: float", tmp_path / "out", **settings, per_device_train_batch_size=4)
+    with pytest.raises(SystemExit, match="per_device_train_batch_size 4 -> 2"):
+        runs.run("dpo: float", tmp_path / "out", **settings, per_device_train_batch_size=2)
 
 
 # ------------------------------------------------------------------------------------------------ the one file alone

@@ -150,6 +150,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYP
 REFUSED = [  # environment, as accelerate launch makes it, settings, message
     (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version 1: .*take 2"),
     (FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "fsdp_state_dict_type must be FULL_STATE_DICT"),
+    (FSDP, {"save_on_each_node": True}, "--save_on_each_node: .* want one disk"),
     (FSDP, {"optim": "paged_adamw_8bit"}, "--optim paged_adamw_8bit and FSDP2: .*--optim adamw_torch"),
 ]
 
