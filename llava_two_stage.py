@@ -961,7 +961,7 @@ def pick_batch(training, batch, accumulation, eval_batch):
     """Batch sizes as given -> numbers. Raises ValueError.
     auto becomes the default given here, auto:4 becomes 4, which was chosen when the run began. Both stand in
     training.auto_batch: fill_card is to look what fits. A step has --rows_per_step rows, or else batch x accumulation
-    of each process; gradient_accumulation_steps is what is left of them."""
+    in each process. Where it is not given, gradient_accumulation_steps is those rows / (batch x processes)."""
     if training.accelerator_config is None:
         training.accelerator_config = {"non_blocking": True}  # batches are copied to the GPU while it works
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -1088,7 +1088,7 @@ def load_image(image, max_aspect_ratio=200, only_size=False):
         width, height = image.size
         if only_size:
             exif = Image.Image.getexif(image)  # PNG's own would decode the pixels
-            if exif.get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF":  # to be turned; TIFF's size is
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF":  # whose size is turned already
                 width, height = height, width
             if is_opened_here:
                 image.close()
@@ -2473,7 +2473,7 @@ class SafeTrainer:
     repeats = None  # a batch of this step that is not trained: it repeats a row, where this process has none left
     is_repeat = False  # whether this batch is that one
     num_evaluated = 0  # rows of the evaluation
-    eval_totals = 0  # (2, K): for each of K losses the sum, and of how many it is
+    eval_totals = 0  # (2, K): the sums of K losses, and of how many values each is the sum
     metric_counts_of_batches = ()  # of the evaluation: see trained_tokens
     num_nonfinite = 0  # steps in a row whose gradient was not finite
     evaluation_is_due = False  # at a checkpoint that SIGTERM asked for
@@ -3460,7 +3460,7 @@ def adopt_rows_per_step(training, old, old_rows, old_processes):
     is_new_batch = BATCH_SIZES[0] in training.typed and "gradient_accumulation_steps" not in training.typed
     if old_processes == str(training.world_size) and not is_new_batch:
         return None
-    if not old_processes.isdigit():  # of an earlier version: perhaps the number is the same, and a flag wants others
+    if not old_processes.isdigit():  # an earlier version did not write it down: so a flag that was typed is kept
         before = training.gradient_accumulation_steps
         if "gradient_accumulation_steps" in training.typed:
             return None
