@@ -3305,7 +3305,9 @@ def adopt_rows_per_step(training, old, old_rows, old_processes):
     another batch, by another accumulation. Returns that in words, or None."""
     before = training.gradient_accumulation_steps
     adopt_batch(training, old, old_rows)
-    is_new_batch = BATCH_SIZES[0] in training.typed and "gradient_accumulation_steps" not in training.typed
+    old_batch = str(old.get(BATCH_SIZES[0]) or "").removeprefix("auto").removeprefix(":")
+    is_new_batch = old_batch not in ("", str(training.per_device_train_batch_size))
+    is_new_batch &= "gradient_accumulation_steps" not in training.typed
     if old_processes == str(training.world_size) and not is_new_batch:
         return None
     if not old_processes.isdigit():  # an earlier version did not write it down: so a flag that was typed is kept
@@ -3322,7 +3324,7 @@ def adopt_rows_per_step(training, old, old_rows, old_processes):
     training.gradient_accumulation_steps = training.as_given["gradient_accumulation_steps"] = after
     cause = f"processes {old_processes} -> {training.world_size}"
     if old_processes == str(training.world_size):
-        cause = f"per_device_train_batch_size {old[BATCH_SIZES[0]]} -> {training.per_device_train_batch_size}"
+        cause = f"per_device_train_batch_size {old_batch} -> {training.per_device_train_batch_size}"
     return f"{cause}: gradient_accumulation_steps {before} -> {after}, so that a step keeps its {old_rows} rows"
 
 
