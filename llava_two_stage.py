@@ -986,8 +986,8 @@ def pick_batch(training, batch, accumulation, eval_batch):
         return
     steps, rest = divmod(rows, max(1, at_once * processes))
     if rest or steps < 1 or training.gradient_accumulation_steps not in (None, steps):
-        here = f"{at_once} rows at once in each of {processes} processes"
-        raise ValueError(f"{here} and --gradient_accumulation_steps do not make --rows_per_step {rows}: change one")
+        here = f"{at_once} at once in each of {processes} processes"
+        raise ValueError(f"--rows_per_step {rows}: {here} and --gradient_accumulation_steps do not make so many")
     training.gradient_accumulation_steps = steps
 
 
@@ -1766,7 +1766,7 @@ def json_list(file, columns):
         # Before the end of the file, an error may mean that the rest of a row is not in memory yet.
         is_cut_off = error is None or error.msg.startswith("Unterminated string") or len(text) - error.pos < 100
         if is_whole and expected and error is None:
-            error = json.JSONDecodeError(NEEDED[expected], text, len(text))
+            error = json.JSONDecodeError(JSON_PROBLEMS[expected], text, len(text))
         if error is not None and (is_whole or not is_cut_off):
             line, column = line_and_column(text[: error.pos], line, column)
             raise ValueError(f"{error.msg}: line {line} column {column} {JSON_FORM}")
@@ -1777,7 +1777,7 @@ def json_list(file, columns):
         text, start = text[end:], behind
 
 
-NEEDED = {"[": NO_LIST_OF_ROWS, ",": "Expecting ',' delimiter", "": "Extra data"}
+JSON_PROBLEMS = {"[": NO_LIST_OF_ROWS, ",": "Expecting ',' delimiter", "": "Extra data"}
 
 
 def whole_rows(text, expected, columns):
@@ -1789,7 +1789,7 @@ def whole_rows(text, expected, columns):
         if expected == "," and text[begin] == "]":
             expected, end = "", begin + 1
         elif text[begin] != expected:
-            return num_rows, end, expected, json.JSONDecodeError(NEEDED[expected], text, begin)
+            return num_rows, end, expected, json.JSONDecodeError(JSON_PROBLEMS[expected], text, begin)
         else:
             try:
                 row, end = parse(text, SPACE.match(text, begin + 1).end())
