@@ -3374,7 +3374,8 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
     has_bounds = getattr(training, "has_unread_rows", False)  # they change when an image is repaired
     for rows in (train_rows, eval_rows if is_compared else None):
         if rows is not None:
-            digest.update(json.dumps([rows["row"][:], [] if has_bounds else rows["length"][:]]).encode())
+            lengths = "bounds by words" if has_bounds else rows["length"][:]
+            digest.update(json.dumps([rows["row"][:], lengths]).encode())
     training.rows_digest = digest.hexdigest()[:16]
     if checkpoint is not None:
         output_dir = Path(checkpoint).absolute().parent
@@ -3386,7 +3387,7 @@ def require_same_rows(training, checkpoint, train_rows, eval_rows):
                 problem = f"{output_dir} holds a run of an earlier version, which read these rows differently"
                 fail(f"{problem} ({'; '.join(differences)}): {remedy}")
             if old is not None and old[1] != training.rows_digest:
-                cause = "the data changed, or how much is held out (--max_eval_rows)"
+                cause = "the data changed, or how much is held out (--max_eval_rows), or how lengths are bounded"
                 fail(f"{output_dir} holds a run on other rows than there are now, since {cause}: {remedy}")
 
 
